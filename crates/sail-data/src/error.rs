@@ -1,0 +1,267 @@
+//! What can go wrong: [`Error`] stops a run, [`BadSample`] skips one sample.
+
+use std::path::PathBuf;
+
+/// Result of this crate's fallible operations.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A failure that stops the run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A value of the data specification is out of its range.
+    #[error("`{field}` is {found}, expected {expected}")]
+    InvalidSpec {
+        /// Dotted path inside the specification.
+        field: String,
+        /// The value as given.
+        found: String,
+        /// What would be accepted.
+        expected: &'static str,
+    },
+    /// A shard pattern is malformed.
+    #[error("source `{name}`: cannot read the shard pattern `{pattern}`: {detail}")]
+    Pattern {
+        /// The source's name.
+        name: String,
+        /// The pattern as given.
+        pattern: String,
+        /// What the parser says.
+        detail: String,
+    },
+    /// A shard pattern matches no file.
+    #[error("source `{name}`: the shard pattern `{pattern}` matches no file (nothing at `{missing}`)")]
+    NoShards {
+        /// The source's name.
+        name: String,
+        /// The pattern as given.
+        pattern: String,
+        /// The expanded path that has no file behind it.
+        missing: String,
+    },
+    /// The same shard is named twice in one source.
+    #[error("source `{name}`: the shard `{shard}` is named twice\n\nhint: use `weight` to read a source more often")]
+    DuplicateShard {
+        /// The source's name.
+        name: String,
+        /// The shard's path.
+        shard: String,
+    },
+    /// None of a source's shards holds a sample.
+    #[error("source `{name}`: none of its {shards} shards holds a sample")]
+    EmptySource {
+        /// The source's name.
+        name: String,
+        /// How many shards it has.
+        shards: usize,
+    },
+    /// A file could not be opened or read.
+    #[error("cannot read `{}`", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        cause: std::io::Error,
+    },
+    /// A shard is truncated or is not a tar archive.
+    #[error("shard `{shard}` is broken at byte {offset}: {detail}")]
+    BrokenShard {
+        /// The shard's path.
+        shard: String,
+        /// Where the member that cannot be read begins.
+        offset: u64,
+        /// What is wrong there.
+        detail: String,
+    },
+    /// A shard is compressed, so that samples cannot be addressed by their offset.
+    #[error("shard `{shard}` is compressed with {codec}\n\nhint: store shards as plain `.tar`; images are compressed already")]
+    CompressedShard {
+        /// The shard's path.
+        shard: String,
+        /// The compression found.
+        codec: &'static str,
+    },
+    /// Too large a share of a source's samples is bad.
+    #[error(
+        "source `{name}`: {skipped} of {seen} samples are bad, more than the limit of {limit}; the commonest reason is `{reason}` ({count} times)"
+    )]
+    TooManyBad {
+        /// The source's name.
+        name: String,
+        /// Samples looked at so far.
+        seen: u64,
+        /// Samples skipped so far.
+        skipped: u64,
+        /// `max_error_rate`.
+        limit: f64,
+        /// The commonest reason.
+        reason: String,
+        /// How often it occurred.
+        count: u64,
+    },
+    /// A held-out source gave no sample at all.
+    #[error("source `{name}`: none of its {skipped} samples can be used; the commonest reason is `{reason}`")]
+    NoGoodSample {
+        /// The source's name.
+        name: String,
+        /// Samples skipped.
+        skipped: u64,
+        /// The commonest reason.
+        reason: String,
+    },
+    /// A tokenizer file cannot be used.
+    #[error("tokenizer `{}`: {detail}", path.display())]
+    Tokenizer {
+        /// The `tokenizer.json`.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+    /// The tokenizer lacks a token that the template or the images need.
+    #[error("tokenizer `{}` has no token `{token}`, needed as {purpose}", path.display())]
+    MissingToken {
+        /// The `tokenizer.json`.
+        path: PathBuf,
+        /// The token.
+        token: String,
+        /// What it is needed for.
+        purpose: &'static str,
+    },
+    /// Text or an image given directly (not from a shard) cannot be used.
+    #[error("cannot use `{what}`")]
+    Unusable {
+        /// The file or the piece of text.
+        what: String,
+        /// Why.
+        #[source]
+        cause: BadSample,
+    },
+    /// A saved stream state does not belong to this data specification.
+    #[error("the saved data position does not fit the configured data: {detail}")]
+    StateMismatch {
+        /// What differs.
+        detail: String,
+    },
+    /// A worker of the loader died; the panic itself is in the log.
+    #[error("the worker that prepares stream {stream} panicked")]
+    WorkerPanicked {
+        /// The logical stream.
+        stream: usize,
+    },
+    /// The worker threads could not be started.
+    #[error("cannot start {threads} worker threads: {detail}")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// What the system says.
+        detail: String,
+    },
+    /// The loader has returned an error before and gives nothing more.
+    #[error("the loader has stopped after an earlier error")]
+    Stopped,
+}
+
+/// Why one sample is skipped. The run goes on; see [`BadSample::reason`] for the counted name.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BadSample {
+    /// No `.json` member beside the images.
+    #[error("it has no `.json` member (members: {members})")]
+    NoAnnotation {
+        /// Suffixes of the members that are there.
+        members: String,
+    },
+    /// Two members have the same name.
+    #[error("the member `{name}` occurs twice")]
+    DuplicateMember {
+        /// The member's name.
+        name: String,
+    },
+    /// The annotation is not JSON, or not in a known form.
+    #[error("its annotation cannot be read: {detail}")]
+    BadJson {
+        /// What the parser says.
+        detail: String,
+    },
+    /// The roles of the turns make no sense.
+    #[error("turn {turn}: {detail}")]
+    BadTurns {
+        /// Index of the turn.
+        turn: usize,
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// No turn of the assistant has any text: nothing to learn from.
+    #[error("no answer of the assistant has any text")]
+    NoAnswer,
+    /// The annotation names an image that is not in the sample.
+    #[error("it refers to the image `{reference}`, and the sample has {members}")]
+    UnknownImage {
+        /// The name in the annotation.
+        reference: String,
+        /// The members that are there.
+        members: String,
+    },
+    /// The number of `<image>` marks is not the number of images.
+    #[error("it has {marks} `<image>` marks for {images} images")]
+    ImageCount {
+        /// Marks in the text of the user.
+        marks: usize,
+        /// Images of the sample.
+        images: usize,
+    },
+    /// An image is truncated, or of an unknown format.
+    #[error("image `{image}` cannot be decoded: {detail}")]
+    BadImage {
+        /// The image's member name.
+        image: String,
+        /// What the decoder says.
+        detail: String,
+    },
+    /// An image has more pixels than allowed (a decompression bomb).
+    #[error("image `{image}` has {width}x{height} pixels, more than the limit of {limit}")]
+    ImageTooLarge {
+        /// The image's member name.
+        image: String,
+        /// Width from the header, in pixels.
+        width: u32,
+        /// Height from the header, in pixels.
+        height: u32,
+        /// `max_pixels`.
+        limit: u64,
+    },
+    /// The sample has more tokens than a pack.
+    #[error("it has {tokens} tokens, more than the {limit} of a pack")]
+    TooLong {
+        /// Tokens of the sample.
+        tokens: usize,
+        /// `tokens_per_pack`.
+        limit: usize,
+    },
+    /// Its text cannot be tokenised, or turns into a token that only the template may write.
+    #[error("its text cannot be tokenised: {detail}")]
+    Text {
+        /// What is wrong.
+        detail: String,
+    },
+}
+
+impl BadSample {
+    /// The name under which this kind is counted, in snake case.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NoAnnotation { .. } => "no_annotation",
+            Self::DuplicateMember { .. } => "duplicate_member",
+            Self::BadJson { .. } => "bad_json",
+            Self::BadTurns { .. } => "bad_turns",
+            Self::NoAnswer => "no_answer",
+            Self::UnknownImage { .. } => "unknown_image",
+            Self::ImageCount { .. } => "image_count",
+            Self::BadImage { .. } => "bad_image",
+            Self::ImageTooLarge { .. } => "image_too_large",
+            Self::TooLong { .. } => "too_long",
+            Self::Text { .. } => "bad_text",
+        }
+    }
+}

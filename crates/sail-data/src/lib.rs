@@ -1,0 +1,57 @@
+//! Sharded image-text streams: tar shards to samples to packs.
+//!
+//! This crate reads WebDataset shards, turns each sample into token ids, labels and image tiles, and
+//! packs samples of different lengths into training packs of a fixed token budget. It knows nothing of
+//! tensors, ranks or optimizers: what leaves it is host memory ([`Pack`]), which `sail-train` turns into
+//! tensors.
+//!
+//! The way of a sample:
+//!
+//! ```text
+//! order    which (shard, part) units a stream reads, and the shuffle inside them     -> reference
+//! shard    the bytes of one sample, read at its offset                               -> members
+//! draft    annotation, image headers, tiling, token ids: all lengths, no pixels yet  -> draft
+//! packer   the drafts that share a pack                                              -> drafts
+//! image    decode, resize, cut, normalise                                            -> Sample
+//! sample   concatenation                                                             -> Pack
+//! ```
+//!
+//! A stream is a pure function of the data, the specification and its own [`StreamState`], so the order
+//! of packs does not depend on the number of threads, and a run resumes from a state without replaying
+//! anything. A bad sample ([`BadSample`]) is skipped, counted and logged; a broken shard stops the run.
+
+mod annotation;
+mod draft;
+mod error;
+mod heldout;
+mod image;
+mod jpeg;
+mod loader;
+mod order;
+mod packer;
+mod rng;
+mod sample;
+mod shard;
+mod source;
+mod spec;
+mod stream;
+mod tally;
+mod text;
+mod tiling;
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use annotation::{Role, Turn};
+pub use error::{BadSample, Error, Result};
+pub use heldout::read_samples;
+pub use image::load_image;
+pub use loader::{Loaded, Loader};
+pub use sample::{IGNORE, Pack, Prompt, Sample, SampleId, SamplePrompt, Tiles};
+pub use spec::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec, Tiling};
+pub use stream::StreamState;
+pub use tally::Tally;
+pub use text::{Encoded, TextEncoder};
+pub use tiling::{Grid, candidates, choose_grid};

@@ -1,0 +1,190 @@
+//! The order in which one stream reads one source.
+//!
+//! An epoch of a source is a seeded permutation of its (shard, part) units; part p of P holds the samples
+//! whose number in the shard is p modulo P. The permutations of all epochs, laid end to end, are dealt to the
+//! S streams in turn: stream s reads the units at places s, s + S, s + 2S, ... Each epoch's units are thus
+//! read exactly once across the streams, and in the long run every stream reads as many.
+//!
+//! Inside an epoch a bounded buffer shuffles the samples of a stream. It is drained before the next epoch
+//! begins, so a stream never mixes epochs. All state is a few numbers and the buffered references; nothing
+//! here reads a payload.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::rng::Key;
+use crate::shard::{SampleRef, Scanner, has_samples};
+use crate::source::Source;
+
+/// Position of one stream in one source.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Cursor {
+    /// Units that this stream has finished.
+    units: u64,
+    /// Where it stands in the unit after those.
+    at: Option<InUnit>,
+    /// The epoch of the buffered samples.
+    epoch: u64,
+    /// Samples waiting to be drawn.
+    buffer: Vec<SampleRef>,
+    /// Samples drawn so far.
+    draws: u64,
+}
+
+impl Cursor {
+    /// The epoch of the sample drawn last.
+    #[cfg(test)]
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+}
+
+/// Position inside a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct InUnit {
+    offset: u64,
+    /// Number of the next sample in the shard.
+    ordinal: u64,
+}
+
+/// The endless sequence of one stream's samples of one source.
+#[derive(Debug)]
+pub(crate) struct Order {
+    source: Arc<Source>,
+    stream: usize,
+    streams: usize,
+    capacity: usize,
+    /// The key of the buffer's draws.
+    draw_key: Key,
+    cursor: Cursor,
+    scanner: Option<OpenUnit>,
+    /// The permutation of the epoch it belongs to.
+    permutation: Option<(u64, Vec<u32>)>,
+}
+
+#[derive(Debug)]
+struct OpenUnit {
+    scanner: Scanner,
+    part: u64,
+}
+
+/// A (shard, part) unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Unit {
+    shard: u32,
+    part: u64,
+}
+
+impl Order {
+    /// The order of `stream` among `streams`, from `cursor` on.
+    pub(crate) fn new(
+        source: Arc<Source>,
+        stream: usize,
+        streams: usize,
+        capacity: usize,
+        cursor: Cursor,
+    ) -> Self {
+        let draw_key = source.key.with_name("draw").with(stream as u64);
+        Self { source, stream, streams, capacity, draw_key, cursor, scanner: None, permutation: None }
+    }
+
+    /// The position after the last sample.
+    pub(crate) fn cursor(&self) -> &Cursor {
+        &self.cursor
+    }
+
+    /// The next sample.
+    ///
+    /// # Errors
+    /// [`Error::BrokenShard`], [`Error::Io`], and [`Error::EmptySource`] instead of an endless search.
+    pub(crate) fn next_sample(&mut self) -> Result<SampleRef> {
+        self.fill()?;
+        let drawn = self.draw_key.below(self.cursor.draws, self.cursor.buffer.len());
+        self.cursor.draws += 1;
+        Ok(self.cursor.buffer.swap_remove(drawn))
+    }
+
+    /// Fills the buffer from the current epoch; begins the next one only when it is empty.
+    fn fill(&mut self) -> Result<()> {
+        let mut empty_units = 0;
+        while self.cursor.buffer.len() < self.capacity {
+            let (epoch, place) = self.place();
+            if epoch != self.cursor.epoch {
+                if !self.cursor.buffer.is_empty() {
+                    break;
+                }
+                self.cursor.epoch = epoch;
+            }
+            if let Some(sample) = self.next_of_unit(epoch, place)? {
+                self.cursor.buffer.push(sample);
+            } else {
+                self.cursor.units += 1;
+                empty_units += 1;
+                if self.cursor.buffer.is_empty() && empty_units > self.source.units() {
+                    self.check_not_empty()?;
+                    empty_units = 0;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The epoch of the current unit and its place in that epoch's permutation.
+    fn place(&self) -> (u64, usize) {
+        let place = self.stream as u64 + self.cursor.units * self.streams as u64;
+        let units = self.source.units() as u64;
+        (place / units, (place % units) as usize)
+    }
+
+    fn unit(&mut self, epoch: u64, place: usize) -> Unit {
+        let source = &self.source;
+        if self.permutation.as_ref().is_none_or(|(of, _)| *of != epoch) {
+            let order = source.key.with_name("epoch").with(epoch).permutation(source.units());
+            self.permutation = Some((epoch, order));
+        }
+        let number = self.permutation.as_ref().map_or(0, |(_, order)| order[place]);
+        let parts = source.parts as u32;
+        Unit { shard: number / parts, part: u64::from(number % parts) }
+    }
+
+    /// The next sample of the current unit, `None` at its end.
+    fn next_of_unit(&mut self, epoch: u64, place: usize) -> Result<Option<SampleRef>> {
+        let mut open = match self.scanner.take() {
+            Some(open) => open,
+            None => {
+                let unit = self.unit(epoch, place);
+                let at = self.cursor.at.unwrap_or(InUnit { offset: 0, ordinal: 0 });
+                let path = &self.source.shards[unit.shard as usize];
+                OpenUnit { scanner: Scanner::open(path, unit.shard, at.offset, at.ordinal)?, part: unit.part }
+            }
+        };
+        let parts = self.source.parts as u64;
+        loop {
+            let ours = open.scanner.ordinal() % parts == open.part;
+            match open.scanner.next_sample()? {
+                Some(sample) if ours => {
+                    let (offset, ordinal) = (open.scanner.offset(), open.scanner.ordinal());
+                    self.cursor.at = Some(InUnit { offset, ordinal });
+                    self.scanner = Some(open);
+                    return Ok(Some(sample));
+                }
+                Some(_) => {}
+                None => {
+                    self.cursor.at = None;
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    fn check_not_empty(&self) -> Result<()> {
+        for shard in &self.source.shards {
+            if has_samples(shard)? {
+                return Ok(());
+            }
+        }
+        Err(Error::EmptySource { name: self.source.name.clone(), shards: self.source.shards.len() })
+    }
+}

@@ -1,0 +1,235 @@
+//! A sample ready for the model, and a pack of samples: plain host memory, no tensors.
+
+use std::borrow::Borrow;
+use std::fmt;
+
+use crate::annotation::{Role, Turn};
+
+/// The target of a position that has nothing to predict.
+pub const IGNORE: i64 = -100;
+
+/// Where a sample comes from.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+pub struct SampleId {
+    /// Name of the source.
+    pub source: String,
+    /// Path of the shard.
+    pub shard: String,
+    /// Key inside the shard: the member path up to the first dot of its base name.
+    pub key: String,
+}
+
+impl fmt::Display for SampleId {
+    /// `source/shard/key`, the shard by its file name.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shard = self.shard.rsplit('/').next().unwrap_or_default();
+        write!(f, "{}/{shard}/{}", self.source, self.key)
+    }
+}
+
+/// Image tiles: normalised pixels `[n, 3, px, px]`, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tiles {
+    /// Number of tiles; 0 for text-only samples.
+    pub n: usize,
+    /// Side of a tile, in pixels.
+    pub px: usize,
+    /// `n * 3 * px * px` values, (value / 255 - mean) / std per channel.
+    pub pixels: Vec<f32>,
+}
+
+impl Tiles {
+    /// No tiles of side `px`.
+    pub fn none(px: usize) -> Self {
+        Self { n: 0, px, pixels: Vec::new() }
+    }
+
+    /// The first `n` tiles.
+    fn first(&self, n: usize) -> Self {
+        Self { n, px: self.px, pixels: self.pixels[..n * 3 * self.px * self.px].to_vec() }
+    }
+
+    /// Appends the tiles of `other`, which have the same side.
+    pub(crate) fn extend(&mut self, other: &Self) {
+        debug_assert_eq!(self.px, other.px, "invariant: one tile size per specification");
+        self.n += other.n;
+        self.pixels.extend_from_slice(&other.pixels);
+    }
+}
+
+/// One sample ready for the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// Where it comes from.
+    pub id: SampleId,
+    /// Token ids `[t]`.
+    pub ids: Vec<i64>,
+    /// The id to predict from each position `[t]` (shifted already), [`IGNORE`] where nothing is learnt.
+    /// The last position never has one.
+    pub targets: Vec<i64>,
+    /// Loss weight of each position `[t]`; 0 where the target is [`IGNORE`].
+    pub weights: Vec<f32>,
+    /// The tiles of all its images, in the order of `image_rows`.
+    pub tiles: Tiles,
+    /// Positions in `ids` that stand for visual tokens, in tile order, the same number per tile.
+    pub image_rows: Vec<i64>,
+    /// The turns as written.
+    pub turns: Vec<Turn>,
+}
+
+/// Token ids to be continued by the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    /// Token ids `[t]`, ending with the assistant's header.
+    pub ids: Vec<i64>,
+    /// Positions in `ids` that stand for visual tokens, in tile order.
+    pub image_rows: Vec<i64>,
+}
+
+/// The question of a sample, with the answer it hopes for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplePrompt {
+    /// Everything up to the first answer.
+    pub prompt: Prompt,
+    /// The tiles of the images in the prompt.
+    pub tiles: Tiles,
+    /// The text of the first answer.
+    pub truth: String,
+}
+
+impl Sample {
+    /// The prompt of the first answer, for generation: ids up to and including the assistant's header.
+    pub fn prompt(&self) -> SamplePrompt {
+        let header_end = self.targets.iter().position(|&target| target != IGNORE);
+        let length = header_end.map_or(self.ids.len(), |last| last + 1);
+        let rows = self.image_rows.partition_point(|&row| row < length as i64);
+        let tiles = if rows == 0 { 0 } else { self.tiles.n * rows / self.image_rows.len() };
+        let answer = self.turns.iter().find(|turn| turn.is_answer());
+        SamplePrompt {
+            prompt: Prompt { ids: self.ids[..length].to_vec(), image_rows: self.image_rows[..rows].to_vec() },
+            tiles: self.tiles.first(tiles),
+            truth: answer.map_or_else(String::new, |turn| turn.text.clone()),
+        }
+    }
+
+    /// Number of positions with a target.
+    pub fn answer_tokens(&self) -> usize {
+        self.targets.iter().filter(|&&target| target != IGNORE).count()
+    }
+}
+
+impl Turn {
+    /// Whether this turn is learnt: an assistant's turn with some text.
+    pub(crate) fn is_answer(&self) -> bool {
+        self.role == Role::Assistant && !self.text.trim().is_empty()
+    }
+}
+
+/// Samples laid end to end; attention stays inside each segment of `cu_seqlens`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pack {
+    /// Token ids `[t]` of all samples.
+    pub ids: Vec<i64>,
+    /// Targets `[t]`, [`IGNORE`] where nothing is learnt.
+    pub targets: Vec<i64>,
+    /// Loss weights `[t]`.
+    pub weights: Vec<f32>,
+    /// Position inside the sample `[t]`, starting at 0 for each.
+    pub positions: Vec<i64>,
+    /// Boundaries of the samples in `ids`: `[n + 1]`, from 0 to t.
+    pub cu_seqlens: Vec<i64>,
+    /// All tiles, in the order of `image_rows`.
+    pub tiles: Tiles,
+    /// Indices into the pack's `ids` that stand for visual tokens, in tile order.
+    pub image_rows: Vec<i64>,
+    /// The samples, in order.
+    pub samples: Vec<SampleId>,
+}
+
+impl Pack {
+    /// Lays samples end to end. No padding: the length is the sum of theirs.
+    pub fn collate<S: Borrow<Sample>>(samples: &[S]) -> Self {
+        let samples: Vec<&Sample> = samples.iter().map(Borrow::borrow).collect();
+        let tokens = samples.iter().map(|sample| sample.ids.len()).sum();
+        let pixels = samples.iter().map(|sample| sample.tiles.pixels.len()).sum();
+        let px = samples.iter().map(|sample| sample.tiles.px).max().unwrap_or(0);
+        let mut pack = Self {
+            ids: Vec::with_capacity(tokens),
+            targets: Vec::with_capacity(tokens),
+            weights: Vec::with_capacity(tokens),
+            positions: Vec::with_capacity(tokens),
+            cu_seqlens: vec![0],
+            tiles: Tiles { n: 0, px, pixels: Vec::with_capacity(pixels) },
+            image_rows: Vec::new(),
+            samples: Vec::with_capacity(samples.len()),
+        };
+        for sample in samples {
+            let start = pack.ids.len() as i64;
+            pack.ids.extend_from_slice(&sample.ids);
+            pack.targets.extend_from_slice(&sample.targets);
+            pack.weights.extend_from_slice(&sample.weights);
+            pack.positions.extend(0..sample.ids.len() as i64);
+            pack.cu_seqlens.push(pack.ids.len() as i64);
+            pack.image_rows.extend(sample.image_rows.iter().map(|row| row + start));
+            pack.tiles.extend(&sample.tiles);
+            pack.samples.push(sample.id.clone());
+        }
+        pack
+    }
+
+    /// Sum of the loss weights.
+    pub fn weight_sum(&self) -> f64 {
+        self.weights.iter().map(|&weight| f64::from(weight)).sum()
+    }
+
+    /// Number of positions with a target.
+    pub fn answer_tokens(&self) -> usize {
+        self.targets.iter().filter(|&&target| target != IGNORE).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(key: &str, ids: &[i64], rows: &[i64], tiles: usize) -> Sample {
+        let n = ids.len();
+        let mut targets = vec![IGNORE; n];
+        targets[n - 2] = ids[n - 1];
+        Sample {
+            id: SampleId { source: "s".into(), shard: "a.tar".into(), key: key.into() },
+            ids: ids.to_vec(),
+            weights: targets.iter().map(|&t| f32::from(u8::from(t != IGNORE))).collect(),
+            targets,
+            tiles: Tiles { n: tiles, px: 1, pixels: vec![ids[0] as f32; tiles * 3] },
+            image_rows: rows.to_vec(),
+            turns: vec![
+                Turn { role: Role::User, text: "<image>\nq".into() },
+                Turn { role: Role::Assistant, text: "a".into() },
+            ],
+        }
+    }
+
+    #[test]
+    fn a_pack_is_its_samples_end_to_end() {
+        let samples = [sample("a", &[1, 2, 3, 4], &[1, 2], 2), sample("b", &[5, 6, 7], &[0], 1)];
+        let pack = Pack::collate(&samples);
+        assert_eq!(pack.ids, [1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(pack.targets, [IGNORE, IGNORE, 4, IGNORE, IGNORE, 7, IGNORE]);
+        assert_eq!(pack.positions, [0, 1, 2, 3, 0, 1, 2]);
+        assert_eq!(pack.cu_seqlens, [0, 4, 7]);
+        assert_eq!(pack.image_rows, [1, 2, 4]);
+        assert_eq!(pack.tiles, Tiles { n: 3, px: 1, pixels: vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 5.0] });
+        assert_eq!(pack.samples[1].key, "b");
+    }
+
+    #[test]
+    fn the_prompt_ends_where_the_first_answer_begins() {
+        let mut two_images = sample("a", &[1, 2, 3, 4, 5], &[1, 3], 2);
+        two_images.targets = vec![IGNORE, IGNORE, 4, IGNORE, IGNORE];
+        let asked = two_images.prompt();
+        assert_eq!(asked.prompt, Prompt { ids: vec![1, 2, 3], image_rows: vec![1] });
+        assert_eq!(asked.tiles.n, 1, "the second image comes after the first answer");
+        assert_eq!(asked.truth, "a");
+    }
+}

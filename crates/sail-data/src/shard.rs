@@ -1,0 +1,319 @@
+//! One tar shard: where its samples lie, and the members of one sample at its offset.
+//!
+//! The archive format itself is read by `webdataset`. What is added here is the position: a [`Scanner`]
+//! walks the headers of a shard and yields the byte range of each sample, from any sample's offset on; the
+//! payloads are not read for that.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+
+use serde::{Deserialize, Serialize};
+use webdataset::core::utils::{base_plus_ext, is_shard_metadata};
+use webdataset::shard::TarEntries;
+
+use crate::error::{BadSample, Error, Result};
+
+const BLOCK: usize = 512;
+
+/// One sample's place: a shard of its source, and a byte range in it. Stored as `[shard, offset, bytes]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(from = "(u32, u64, u64)", into = "(u32, u64, u64)")]
+pub(crate) struct SampleRef {
+    /// Index of the shard in its source.
+    pub(crate) shard: u32,
+    /// Where the header of its first member begins.
+    pub(crate) offset: u64,
+    /// Bytes up to the end of its last member's padding.
+    pub(crate) bytes: u64,
+}
+
+impl From<(u32, u64, u64)> for SampleRef {
+    fn from((shard, offset, bytes): (u32, u64, u64)) -> Self {
+        Self { shard, offset, bytes }
+    }
+}
+
+impl From<SampleRef> for (u32, u64, u64) {
+    fn from(place: SampleRef) -> Self {
+        (place.shard, place.offset, place.bytes)
+    }
+}
+
+/// Yields the byte ranges of the samples of one shard, in order.
+#[derive(Debug)]
+pub(crate) struct Scanner {
+    path: String,
+    shard: u32,
+    archive: Skim,
+    /// The member read last, which begins the next sample.
+    ahead: Option<Span>,
+    /// Samples yielded so far, counted from the beginning of the shard.
+    ordinal: u64,
+}
+
+#[derive(Debug)]
+struct Span {
+    key: String,
+    start: u64,
+    end: u64,
+}
+
+impl Scanner {
+    /// Opens shard number `shard` of a source at the offset of its sample number `ordinal`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the file cannot be opened, [`Error::CompressedShard`] when it is no plain tar.
+    pub(crate) fn open(path: &str, shard: u32, offset: u64, ordinal: u64) -> Result<Self> {
+        let archive = Skim::open(path, offset)?;
+        Ok(Self { path: path.to_owned(), shard, archive, ahead: None, ordinal })
+    }
+
+    /// Where the next sample begins, or the search for it goes on.
+    pub(crate) fn offset(&self) -> u64 {
+        self.ahead.as_ref().map_or(self.archive.position, |member| member.start)
+    }
+
+    /// The number of the next sample in the shard.
+    pub(crate) fn ordinal(&self) -> u64 {
+        self.ordinal
+    }
+
+    /// The next sample: adjacent members that share a key.
+    ///
+    /// # Errors
+    /// [`Error::BrokenShard`] when the archive is truncated or not a tar.
+    pub(crate) fn next_sample(&mut self) -> Result<Option<SampleRef>> {
+        let first = match self.ahead.take() {
+            Some(member) => member,
+            None => match self.next_member()? {
+                Some(member) => member,
+                None => return Ok(None),
+            },
+        };
+        let mut end = first.end;
+        while let Some(member) = self.next_member()? {
+            if member.key != first.key {
+                self.ahead = Some(member);
+                break;
+            }
+            end = member.end;
+        }
+        self.ordinal += 1;
+        Ok(Some(SampleRef { shard: self.shard, offset: first.start, bytes: end - first.start }))
+    }
+
+    /// The next regular member that belongs to a sample.
+    fn next_member(&mut self) -> Result<Option<Span>> {
+        loop {
+            let start = self.archive.position;
+            let broken = |detail: String| Error::BrokenShard { shard: self.path.clone(), offset: start, detail };
+            // Every call reads whole members, so the parser needs no memory between calls.
+            match TarEntries::new(&mut self.archive).next() {
+                Some(Ok(entry)) if is_shard_metadata(&entry.name) => {}
+                Some(Ok(entry)) => {
+                    if let Some((key, _)) = base_plus_ext(&entry.name) {
+                        let end = self.archive.position;
+                        return Ok(Some(Span { key: key.to_owned(), start, end }));
+                    }
+                }
+                Some(Err(error)) => return Err(broken(error.to_string())),
+                None if self.archive.at_end_mark => return Ok(None),
+                None => return Err(broken("it ends without the end mark of a tar archive; is it truncated?".into())),
+            }
+        }
+    }
+}
+
+/// A tar archive in which the payloads of regular members read as zeros, without being read from the file.
+///
+/// That makes walking the headers cheap while the parser still sees a well-formed archive.
+#[derive(Debug)]
+struct Skim {
+    file: BufReader<File>,
+    length: u64,
+    /// Bytes handed out so far, counted from the beginning of the file.
+    position: u64,
+    /// Whether the last header block was the zero block that ends an archive.
+    at_end_mark: bool,
+    header: [u8; BLOCK],
+    /// Bytes of `header` handed out already; `BLOCK` when the next read begins a new block.
+    header_used: usize,
+    payload: Payload,
+}
+
+/// What follows the header being handed out.
+#[derive(Clone, Copy, Debug)]
+enum Payload {
+    /// A member's content: skipped.
+    Hidden(u64),
+    /// A record of the format itself, such as a long name: passed through.
+    Shown(u64),
+}
+
+impl Skim {
+    fn open(path: &str, offset: u64) -> Result<Self> {
+        let io = |cause| Error::Io { path: path.into(), cause };
+        let mut file = File::open(path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
+        let mut magic = Vec::new();
+        file.by_ref().take(4).read_to_end(&mut magic).map_err(io)?;
+        if let Some(codec) = compression(&magic) {
+            return Err(Error::CompressedShard { shard: path.to_owned(), codec });
+        }
+        file.seek(SeekFrom::Start(offset)).map_err(io)?;
+        Ok(Self {
+            file: BufReader::with_capacity(4096, file),
+            length,
+            position: offset,
+            at_end_mark: false,
+            header: [0; BLOCK],
+            header_used: BLOCK,
+            payload: Payload::Hidden(0),
+        })
+    }
+
+    /// Reads the next header block; false at the end of the file.
+    fn begin_block(&mut self) -> std::io::Result<bool> {
+        let left = self.length.saturating_sub(self.position).min(BLOCK as u64) as usize;
+        if left == 0 {
+            return Ok(false);
+        }
+        if left < BLOCK {
+            return Err(std::io::Error::new(
+                std::io::ErrorKind::UnexpectedEof,
+                format!("the file ends after {left} bytes of a header of {BLOCK}"),
+            ));
+        }
+        self.file.read_exact(&mut self.header)?;
+        self.at_end_mark = self.header.iter().all(|&byte| byte == 0);
+        self.header_used = 0;
+        let size = payload_bytes(&self.header).div_ceil(BLOCK as u64).saturating_mul(BLOCK as u64);
+        self.payload = match self.header[156] {
+            b'0' | 0 | b'7' => Payload::Hidden(size),
+            _ => Payload::Shown(size),
+        };
+        Ok(true)
+    }
+}
+
+impl Read for Skim {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        let in_header = self.header_used < BLOCK;
+        let n = match self.payload {
+            _ if in_header => {
+                let n = buf.len().min(BLOCK - self.header_used);
+                buf[..n].copy_from_slice(&self.header[self.header_used..self.header_used + n]);
+                self.header_used += n;
+                n
+            }
+            Payload::Hidden(0) | Payload::Shown(0) => {
+                return if self.begin_block()? { self.read(buf) } else { Ok(0) };
+            }
+            Payload::Hidden(left) => {
+                let there = self.length.saturating_sub(self.position);
+                let n = (buf.len() as u64).min(left).min(there) as usize;
+                buf[..n].fill(0);
+                self.file.seek_relative(n as i64)?;
+                self.payload = Payload::Hidden(left - n as u64);
+                n
+            }
+            Payload::Shown(left) => {
+                let wanted = (buf.len() as u64).min(left) as usize;
+                let n = self.file.read(&mut buf[..wanted])?;
+                self.payload = Payload::Shown(left - n as u64);
+                n
+            }
+        };
+        self.position += n as u64;
+        Ok(n)
+    }
+}
+
+/// The size field of a tar header: octal digits, or base 256 when the top bit is set. An unreadable size
+/// counts as 0 here; the parser that reads through [`Skim`] reports it.
+fn payload_bytes(header: &[u8; BLOCK]) -> u64 {
+    let field = &header[124..136];
+    if field[0] & 0x80 != 0 {
+        return field[4..].iter().fold(0, |size, &byte| (size << 8) | u64::from(byte));
+    }
+    let digits = field.iter().skip_while(|&&byte| byte == b' ').take_while(|byte| byte.is_ascii_digit());
+    digits.fold(0, |size, &digit| size * 8 + u64::from(digit - b'0'))
+}
+
+fn compression(magic: &[u8]) -> Option<&'static str> {
+    match magic {
+        [0x1f, 0x8b, ..] => Some("gzip"),
+        [0x28, 0xb5, 0x2f, 0xfd] => Some("zstd"),
+        [b'B', b'Z', b'h', ..] => Some("bzip2"),
+        [0xfd, b'7', b'z', b'X'] => Some("xz"),
+        _ => None,
+    }
+}
+
+/// One member of a sample.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Member {
+    pub(crate) name: String,
+    /// Everything after the first dot of the base name, in lower case.
+    pub(crate) suffix: String,
+    pub(crate) data: Vec<u8>,
+}
+
+/// The members of one sample.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RawSample {
+    pub(crate) key: String,
+    pub(crate) members: Vec<Member>,
+}
+
+impl RawSample {
+    /// Reads the sample at `place` of the shard `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::BrokenShard`], also when the file has changed since it was scanned.
+    pub(crate) fn read(path: &str, place: SampleRef) -> Result<Self> {
+        let io = |cause| Error::Io { path: path.into(), cause };
+        let broken =
+            |detail: String| Error::BrokenShard { shard: path.to_owned(), offset: place.offset, detail };
+        let mut file = File::open(path).map_err(io)?;
+        file.seek(SeekFrom::Start(place.offset)).map_err(io)?;
+        let mut bytes = Vec::with_capacity(place.bytes.min(1 << 30) as usize);
+        file.take(place.bytes).read_to_end(&mut bytes).map_err(io)?;
+        let mut found: Option<Self> = None;
+        for entry in TarEntries::new(bytes.as_slice()) {
+            let entry = entry.map_err(|error| broken(error.to_string()))?;
+            let Some((key, suffix)) = base_plus_ext(&entry.name).filter(|_| !is_shard_metadata(&entry.name))
+            else {
+                continue;
+            };
+            let sample = found.get_or_insert_with(|| Self { key: key.to_owned(), members: Vec::new() });
+            if sample.key != key {
+                return Err(broken(format!("found the key `{key}` inside the sample `{}`", sample.key)));
+            }
+            let suffix = suffix.to_ascii_lowercase();
+            sample.members.push(Member { name: entry.name, suffix, data: entry.data });
+        }
+        found.ok_or_else(|| broken("there is no sample".into()))
+    }
+
+    /// The member with this suffix.
+    pub(crate) fn member(&self, suffix: &str) -> Option<&Member> {
+        self.members.iter().find(|member| member.suffix == suffix)
+    }
+
+    /// Refuses a sample with two members of the same suffix.
+    pub(crate) fn check_unique(&self) -> std::result::Result<(), BadSample> {
+        for (index, member) in self.members.iter().enumerate() {
+            if self.members[..index].iter().any(|other| other.suffix == member.suffix) {
+                return Err(BadSample::DuplicateMember { name: member.name.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether any sample lies in the shard.
+pub(crate) fn has_samples(path: &str) -> Result<bool> {
+    Ok(Scanner::open(path, 0, 0, 0)?.next_sample()?.is_some())
+}
+

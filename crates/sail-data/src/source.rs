@@ -1,0 +1,149 @@
+//! A source with its shards found: patterns expanded, files there, names distinct.
+
+use webdataset::braceexpand;
+
+use crate::error::{Error, Result};
+use crate::rng::Key;
+use crate::spec::{DataSpec, SourceSpec};
+
+/// A source ready to be read.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Source {
+    pub(crate) name: String,
+    /// Shard paths, in the order of the patterns.
+    pub(crate) shards: Vec<String>,
+    /// Into how many parts each shard is cut, so that there is one for every stream.
+    pub(crate) parts: usize,
+    /// Upper end of this source's share of [0, 1), for the mixture; the lower end is the previous one's.
+    pub(crate) share_end: f64,
+    /// The sequence of its random draws.
+    pub(crate) key: Key,
+}
+
+impl Source {
+    /// Finds the shards of all sources.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSpec`], [`Error::Pattern`], [`Error::NoShards`], [`Error::DuplicateShard`].
+    pub(crate) fn open_all(spec: &DataSpec) -> Result<Vec<Self>> {
+        spec.validate()?;
+        let total: f64 = spec.sources.iter().map(|source| source.weight).sum();
+        let mut share_end = 0.0;
+        let mut sources = Vec::with_capacity(spec.sources.len());
+        for source in &spec.sources {
+            let shards = find_shards(source)?;
+            share_end += source.weight / total;
+            sources.push(Self {
+                name: source.name.clone(),
+                parts: spec.streams.div_ceil(shards.len()),
+                shards,
+                share_end,
+                key: Key::new(spec.seed).with_name(&source.name),
+            });
+        }
+        if let Some(last) = sources.last_mut() {
+            // The sum of the shares may fall short of 1 by rounding.
+            last.share_end = 1.0;
+        }
+        Ok(sources)
+    }
+
+    /// Number of (shard, part) units in an epoch.
+    pub(crate) fn units(&self) -> usize {
+        self.shards.len() * self.parts
+    }
+
+    /// A number that tells this source's shard list from others'.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        self.shards.iter().fold(self.key.with(self.parts as u64), |key, shard| key.with_name(shard)).bits(0)
+    }
+}
+
+/// Expands braces, then globs; every expanded pattern must match at least one file.
+fn find_shards(source: &SourceSpec) -> Result<Vec<String>> {
+    let mut shards: Vec<String> = Vec::new();
+    for pattern in &source.shards {
+        let malformed = |detail: String| Error::Pattern {
+            name: source.name.clone(),
+            pattern: pattern.clone(),
+            detail,
+        };
+        if pattern.contains("://") {
+            return Err(malformed("only local files can be read".into()));
+        }
+        for path in braceexpand(pattern).map_err(|e| malformed(e.to_string()))? {
+            let before = shards.len();
+            for file in glob::glob(&path).map_err(|e| malformed(e.to_string()))? {
+                let file = file.map_err(|e| Error::Io { path: e.path().into(), cause: e.into() })?;
+                let file = file.into_os_string().into_string();
+                shards.push(file.map_err(|name| malformed(format!("{} is not UTF-8", name.display())))?);
+            }
+            if shards.len() == before {
+                let (name, pattern) = (source.name.clone(), pattern.clone());
+                return Err(Error::NoShards { name, pattern, missing: path });
+            }
+        }
+    }
+    let mut sorted: Vec<&String> = shards.iter().collect();
+    sorted.sort();
+    match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => {
+            Err(Error::DuplicateShard { name: source.name.clone(), shard: pair[0].clone() })
+        }
+        None => Ok(shards),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::spec;
+
+    fn open(patterns: &[&str]) -> Result<Vec<Source>> {
+        Source::open_all(&spec(patterns))
+    }
+
+    #[test]
+    fn braces_and_globs_are_expanded_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        for name in ["b-0.tar", "b-1.tar", "a-1.tar", "a-2.tar"] {
+            std::fs::write(at(name), "").unwrap();
+        }
+        let sources = open(&[&at("b-{0..1}.tar"), &at("a-*.tar")]).unwrap();
+        assert_eq!(sources[0].shards, ["b-0.tar", "b-1.tar", "a-1.tar", "a-2.tar"].map(at));
+        assert_eq!(sources[0].units(), 4);
+
+        let message = open(&[&at("b-{0..2}.tar")]).unwrap_err().to_string();
+        assert!(message.contains("b-{0..2}.tar") && message.contains("b-2.tar"), "{message}");
+        assert!(matches!(open(&[&at("c-*.tar")]), Err(Error::NoShards { .. })));
+        assert!(matches!(open(&[&at("a-*.tar"), &at("a-1.tar")]), Err(Error::DuplicateShard { .. })));
+        assert!(matches!(open(&["s3://bucket/a.tar"]), Err(Error::Pattern { .. })));
+        assert!(matches!(open(&["[.tar"]), Err(Error::Pattern { .. })));
+    }
+
+    #[test]
+    fn few_shards_are_cut_so_that_every_stream_has_data() {
+        let dir = tempfile::tempdir().unwrap();
+        for index in 0..3 {
+            std::fs::write(dir.path().join(format!("{index}.tar")), "").unwrap();
+        }
+        let mut spec = spec(&[&dir.path().join("*.tar").display().to_string()]);
+        for (streams, parts) in [(1, 1), (3, 1), (4, 2), (8, 3)] {
+            spec.streams = streams;
+            assert_eq!(Source::open_all(&spec).unwrap()[0].parts, parts);
+        }
+    }
+
+    #[test]
+    fn shares_follow_the_weights() {
+        let dir = tempfile::tempdir().unwrap();
+        let shard = dir.path().join("a.tar").display().to_string();
+        std::fs::write(&shard, "").unwrap();
+        let mut spec = spec(&[&shard]);
+        spec.sources.push(SourceSpec { name: "other".into(), weight: 3.0, ..spec.sources[0].clone() });
+        let sources = Source::open_all(&spec).unwrap();
+        assert_eq!([sources[0].share_end, sources[1].share_end], [0.25, 1.0]);
+        assert_ne!(sources[0].fingerprint(), sources[1].fingerprint());
+    }
+}

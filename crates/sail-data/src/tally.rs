@@ -1,0 +1,133 @@
+//! How many samples of a source were seen and skipped, and when that is too much.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Fewer samples than this say nothing about a source.
+const ENOUGH_SEEN: u64 = 20;
+
+/// Counts of one source.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    /// Samples looked at.
+    pub seen: u64,
+    /// Samples skipped, by [`BadSample::reason`](crate::BadSample::reason).
+    pub skipped: BTreeMap<String, u64>,
+}
+
+impl Tally {
+    /// Samples skipped, for any reason.
+    pub fn total_skipped(&self) -> u64 {
+        self.skipped.values().sum()
+    }
+
+    /// The commonest reason and its count; the first by name among equals.
+    pub fn commonest(&self) -> Option<(&str, u64)> {
+        let most = *self.skipped.values().max()?;
+        self.skipped.iter().find(|(_, count)| **count == most).map(|(reason, _)| (reason.as_str(), most))
+    }
+
+    pub(crate) fn skip(&mut self, reason: &str) {
+        *self.skipped.entry(reason.to_owned()).or_default() += 1;
+    }
+
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.seen += other.seen;
+        for (reason, count) in &other.skipped {
+            *self.skipped.entry(reason.clone()).or_default() += count;
+        }
+    }
+
+    /// Refuses a share of bad samples above `limit`, once enough samples were seen.
+    ///
+    /// # Errors
+    /// [`Error::TooManyBad`] naming the source.
+    pub(crate) fn check(&self, name: &str, limit: f64) -> Result<()> {
+        let skipped = self.total_skipped();
+        match self.commonest() {
+            Some((reason, count)) if self.seen >= ENOUGH_SEEN && skipped as f64 > limit * self.seen as f64 => {
+                let (name, reason) = (name.to_owned(), reason.to_owned());
+                Err(Error::TooManyBad { name, seen: self.seen, skipped, limit, reason, count })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Samples of each source that were bad in a row, while one pack is sought.
+///
+/// The rate of a source is judged over all streams by the loader; a stream alone sees too few samples for
+/// that. But a stream that finds no good sample would search for ever, so a row that is next to impossible
+/// below the limit stops it.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    rows: Vec<Tally>,
+    longest: u64,
+    limit: f64,
+}
+
+impl Rows {
+    pub(crate) fn new(sources: usize, limit: f64) -> Self {
+        let longest = (ENOUGH_SEEN as f64 / (1.0 - limit)).ceil() as u64;
+        Self { rows: vec![Tally::default(); sources], longest, limit }
+    }
+
+    pub(crate) fn good(&mut self, source: usize) {
+        self.rows[source] = Tally::default();
+    }
+
+    /// # Errors
+    /// [`Error::TooManyBad`] naming the source.
+    pub(crate) fn bad(&mut self, source: usize, name: &str, reason: &str) -> Result<()> {
+        let row = &mut self.rows[source];
+        row.seen += 1;
+        row.skip(reason);
+        if row.seen >= self.longest { row.check(name, self.limit) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tally(seen: u64, skipped: &[(&str, u64)]) -> Tally {
+        Tally { seen, skipped: skipped.iter().map(|&(reason, n)| (reason.to_owned(), n)).collect() }
+    }
+
+    #[test]
+    fn the_rate_is_judged_after_twenty_samples() {
+        assert!(tally(19, &[("bad_json", 19)]).check("s", 0.5).is_ok());
+        assert!(tally(20, &[("bad_json", 10)]).check("s", 0.5).is_ok(), "the limit itself is allowed");
+        let error = tally(20, &[("bad_json", 3), ("no_answer", 8)]).check("s", 0.5).unwrap_err();
+        let message = error.to_string();
+        for part in ["`s`", "11 of 20", "0.5", "`no_answer`", "8 times"] {
+            assert!(message.contains(part), "{part}: {message}");
+        }
+        assert!(tally(20, &[]).check("s", 0.0).is_ok());
+        assert!(tally(20, &[("x", 1)]).check("s", 0.0).is_err());
+    }
+
+    #[test]
+    fn a_row_of_bad_samples_stops_a_stream() {
+        let mut rows = Rows::new(2, 0.5);
+        for _ in 0..39 {
+            rows.bad(1, "s", "x").unwrap();
+        }
+        rows.bad(0, "t", "x").unwrap();
+        assert!(rows.bad(1, "s", "x").is_err());
+        rows.good(1);
+        assert!(rows.bad(1, "s", "x").is_ok());
+    }
+
+    #[test]
+    fn tallies_add_up() {
+        let mut sum = tally(5, &[("a", 1)]);
+        sum.add(&tally(7, &[("a", 1), ("b", 4)]));
+        assert_eq!(sum, tally(12, &[("a", 2), ("b", 4)]));
+        assert_eq!(sum.commonest(), Some(("b", 4)));
+        assert_eq!(sum.total_skipped(), 6);
+    }
+}

@@ -1,0 +1,145 @@
+//! What the tests of this crate share: a tiny tokenizer, tiny images and tiny shards.
+
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
+use serde_json::json;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+use crate::spec::{
+    DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec, Tiling,
+};
+use crate::text::TextEncoder;
+
+pub(crate) const SPECIALS: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>"];
+
+pub(crate) fn text_spec() -> TextSpec {
+    let [_, _, start, context, end] = SPECIALS.map(str::to_owned);
+    TextSpec {
+        template: Template::Chatml,
+        system: None,
+        image_tokens: ImageTokens { start, context, end },
+        loss_weight: LossWeight::Token,
+    }
+}
+
+/// One stream over these shards, 8 px tiles of 4 tokens.
+pub(crate) fn spec(shards: &[&str]) -> DataSpec {
+    DataSpec {
+        sources: vec![SourceSpec {
+            name: "demo".into(),
+            shards: shards.iter().map(|&shard| shard.to_owned()).collect(),
+            weight: 1.0,
+        }],
+        streams: 1,
+        seed: 7,
+        tokens_per_pack: 256,
+        shuffle_buffer: 4,
+        pack_buffer: 3,
+        max_error_rate: 0.5,
+        text: text_spec(),
+        image: ImageSpec {
+            tile_px: 8,
+            tokens_per_tile: 4,
+            tiling: Tiling { min: 1, max: 4, thumbnail: true },
+            mean: [0.5; 3],
+            std: [0.5; 3],
+            max_pixels: 1_000_000,
+        },
+    }
+}
+
+/// A byte-level `tokenizer.json` without merges: one token per byte, and the special tokens at 256..261.
+pub(crate) fn tokenizer_json(specials: &[&str], special: bool) -> String {
+    let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+    alphabet.sort_unstable();
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        alphabet.into_iter().enumerate().map(|(id, byte)| (byte.to_string(), json!(id))).collect();
+    let added: Vec<serde_json::Value> = specials
+        .iter()
+        .enumerate()
+        .map(|(index, token)| {
+            json!({"id": 256 + index, "content": token, "single_word": false, "lstrip": false,
+                   "rstrip": false, "normalized": false, "special": special})
+        })
+        .collect();
+    json!({
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 10, "strategy": "LongestFirst", "stride": 0},
+        "padding": null, "added_tokens": added, "normalizer": null,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+                  "ignore_merges": false, "vocab": vocab, "merges": []}
+    })
+    .to_string()
+}
+
+pub(crate) fn encoder_for(spec: &TextSpec) -> Arc<TextEncoder> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    std::fs::write(&path, tokenizer_json(&SPECIALS, true)).unwrap();
+    Arc::new(TextEncoder::new(&path, spec).unwrap())
+}
+
+pub(crate) fn gradient(width: u32, height: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| Rgb([(x * 7) as u8, (y * 11) as u8, (x * y) as u8]))
+}
+
+pub(crate) fn encode(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
+    let mut bytes = Cursor::new(Vec::new());
+    image.write_to(&mut bytes, format).unwrap();
+    bytes.into_inner()
+}
+
+pub(crate) fn jpeg(image: &RgbImage) -> Vec<u8> {
+    encode(&image.clone().into(), ImageFormat::Jpeg)
+}
+
+pub(crate) fn png(image: &RgbImage) -> Vec<u8> {
+    encode(&image.clone().into(), ImageFormat::Png)
+}
+
+/// A ustar archive with these members.
+pub(crate) fn tar<N: AsRef<str>, D: AsRef<[u8]>>(members: &[(N, D)]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (name, data) in members {
+        let data = data.as_ref();
+        let mut header = [0_u8; 512];
+        header[..name.as_ref().len()].copy_from_slice(name.as_ref().as_bytes());
+        header[100..108].copy_from_slice(b"0000644\0");
+        header[124..136].copy_from_slice(format!("{:011o}\0", data.len()).as_bytes());
+        header[148..156].fill(b' ');
+        header[156] = b'0';
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        archive.extend_from_slice(&header);
+        archive.extend_from_slice(data);
+        archive.resize(archive.len().next_multiple_of(512), 0);
+    }
+    archive.resize(archive.len() + 1024, 0);
+    archive
+}
+
+/// A text-only annotation.
+pub(crate) fn text_sample(question: &str, answer: &str) -> String {
+    json!({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}).to_string()
+}
+
+/// Shards of text-only samples: shard s has `counts[s]`, with answers of different lengths.
+pub(crate) fn write_shards(dir: &Path, counts: &[usize]) -> Vec<PathBuf> {
+    let write = |(shard, &count): (usize, &usize)| {
+        let members: Vec<(String, String)> = (0..count)
+            .map(|n| (format!("{shard}-{n}.json"), text_sample("q", &"a".repeat(1 + (shard * 31 + n * 17) % 50))))
+            .collect();
+        let path = dir.join(format!("{shard:03}.tar"));
+        std::fs::write(&path, tar(&members)).unwrap();
+        path
+    };
+    counts.iter().enumerate().map(write).collect()
+}

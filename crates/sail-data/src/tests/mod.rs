@@ -1,0 +1,7 @@
+//! Tests that go through several modules, on shards written to temporary folders.
+
+mod bad_samples;
+mod images;
+mod loading;
+mod shards;
+mod templates;

@@ -1,0 +1,133 @@
+//! The decoder block that Llama and Qwen3 share, and its two halves.
+//!
+//! Parameters have the names of Hugging Face's `model.layers.N`. Not the whole model: embedding,
+//! last norm and head are [`super::Llm`]'s.
+//!
+//! Dimension letters: t rows of the pack, d model width, n query heads, m key and value heads, h head
+//! width.
+
+use tch::Tensor;
+
+use super::cache::LayerCache;
+use super::config::LlmConfig;
+use super::rotary::Rotation;
+use crate::attention::{Segments, Visibility, cached_attention, packed_attention};
+use crate::error::Result;
+use crate::nn::{Linear, RmsNorm};
+use crate::params::{Builder, Init};
+
+/// One block: `x += attention(norm(x))`, `x += mlp(norm(x))`.
+pub(super) struct DecoderBlock {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: SwiGlu,
+}
+
+impl DecoderBlock {
+    pub(super) fn new(config: &LlmConfig, builder: &Builder) -> Result<Self> {
+        let decoder = config.decoder();
+        let norm = |name| RmsNorm::new(&builder.sub(name), decoder.hidden_size, decoder.rms_norm_eps);
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::new(config, &builder.sub("self_attn"))?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            mlp: SwiGlu::new(config, &builder.sub("mlp"))?,
+        })
+    }
+
+    /// `[t, d]` -> `[t, d]`. With a cache the rows continue its one sequence.
+    pub(super) fn forward(
+        &self,
+        x_td: &Tensor,
+        rotation: &Rotation,
+        segments: &Segments,
+        cache: Option<&mut LayerCache>,
+    ) -> Tensor {
+        let normed = self.input_layernorm.forward(x_td);
+        let x_td = x_td + self.self_attn.forward(&normed, rotation, segments, cache);
+        let normed = self.post_attention_layernorm.forward(&x_td);
+        x_td + self.mlp.forward(&normed)
+    }
+}
+
+/// Causal attention with grouped key and value heads (Ainslie et al. 2023).
+struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    /// Of queries and of keys, where the family has them.
+    norms: Option<(RmsNorm, RmsNorm)>,
+    head_dim: i64,
+}
+
+impl Attention {
+    fn new(config: &LlmConfig, builder: &Builder) -> Result<Self> {
+        let decoder = config.decoder();
+        let init = Init::Normal(decoder.initializer_range);
+        let linear = |name, inputs, outputs| Linear::new(&builder.sub(name), inputs, outputs, false, init);
+        let norm = |name| RmsNorm::new(&builder.sub(name), decoder.head_dim, decoder.rms_norm_eps);
+        let q_width = decoder.num_attention_heads * decoder.head_dim;
+        let kv_width = decoder.num_key_value_heads * decoder.head_dim;
+        let width = decoder.hidden_size;
+        Ok(Self {
+            q_proj: linear("q_proj", width, q_width)?,
+            k_proj: linear("k_proj", width, kv_width)?,
+            v_proj: linear("v_proj", width, kv_width)?,
+            o_proj: linear("o_proj", q_width, width)?,
+            norms: if config.normalises_queries() { Some((norm("q_norm")?, norm("k_norm")?)) } else { None },
+            head_dim: decoder.head_dim,
+        })
+    }
+
+    fn forward(
+        &self,
+        x_td: &Tensor,
+        rotation: &Rotation,
+        segments: &Segments,
+        cache: Option<&mut LayerCache>,
+    ) -> Tensor {
+        let rows = x_td.size()[0];
+        let heads = |linear: &Linear| linear.forward(x_td).view([rows, -1, self.head_dim]);
+        let (mut q_tnh, mut k_tmh) = (heads(&self.q_proj), heads(&self.k_proj));
+        let v_tmh = heads(&self.v_proj);
+        if let Some((q_norm, k_norm)) = &self.norms {
+            (q_tnh, k_tmh) = (q_norm.forward(&q_tnh), k_norm.forward(&k_tmh));
+        }
+        let (q_tnh, k_tmh) = (rotation.apply(&q_tnh), rotation.apply(&k_tmh));
+        let out_tnh = match cache {
+            None => packed_attention(&q_tnh, &k_tmh, &v_tmh, segments, Visibility::Causal),
+            Some(cache) => {
+                let (k_1mch, v_1mch) = cache.append(&k_tmh, &v_tmh);
+                cached_attention(&q_tnh, &k_1mch, &v_1mch)
+            }
+        };
+        self.o_proj.forward(&out_tnh.reshape([rows, -1]))
+    }
+}
+
+/// `down(silu(gate(x)) * up(x))` (Shazeer 2020).
+struct SwiGlu {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl SwiGlu {
+    fn new(config: &LlmConfig, builder: &Builder) -> Result<Self> {
+        let decoder = config.decoder();
+        let (width, inner) = (decoder.hidden_size, decoder.intermediate_size);
+        let init = Init::Normal(decoder.initializer_range);
+        let linear = |name, inputs, outputs| Linear::new(&builder.sub(name), inputs, outputs, false, init);
+        Ok(Self {
+            gate: linear("gate_proj", width, inner)?,
+            up: linear("up_proj", width, inner)?,
+            down: linear("down_proj", inner, width)?,
+        })
+    }
+
+    fn forward(&self, x_td: &Tensor) -> Tensor {
+        self.down.forward(&(self.gate.forward(x_td).silu() * self.up.forward(x_td)))
+    }
+}

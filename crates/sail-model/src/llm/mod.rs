@@ -1,0 +1,125 @@
+//! Language models: decoders with Hugging Face's parameter names, over packed sequences.
+//!
+//! Not a chat interface and not a tokenizer. Called by [`crate::vlm`], which puts visual tokens among
+//! the embeddings, and by [`crate::generate`].
+//!
+//! Dimension letters: t rows of the pack, r chosen rows, d model width.
+
+mod cache;
+mod config;
+mod decoder;
+mod resolve;
+mod rotary;
+
+pub use cache::KvCache;
+pub use config::{DecoderConfig, LlamaConfig, LlmConfig, Qwen3Config, RopeParameters, TokenIds};
+
+use tch::{Device, Tensor};
+
+use crate::attention::Segments;
+use crate::error::Result;
+use crate::nn::RmsNorm;
+use crate::params::{Builder, Init};
+use decoder::DecoderBlock;
+use rotary::Rotary;
+
+/// A decoder with embedding and head.
+pub struct Llm {
+    config: LlmConfig,
+    embed_tokens_vd: Tensor,
+    blocks: Vec<DecoderBlock>,
+    norm: RmsNorm,
+    /// None: the embedding table serves.
+    lm_head_vd: Option<Tensor>,
+    rotary: Rotary,
+}
+
+impl Llm {
+    /// Builds the model that `config` describes; parameters are `model.embed_tokens.weight`,
+    /// `model.layers.N.…`, `model.norm.weight` and, when untied, `lm_head.weight`.
+    pub fn new(config: &LlmConfig, builder: &Builder) -> Result<Self> {
+        config.validate()?;
+        let decoder = config.decoder();
+        let table = [decoder.vocab_size, decoder.hidden_size];
+        let init = Init::Normal(decoder.initializer_range);
+        let model = builder.sub("model");
+        let embed_tokens_vd = model.sub("embed_tokens").param("weight", &table, init)?;
+        let layers = model.sub("layers");
+        let block = |i| DecoderBlock::new(config, &layers.sub(i));
+        let blocks = (0..decoder.num_hidden_layers).map(block).collect::<Result<_>>()?;
+        let norm = RmsNorm::new(&model.sub("norm"), decoder.hidden_size, decoder.rms_norm_eps)?;
+        let lm_head_vd = if decoder.tie_word_embeddings {
+            None
+        } else {
+            Some(builder.sub("lm_head").param("weight", &table, init)?)
+        };
+        let device = embed_tokens_vd.device();
+        let rotary = Rotary::new(decoder.head_dim, decoder.rope_parameters.rope_theta, device);
+        Ok(Self { config: config.clone(), embed_tokens_vd, blocks, norm, lm_head_vd, rotary })
+    }
+
+    /// The description it was built from.
+    pub fn config(&self) -> &LlmConfig {
+        &self.config
+    }
+
+    /// Where the parameters are.
+    pub fn device(&self) -> Device {
+        self.embed_tokens_vd.device()
+    }
+
+    /// Token ids `[t]` int64 -> embeddings `[t, d]`.
+    pub fn embed(&self, ids_t: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embed_tokens_vd, ids_t, -1, false, false)
+    }
+
+    /// Embeddings `[t, d]` -> output of the last block `[t, d]`, before the final norm.
+    ///
+    /// `positions_t` `[t]` int64 counts from 0 in each sequence. With a cache there is one segment,
+    /// which continues the cache's sequence, and `positions_t` begins at the cache's `rows()`.
+    pub fn trunk(
+        &self,
+        x_td: &Tensor,
+        positions_t: &Tensor,
+        segments: &Segments,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor {
+        let rotation = self.rotary.at(positions_t, x_td.kind());
+        let mut x_td = x_td.shallow_clone();
+        let mut caches = cache.map(|cache| cache.layers_mut().iter_mut());
+        for block in &self.blocks {
+            let layer_cache = caches.as_mut().and_then(Iterator::next);
+            x_td = block.forward(&x_td, &rotation, segments, layer_cache);
+        }
+        x_td
+    }
+
+    /// As [`Llm::trunk`], after the final norm.
+    pub fn hidden(
+        &self,
+        x_td: &Tensor,
+        positions_t: &Tensor,
+        segments: &Segments,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor {
+        self.norm.forward(&self.trunk(x_td, positions_t, segments, cache))
+    }
+
+    /// The final norm, row by row: `[r, d]` -> `[r, d]`.
+    pub fn final_norm(&self, x_rd: &Tensor) -> Tensor {
+        self.norm.forward(x_rd)
+    }
+
+    /// Rows after the final norm `[r, d]` -> scores of every token `[r, vocab]`, in the parameters'
+    /// type.
+    pub fn logits(&self, x_rd: &Tensor) -> Tensor {
+        x_rd.linear(self.lm_head_vd.as_ref().unwrap_or(&self.embed_tokens_vd), None::<&Tensor>)
+    }
+
+    /// An empty cache with room for `rows` rows; it grows when they are not enough.
+    pub fn new_cache(&self, rows: i64) -> KvCache {
+        let decoder = self.config.decoder();
+        let kind = (self.embed_tokens_vd.kind(), self.embed_tokens_vd.device());
+        KvCache::new(decoder.num_hidden_layers, decoder.num_key_value_heads, decoder.head_dim, rows, kind)
+    }
+}

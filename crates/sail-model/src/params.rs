@@ -1,0 +1,165 @@
+//! Named parameters, and the builder through which every module gets its tensors.
+//!
+//! Not an optimizer's or a trainer's view: nothing here knows what is frozen, where it is sharded
+//! or which rank holds it. Called by every module's constructor, by `weights` and by the trainer.
+//!
+//! Tensors are shared: the clone a module holds and the one in [`Params`] are the same
+//! `TensorImpl`, so `requires_grad_`, `set_data` and in-place updates on one are seen by the other.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::rc::Rc;
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+
+/// Parameters by full name (`vision.…`, `projector.…`, `llm.…`), in sorted order.
+pub type Params = BTreeMap<String, Tensor>;
+
+/// How a parameter that no file gives starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// All zeros.
+    Zeros,
+    /// All ones.
+    Ones,
+    /// Every element this value.
+    Constant(f32),
+    /// Normal with mean 0 and this standard deviation.
+    Normal(f64),
+    /// Normal with mean 0 and this standard deviation, redrawn outside two deviations.
+    TruncNormal(f64),
+}
+
+/// Gives the tensors of one module under construction, by the name the module itself uses.
+pub trait TensorSource {
+    /// The tensor `name` in fp32 on the CPU. `shape` is what the module needs.
+    ///
+    /// # Errors
+    /// When the source cannot give the tensor, or its shape is another one.
+    fn tensor(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor>;
+}
+
+/// Random initialisation. Each tensor has its own generator, seeded by the run's seed and the
+/// tensor's full name, so that values do not depend on the order of construction.
+pub struct RandomSource {
+    seed: u64,
+    module: String,
+}
+
+impl RandomSource {
+    /// For a module (`vision`, `projector`, `llm`) of a run with this seed.
+    pub fn new(seed: u64, module: impl Into<String>) -> Self {
+        Self { seed, module: module.into() }
+    }
+}
+
+impl TensorSource for RandomSource {
+    fn tensor(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        let numel = shape.iter().product::<i64>() as usize;
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed ^ fnv1a(&format!("{}.{name}", self.module)));
+        let mut normal = |std: f64, bound: f64| -> Vec<f32> {
+            let draw = |rng: &mut ChaCha8Rng| loop {
+                let z: f64 = StandardNormal.sample(rng);
+                if z.abs() <= bound {
+                    return (z * std) as f32;
+                }
+            };
+            (0..numel).map(|_| draw(&mut rng)).collect()
+        };
+        let values = match init {
+            Init::Zeros => vec![0.0; numel],
+            Init::Ones => vec![1.0; numel],
+            Init::Constant(value) => vec![value; numel],
+            Init::Normal(std) => normal(std, f64::INFINITY),
+            Init::TruncNormal(std) => normal(std, 2.0),
+        };
+        Ok(Tensor::from_slice(&values).reshape(shape))
+    }
+}
+
+/// 64-bit FNV-1a: stable across platforms and releases, unlike the standard hasher.
+fn fnv1a(text: &str) -> u64 {
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Hands a module its parameters and records them under their full names.
+#[derive(Clone)]
+pub struct Builder<'a> {
+    params: Rc<RefCell<Params>>,
+    source: &'a dyn TensorSource,
+    device: Device,
+    /// `vision`, `projector` or `llm`.
+    module: String,
+    /// Path inside the module, with a trailing dot unless empty.
+    prefix: String,
+}
+
+impl<'a> Builder<'a> {
+    /// A builder for the module named `module`, adding to `params`.
+    pub fn new(
+        params: Rc<RefCell<Params>>,
+        module: impl Into<String>,
+        source: &'a dyn TensorSource,
+        device: Device,
+    ) -> Self {
+        Self { params, source, device, module: module.into(), prefix: String::new() }
+    }
+
+    /// The builder one level down: `b.sub("layers").sub(3)`.
+    #[must_use]
+    pub fn sub(&self, name: impl Display) -> Self {
+        Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
+    }
+
+    /// The parameter `name` here, fp32, on the builder's device, requiring no gradient.
+    ///
+    /// # Errors
+    /// What the source reports, and [`Error::DuplicateParameter`].
+    pub fn param(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        let local = format!("{}{name}", self.prefix);
+        let tensor = self.source.tensor(&local, shape, init)?;
+        debug_assert_eq!(tensor.kind(), Kind::Float);
+        let tensor = tensor.to_device(self.device);
+        let full = format!("{}.{local}", self.module);
+        match self.params.borrow_mut().insert(full.clone(), tensor.shallow_clone()) {
+            None => Ok(tensor),
+            Some(_) => Err(Error::DuplicateParameter { name: full }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_values_depend_on_seed_and_name_alone() {
+        let draw = |seed, name: &str| {
+            let source = RandomSource::new(seed, "vision");
+            source.tensor(name, &[64], Init::TruncNormal(0.02)).unwrap()
+        };
+        assert!(draw(1, "a").equal(&draw(1, "a")));
+        assert!(!draw(1, "a").equal(&draw(1, "b")));
+        assert!(!draw(1, "a").equal(&draw(2, "a")));
+        assert!(draw(1, "a").abs().max().double_value(&[]) <= 0.04);
+    }
+
+    #[test]
+    fn names_are_full_and_tensors_shared() {
+        let params = Rc::new(RefCell::new(Params::new()));
+        let source = RandomSource::new(0, "llm");
+        let builder = Builder::new(params.clone(), "llm", &source, Device::Cpu);
+        let mut held = builder.sub("layers").sub(0).param("weight", &[2, 3], Init::Ones).unwrap();
+        let _ = held.fill_(5.0);
+        let sum = params.borrow()["llm.layers.0.weight"].sum(Kind::Float).double_value(&[]);
+        assert!((sum - 30.0).abs() < 1e-9);
+        assert!(builder.sub("layers").sub(0).param("weight", &[2, 3], Init::Ones).is_err());
+    }
+}

@@ -1,0 +1,245 @@
+//! `DINOv2` (Oquab et al. 2023) in transformers' layout, `Dinov2Model`.
+//!
+//! Patches behind a class token, + learned positions resampled to the grid in use; pre-norm blocks of
+//! attention and GELU MLP with a scale per channel; final layer norm. Called by [`super::build_vision`].
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use super::config::{Common, Refusal, side};
+use super::{VisionModel, attend, patchify, resize_positions};
+use crate::error::Result;
+use crate::nn::{LayerNorm, Linear};
+use crate::params::{Builder, Init};
+
+/// Fields of transformers' `Dinov2Config`, with its defaults.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "the fields are those of the published config.json")]
+pub struct Dinov2Config {
+    /// Width of the residual stream.
+    pub hidden_size: i64,
+    /// Transformer blocks.
+    pub num_hidden_layers: i64,
+    /// Attention heads.
+    pub num_attention_heads: i64,
+    /// Inner width of the MLP in widths of the stream.
+    pub mlp_ratio: i64,
+    /// Only `gelu`, the exact one, is built.
+    pub hidden_act: String,
+    /// Only 0 is built.
+    pub hidden_dropout_prob: f64,
+    /// Only 0 is built.
+    pub attention_probs_dropout_prob: f64,
+    /// Standard deviation of randomly initialised matrices.
+    pub initializer_range: f64,
+    /// Added to the variance in every layer norm.
+    pub layer_norm_eps: f64,
+    /// Side in pixels of the images of the position table.
+    #[serde(deserialize_with = "side")]
+    pub image_size: i64,
+    /// Side of a patch in pixels.
+    #[serde(deserialize_with = "side")]
+    pub patch_size: i64,
+    /// Colour channels; only 3 is built.
+    pub num_channels: i64,
+    /// Bias in the projections to queries, keys and values.
+    pub qkv_bias: bool,
+    /// What the scales per channel start at.
+    pub layerscale_value: f64,
+    /// Only 0 is built.
+    pub drop_path_rate: f64,
+    /// `SwiGLU` in place of the MLP; only false is built.
+    pub use_swiglu_ffn: bool,
+    /// Of transformers' backbone interface; read and written, without effect.
+    pub apply_layernorm: bool,
+    /// Of transformers' backbone interface; read and written, without effect.
+    pub reshape_hidden_states: bool,
+    /// There is an `embeddings.mask_token`, which pre-training used and features do not.
+    pub use_mask_token: bool,
+}
+
+impl Default for Dinov2Config {
+    fn default() -> Self {
+        Self {
+            hidden_size: 768,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            mlp_ratio: 4,
+            hidden_act: "gelu".into(),
+            hidden_dropout_prob: 0.0,
+            attention_probs_dropout_prob: 0.0,
+            initializer_range: 0.02,
+            layer_norm_eps: 1e-6,
+            image_size: 224,
+            patch_size: 14,
+            num_channels: 3,
+            qkv_bias: true,
+            layerscale_value: 1.0,
+            drop_path_rate: 0.0,
+            use_swiglu_ffn: false,
+            apply_layernorm: true,
+            reshape_hidden_states: true,
+            use_mask_token: true,
+        }
+    }
+}
+
+impl Dinov2Config {
+    pub(super) const MODEL_TYPE: &str = "dinov2";
+
+    pub(super) fn check(&self) -> std::result::Result<(), Refusal> {
+        let common = Common {
+            positive: vec![
+                ("hidden_size", self.hidden_size),
+                ("num_hidden_layers", self.num_hidden_layers),
+                ("num_attention_heads", self.num_attention_heads),
+                ("mlp_ratio", self.mlp_ratio),
+                ("image_size", self.image_size),
+                ("patch_size", self.patch_size),
+            ],
+            heads: self.num_attention_heads,
+            channels: self.num_channels,
+            hidden: self.hidden_size,
+            image: self.image_size,
+            patch: self.patch_size,
+            eps: ("layer_norm_eps", self.layer_norm_eps),
+            initializer_range: self.initializer_range,
+            dropouts: vec![
+                ("hidden_dropout_prob", self.hidden_dropout_prob),
+                ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
+                ("drop_path_rate", self.drop_path_rate),
+            ],
+        };
+        common.check()?;
+        if self.use_swiglu_ffn {
+            return Err(("use_swiglu_ffn", "only false, the GELU MLP, is supported".into()));
+        }
+        if self.hidden_act != "gelu" {
+            return Err(("hidden_act", format!("only `gelu` is supported, is `{}`", self.hidden_act)));
+        }
+        Ok(())
+    }
+
+    fn init(&self) -> Init {
+        Init::TruncNormal(self.initializer_range)
+    }
+
+    fn linear(&self, builder: &Builder, inputs: i64, outputs: i64, bias: bool) -> Result<Linear> {
+        Linear::new(builder, inputs, outputs, bias, self.init())
+    }
+
+    fn norm(&self, builder: &Builder) -> Result<LayerNorm> {
+        LayerNorm::new(builder, self.hidden_size, self.layer_norm_eps)
+    }
+}
+
+/// The model.
+pub(super) struct Dinov2 {
+    patch_weight: Tensor,
+    patch_bias: Tensor,
+    patch_size: i64,
+    class_11d: Tensor,
+    /// The class token's row first.
+    positions_1pd: Tensor,
+    blocks: Vec<Block>,
+    norm: LayerNorm,
+}
+
+impl Dinov2 {
+    pub(super) fn new(config: &Dinov2Config, builder: &Builder) -> Result<Self> {
+        let (d, patch) = (config.hidden_size, config.patch_size);
+        let rows = (config.image_size / patch).pow(2) + 1;
+        let embeddings = builder.sub("embeddings");
+        let convolution = embeddings.sub("patch_embeddings").sub("projection");
+        let layers = builder.sub("encoder").sub("layer");
+        if config.use_mask_token {
+            // Held by the parameters alone: no feature depends on it.
+            let _ = embeddings.param("mask_token", &[1, d], Init::Zeros)?;
+        }
+        Ok(Self {
+            patch_weight: convolution.param("weight", &[d, 3, patch, patch], config.init())?,
+            patch_bias: convolution.param("bias", &[d], Init::Zeros)?,
+            patch_size: patch,
+            class_11d: embeddings.param("cls_token", &[1, 1, d], config.init())?,
+            positions_1pd: embeddings.param("position_embeddings", &[1, rows, d], config.init())?,
+            blocks: (0..config.num_hidden_layers)
+                .map(|i| Block::new(config, &layers.sub(i)))
+                .collect::<Result<_>>()?,
+            norm: config.norm(&builder.sub("layernorm"))?,
+        })
+    }
+
+    /// The class token's position and those of an `h` x `w` grid `[1, 1 + h * w, d]`.
+    fn positions(&self, h: i64, w: i64) -> Tensor {
+        let rows = self.positions_1pd.size()[1];
+        let class_11d = self.positions_1pd.narrow(1, 0, 1);
+        let table_pd = self.positions_1pd.narrow(1, 1, rows - 1).squeeze_dim(0);
+        Tensor::cat(&[class_11d, resize_positions(&table_pd, h, w).unsqueeze(0)], 1)
+    }
+}
+
+impl VisionModel for Dinov2 {
+    fn forward(&self, pixels_nchw: &Tensor) -> Tensor {
+        let x_ntd = self.last_hidden_state(pixels_nchw);
+        x_ntd.narrow(1, 1, x_ntd.size()[1] - 1)
+    }
+
+    fn last_hidden_state(&self, pixels_nchw: &Tensor) -> Tensor {
+        let patches_ndhw = patchify(pixels_nchw, &self.patch_weight, &self.patch_bias, self.patch_size);
+        let (n, _, h, w) = patches_ndhw.size4().expect("invariant: a convolution gives [n, d, h, w]");
+        let class_n1d = self.class_11d.expand([n, -1, -1], false);
+        let x_ntd = Tensor::cat(&[class_n1d, patches_ndhw.flatten(2, 3).transpose(1, 2)], 1);
+        let x_ntd = x_ntd + self.positions(h, w);
+        let x_ntd = self.blocks.iter().fold(x_ntd, |x_ntd, block| block.forward(&x_ntd));
+        self.norm.forward(&x_ntd)
+    }
+}
+
+/// `x += scale1 * attention(norm1(x)); x += scale2 * mlp(norm2(x))`
+struct Block {
+    norm1: LayerNorm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+    heads: i64,
+    scale1_d: Tensor,
+    norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    scale2_d: Tensor,
+}
+
+impl Block {
+    fn new(config: &Dinov2Config, builder: &Builder) -> Result<Self> {
+        let (d, inner) = (config.hidden_size, config.hidden_size * config.mlp_ratio);
+        let (attention, mlp) = (builder.sub("attention"), builder.sub("mlp"));
+        let projection =
+            |name: &str| config.linear(&attention.sub("attention").sub(name), d, d, config.qkv_bias);
+        let scale = |name: &str| {
+            builder.sub(name).param("lambda1", &[d], Init::Constant(config.layerscale_value as f32))
+        };
+        Ok(Self {
+            norm1: config.norm(&builder.sub("norm1"))?,
+            q: projection("query")?,
+            k: projection("key")?,
+            v: projection("value")?,
+            out: config.linear(&attention.sub("output").sub("dense"), d, d, true)?,
+            heads: config.num_attention_heads,
+            scale1_d: scale("layer_scale1")?,
+            norm2: config.norm(&builder.sub("norm2"))?,
+            fc1: config.linear(&mlp.sub("fc1"), d, inner, true)?,
+            fc2: config.linear(&mlp.sub("fc2"), inner, d, true)?,
+            scale2_d: scale("layer_scale2")?,
+        })
+    }
+
+    fn forward(&self, x_ntd: &Tensor) -> Tensor {
+        let normed = self.norm1.forward(x_ntd);
+        let (q, k, v) = (self.q.forward(&normed), self.k.forward(&normed), self.v.forward(&normed));
+        let x_ntd = x_ntd + self.out.forward(&attend(&q, &k, &v, self.heads)) * &self.scale1_d;
+        let inner = self.fc1.forward(&self.norm2.forward(&x_ntd)).gelu("none");
+        x_ntd + self.fc2.forward(&inner) * &self.scale2_d
+    }
+}

@@ -1,0 +1,31 @@
+//! Weights on disk: Hugging Face folders in, Hugging Face folders out.
+//!
+//! Knows files, names and shapes, no architecture: which names a model has is the model's concern.
+//! Called by the trainer when it builds or exports a model.
+
+mod read;
+mod write;
+
+use std::fmt::Display;
+use std::path::Path;
+
+use serde_json::Value;
+
+pub use read::FileSource;
+pub use write::{write_folder, write_safetensors};
+
+use crate::error::{Error, Result};
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// [`Error::File`] when it cannot be read or is not JSON.
+pub fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).map_err(file_error(path))?;
+    serde_json::from_str(&text).map_err(file_error(path))
+}
+
+/// Puts the file's name before the reason.
+fn file_error<E: Display>(path: &Path) -> impl FnOnce(E) -> Error + '_ {
+    move |reason| Error::File { path: path.to_owned(), reason: reason.to_string() }
+}

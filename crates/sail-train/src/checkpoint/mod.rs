@@ -1,0 +1,132 @@
+//! Checkpoints: folders named `step-00001200` that are either complete and verified or ignored.
+//!
+//! ```text
+//! step-00001200/
+//!   rank-00000.safetensors   pieces, keyed `<kind>/<full parameter name>`; kinds: param, exp_avg, exp_avg_sq
+//!   state.json               step, counters, data position, the resolved plan
+//!   manifest.json            every file's size and CRC-32, every piece's global shape and slice
+//!   COMPLETE                 written last: the CRC-32 of manifest.json
+//! ```
+//!
+//! A module that still has exactly the weights of the folder it came from is not stored: the
+//! manifest names the folder and a fingerprint of the weights instead, checked when they are used.
+//! `write.rs` makes such folders, `read.rs` opens them; docs/checkpoint.md describes the format.
+
+mod read;
+mod write;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Module, Plan};
+use crate::error::{Error, Result};
+
+pub use read::{Checkpoint, newest};
+pub use write::{Piece, Snapshot, keep_last, save};
+
+const FORMAT: u32 = 1;
+const STATE: &str = "state.json";
+const MANIFEST: &str = "manifest.json";
+const COMPLETE: &str = "COMPLETE";
+
+/// Where a run stands; everything but tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunState {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Counters since the first step of the stage.
+    pub totals: Totals,
+    /// Position in the training data.
+    pub data: DataState,
+    /// The plan the run follows.
+    pub plan: Plan,
+}
+
+/// What a stage has seen so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Samples trained on, repetitions counted.
+    pub samples: u64,
+    /// Tokens trained on, image tokens included.
+    pub tokens: u64,
+    /// Tokens that carried a loss.
+    pub answer_tokens: u64,
+}
+
+/// Position in the training data, after the last pack trained on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataState {
+    /// The stream the next pack comes from.
+    pub next_stream: usize,
+    /// Every stream's state.
+    pub streams: Vec<sail_data::StreamState>,
+}
+
+/// Where a module that is not stored has its weights.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Untouched {
+    /// The folder given as `model.<module>.from`.
+    pub from: PathBuf,
+    /// Of the weights in memory, see [`crate::stage::Fingerprints`].
+    pub fingerprint: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Manifest {
+    format: u32,
+    sail_version: String,
+    plan_hash: String,
+    world_size: u32,
+    /// Updates the optimizer has made; its moments are of that age.
+    optimizer_steps: u64,
+    untouched: BTreeMap<Module, Untouched>,
+    files: BTreeMap<String, FileRecord>,
+    pieces: Vec<PieceRecord>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct FileRecord {
+    bytes: u64,
+    crc32: u32,
+}
+
+/// Where one piece of one tensor lies.
+#[derive(Debug, Serialize, Deserialize)]
+struct PieceRecord {
+    file: String,
+    /// Key in the file.
+    key: String,
+    /// Full parameter name.
+    name: String,
+    kind: String,
+    /// Of the whole tensor.
+    shape: Vec<i64>,
+    /// Half-open range of the flattened tensor that this piece holds.
+    elements: [i64; 2],
+}
+
+/// `step-00001200`.
+fn folder_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// The checkpoints in a run folder by step, oldest first; their content is not looked at.
+fn list(run_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let entries = match std::fs::read_dir(run_dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io(run_dir)(error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(Error::io(run_dir))?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        if let Some(step) = name.and_then(|name| name.strip_prefix("step-")).and_then(|n| n.parse().ok()) {
+            found.push((step, path));
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}

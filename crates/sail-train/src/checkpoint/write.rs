@@ -1,0 +1,155 @@
+//! Writing a checkpoint so that an interruption at any moment leaves the older ones in place.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use sail_model::weights;
+use serde::Serialize;
+use tch::Tensor;
+
+use super::{COMPLETE, FORMAT, FileRecord, MANIFEST, Manifest, PieceRecord, RunState, STATE, Untouched};
+use crate::config::Module;
+use crate::error::{Error, Result};
+
+/// One tensor to be stored.
+pub struct Piece<'a> {
+    /// Full parameter name.
+    pub name: &'a str,
+    /// `param`, `exp_avg` or `exp_avg_sq`.
+    pub kind: &'static str,
+    /// Shared with the running training: it must not step while it is written.
+    pub tensor: Tensor,
+}
+
+/// Everything a checkpoint holds.
+pub struct Snapshot<'a> {
+    /// Step, counters, data position and plan.
+    pub state: RunState,
+    /// Updates the optimizer has made.
+    pub optimizer_steps: u64,
+    /// Tensors in file order.
+    pub pieces: Vec<Piece<'a>>,
+    /// Modules that are named instead of stored.
+    pub untouched: BTreeMap<Module, Untouched>,
+}
+
+/// Writes `run_dir/step-…` and returns its path. One of the same step is replaced.
+///
+/// The folder is filled under a temporary name, every file and the folder are synced, and only
+/// then it takes its name.
+///
+/// # Errors
+/// When something cannot be written; the temporary folder is removed and older checkpoints stay.
+pub fn save(run_dir: &Path, snapshot: &Snapshot) -> Result<PathBuf> {
+    fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
+    let name = super::folder_name(snapshot.state.step);
+    let target = run_dir.join(&name);
+    let temporary = run_dir.join(format!(".tmp-{name}"));
+    remove_if_there(&temporary)?;
+    let written = fill(&temporary, snapshot).and_then(|()| {
+        remove_if_there(&target)?;
+        fs::rename(&temporary, &target).map_err(Error::io(&target))?;
+        sync(run_dir)
+    });
+    if let Err(error) = written {
+        // The first error is the one to report; a leftover is removed by the next save.
+        drop(fs::remove_dir_all(&temporary));
+        return Err(error);
+    }
+    Ok(target)
+}
+
+/// Removes all but the newest `keep` checkpoints.
+pub fn keep_last(run_dir: &Path, keep: usize) -> Result<()> {
+    let found = super::list(run_dir)?;
+    for (_, path) in &found[..found.len().saturating_sub(keep)] {
+        // Without its marker a half-removed folder is no checkpoint.
+        let marker = path.join(COMPLETE);
+        if marker.exists() {
+            fs::remove_file(&marker).map_err(Error::io(&marker))?;
+        }
+        fs::remove_dir_all(path).map_err(Error::io(path))?;
+    }
+    Ok(())
+}
+
+fn fill(dir: &Path, snapshot: &Snapshot) -> Result<()> {
+    fs::create_dir(dir).map_err(Error::io(dir))?;
+    let file = "rank-00000.safetensors";
+    let mut tensors = BTreeMap::new();
+    let mut pieces = Vec::with_capacity(snapshot.pieces.len());
+    for piece in &snapshot.pieces {
+        let key = format!("{}/{}", piece.kind, piece.name);
+        pieces.push(PieceRecord {
+            file: file.to_owned(),
+            key: key.clone(),
+            name: piece.name.to_owned(),
+            kind: piece.kind.to_owned(),
+            shape: piece.tensor.size(),
+            elements: [0, piece.tensor.numel() as i64],
+        });
+        tensors.insert(key, piece.tensor.shallow_clone());
+    }
+    weights::write_safetensors(&dir.join(file), &tensors)?;
+    write_json(&dir.join(STATE), &snapshot.state)?;
+    let files = [file, STATE].into_iter().map(|name| Ok((name.to_owned(), seal(&dir.join(name))?)));
+    let manifest = Manifest {
+        format: FORMAT,
+        sail_version: env!("CARGO_PKG_VERSION").to_owned(),
+        plan_hash: snapshot.state.plan.hash(),
+        world_size: 1,
+        optimizer_steps: snapshot.optimizer_steps,
+        untouched: snapshot.untouched.clone(),
+        files: files.collect::<Result<_>>()?,
+        pieces,
+    };
+    let path = dir.join(MANIFEST);
+    write_json(&path, &manifest)?;
+    let sealed = seal(&path)?;
+    let marker = dir.join(COMPLETE);
+    fs::write(&marker, format!("{:08x}\n", sealed.crc32)).map_err(Error::io(&marker))?;
+    sync(&marker)?;
+    sync(dir)
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut text =
+        serde_json::to_vec_pretty(value).map_err(|error| Error::checkpoint(path, error.to_string()))?;
+    text.push(b'\n');
+    File::create(path).and_then(|mut file| file.write_all(&text)).map_err(Error::io(path))
+}
+
+/// Syncs a file and takes its size and checksum.
+fn seal(path: &Path) -> Result<FileRecord> {
+    sync(path)?;
+    checksum(path)
+}
+
+/// Size and CRC-32 of a file.
+pub(super) fn checksum(path: &Path) -> Result<FileRecord> {
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let mut hasher = crc32fast::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        let n = file.read(&mut buffer).map_err(Error::io(path))?;
+        if n == 0 {
+            return Ok(FileRecord { bytes, crc32: hasher.finalize() });
+        }
+        hasher.update(&buffer[..n]);
+        bytes += n as u64;
+    }
+}
+
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io(path))
+}
+
+fn remove_if_there(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir)(error)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,316 @@
+//! The resolved configuration of one stage: every default filled in, every derived number computed.
+//!
+//! Nothing here is "unset": an `Option` means that something is not wanted. A plan serialises to the form a
+//! configuration file has, so what is written to the run folder can be given to `--config` again.
+//! Made by [`load`](super::load) only; hashing and comparing live in `identity.rs`.
+
+use std::path::PathBuf;
+
+use sail_data::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec, Tiling};
+use serde::{Deserialize, Serialize};
+
+use super::values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind, VitLayout};
+
+/// Everything one stage needs to know.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Name, folder, seed and machine.
+    pub run: RunPlan,
+    /// Shapes and first weights of the three modules.
+    pub model: ModelPlan,
+    /// What the run starts from instead of `model.*.from`, where it continues an earlier one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<InitPlan>,
+    /// What each module does in this stage.
+    pub train: TrainPlan,
+    /// `AdamW` and clipping.
+    pub optimizer: OptimizerPlan,
+    /// Length and learning rate curve.
+    pub schedule: SchedulePlan,
+    /// Size of a step.
+    pub batch: BatchPlan,
+    /// The training stream.
+    pub data: DataPlan,
+    /// When checkpoints are written and kept.
+    pub checkpoint: CheckpointPlan,
+    /// When a step is reported.
+    pub log: LogPlan,
+    /// Held-out evaluation, where wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval: Option<EvalPlan>,
+    /// What is exported at the end, where wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<ExportPlan>,
+}
+
+/// Name, folder, seed and machine of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunPlan {
+    /// Shown in logs.
+    pub name: String,
+    /// The run's folder, with `run.root` already in front.
+    pub dir: PathBuf,
+    /// Seed of the random weights and of the data order.
+    pub seed: u64,
+    /// Where tensors live.
+    pub device: DeviceChoice,
+    /// The dtype of the forward pass.
+    pub precision: Precision,
+}
+
+/// Shapes and first weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelPlan {
+    /// The vision encoder.
+    pub vision: VisionPlan,
+    /// The connector.
+    pub projector: ProjectorPlan,
+    /// The language model.
+    pub llm: LlmPlan,
+}
+
+/// The vision encoder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VisionPlan {
+    /// Shape and first weights.
+    #[serde(flatten)]
+    pub source: ModelSource,
+    /// Side of the square tiles it sees, pixels.
+    pub image_px: usize,
+}
+
+/// The connector.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProjectorPlan {
+    /// `merge` x `merge` neighbouring patches become one visual token.
+    pub merge: usize,
+}
+
+/// The language model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LlmPlan {
+    /// Shape and first weights.
+    #[serde(flatten)]
+    pub source: ModelSource,
+    /// The `tokenizer.json`.
+    pub tokenizer: PathBuf,
+}
+
+/// What a run starts from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InitPlan {
+    /// A run folder, a checkpoint or an export; it need not exist before the run starts.
+    pub from: PathBuf,
+}
+
+/// What each module does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainPlan {
+    /// The vision encoder.
+    pub vision: ModulePlan,
+    /// The connector.
+    pub projector: ModulePlan,
+    /// The language model.
+    pub llm: ModulePlan,
+}
+
+impl TrainPlan {
+    /// The plan of one module.
+    pub fn get(&self, module: Module) -> &ModulePlan {
+        match module {
+            Module::Vision => &self.vision,
+            Module::Projector => &self.projector,
+            Module::Llm => &self.llm,
+        }
+    }
+
+    /// Every module with its plan, in [`Module::ALL`]'s order.
+    pub fn iter(&self) -> impl Iterator<Item = (Module, &ModulePlan)> {
+        Module::ALL.into_iter().map(|module| (module, self.get(module)))
+    }
+}
+
+/// `AdamW` and clipping; rates and weight decay are per module, in [`TrainPlan`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OptimizerPlan {
+    /// Decay of the first and second moment, in `[0, 1)`.
+    pub betas: [f64; 2],
+    /// Added to the denominator, above 0.
+    pub eps: f64,
+    /// Largest global gradient norm; `None`: gradients are not clipped.
+    pub clip_norm: Option<f64>,
+}
+
+/// Length and learning rate curve.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SchedulePlan {
+    /// The curve after the warm-up.
+    pub kind: ScheduleKind,
+    /// Optimizer steps of the stage, at least 1.
+    pub steps: u64,
+    /// Steps of linear warm-up, at most `steps`.
+    #[serde(rename = "warmup")]
+    pub warmup_steps: u64,
+    /// Share of the peak rate that a cosine ends at, in `[0, 1]`.
+    pub min_ratio: f64,
+}
+
+/// Size of a step. A pack is the micro-batch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BatchPlan {
+    /// Most tokens in a pack, image tokens included.
+    pub tokens_per_pack: usize,
+    /// Packs whose gradients are summed for one optimizer step.
+    pub packs_per_step: usize,
+}
+
+/// The training stream. What `sail-data` needs of it is cut out by [`Plan::data_spec`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataPlan {
+    /// Logical streams the data order is cut into.
+    pub streams: usize,
+    /// Threads that decode ahead; they do not change the order.
+    pub threads: usize,
+    /// Samples in the shuffle buffer, per stream and source.
+    pub shuffle_buffer: usize,
+    /// Candidate samples the packer chooses from, per stream.
+    pub pack_buffer: usize,
+    /// Share of unusable samples above which a source stops the run.
+    pub max_error_rate: f64,
+    /// Largest image that is decoded, pixels.
+    pub max_pixels: u64,
+    /// The chat template.
+    pub template: Template,
+    /// The system prompt; `None`: the template's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// How much an answer token counts.
+    pub loss_weight: LossWeight,
+    /// The tokens an image is written as.
+    pub image_tokens: ImageTokens,
+    /// How an image is cut into tiles.
+    pub tiling: Tiling,
+    /// Mean of each RGB channel, subtracted after scaling to `[0, 1]`.
+    pub mean: [f64; 3],
+    /// Standard deviation of each RGB channel, divided by afterwards.
+    pub std: [f64; 3],
+    /// What is mixed, at least one.
+    pub sources: Vec<SourceSpec>,
+}
+
+/// When checkpoints are written and kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointPlan {
+    /// Steps between checkpoints; `None`: only at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub every: Option<u64>,
+    /// Newest checkpoints that are kept, at least 1.
+    pub keep_last: usize,
+}
+
+/// When a step is reported.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LogPlan {
+    /// Steps between reports, at least 1.
+    pub every: u64,
+}
+
+/// Held-out evaluation. It always runs before the first and after the last step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvalPlan {
+    /// Steps between evaluations in between; `None`: none in between.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub every: Option<u64>,
+    /// Samples per source the loss is measured on, at least 1.
+    pub samples: usize,
+    /// Samples per source whose answer is generated and printed.
+    pub generate: usize,
+    /// Longest generated answer, tokens.
+    pub max_new_tokens: usize,
+    /// Held-out shards, at least one source.
+    pub sources: Vec<SourceSpec>,
+}
+
+/// What is exported at the end of the run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExportPlan {
+    /// Layout of the vision encoder.
+    pub vit: VitLayout,
+}
+
+/// The tile size, the patch size and the merge factor do not fit together.
+///
+/// Not a [`ConfigErrors`](super::ConfigErrors): the patch size is known only once the vision encoder's own
+/// `config.json` has been read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`model.vision.image_px` {image_px} is not a multiple of {needed} (patch size {patch_size} x merge {merge})"
+)]
+pub struct GeometryError {
+    /// Side of a tile, pixels.
+    pub image_px: usize,
+    /// Side of a patch, pixels.
+    pub patch_size: usize,
+    /// The projector's merge factor.
+    pub merge: usize,
+    /// What `image_px` must be a multiple of, pixels.
+    pub needed: usize,
+}
+
+impl Plan {
+    /// Visual tokens per tile: `(image_px / patch_size / merge)^2`, with the vision encoder's patch size in pixels.
+    ///
+    /// # Errors
+    /// [`GeometryError`] when the tile does not divide evenly.
+    pub fn tokens_per_tile(&self, patch_size: usize) -> Result<usize, GeometryError> {
+        let (image_px, merge) = (self.model.vision.image_px, self.model.projector.merge);
+        let needed = patch_size * merge;
+        if needed == 0 || image_px % needed != 0 {
+            return Err(GeometryError { image_px, patch_size, merge, needed });
+        }
+        Ok((image_px / needed).pow(2))
+    }
+
+    /// What the data crate needs for training.
+    ///
+    /// # Errors
+    /// See [`Plan::tokens_per_tile`].
+    pub fn data_spec(&self, patch_size: usize) -> Result<DataSpec, GeometryError> {
+        self.spec_of(&self.data.sources, patch_size)
+    }
+
+    /// The same for the held-out sources; `None` when the plan has no evaluation.
+    ///
+    /// # Errors
+    /// See [`Plan::tokens_per_tile`].
+    pub fn eval_spec(&self, patch_size: usize) -> Result<Option<DataSpec>, GeometryError> {
+        self.eval.as_ref().map(|eval| self.spec_of(&eval.sources, patch_size)).transpose()
+    }
+
+    fn spec_of(&self, sources: &[SourceSpec], patch_size: usize) -> Result<DataSpec, GeometryError> {
+        let data = self.data.clone();
+        Ok(DataSpec {
+            sources: sources.to_vec(),
+            streams: data.streams,
+            seed: self.run.seed,
+            tokens_per_pack: self.batch.tokens_per_pack,
+            shuffle_buffer: data.shuffle_buffer,
+            pack_buffer: data.pack_buffer,
+            max_error_rate: data.max_error_rate,
+            text: TextSpec {
+                template: data.template,
+                system: data.system,
+                image_tokens: data.image_tokens,
+                loss_weight: data.loss_weight,
+            },
+            image: ImageSpec {
+                tile_px: self.model.vision.image_px,
+                tokens_per_tile: self.tokens_per_tile(patch_size)?,
+                tiling: data.tiling,
+                mean: data.mean.map(|value| value as f32),
+                std: data.std.map(|value| value as f32),
+                max_pixels: data.max_pixels,
+            },
+        })
+    }
+}

@@ -1,0 +1,386 @@
+//! The form of a stage's file: every field there is, its meaning and its default. This is the reference manual.
+//!
+//! Fields that have no default are optional here, so that a file can be read to the end whatever is missing;
+//! `resolve.rs` reports what is. Paths are relative to the working folder unless said otherwise.
+
+use std::path::PathBuf;
+
+use sail_data::{LossWeight, Template};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::raw_values::{RawModule, RawShards, RawWarmup};
+use super::values::{DeviceChoice, Precision, ScheduleKind, VitLayout};
+
+/// A stage. Besides these fields a file may say `extends: FILE` (relative to itself): that file's values come first,
+/// mappings are merged key by key, everything else is replaced.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawRun {
+    /// Name, folder, seed and machine.
+    pub(super) run: RawRunSection,
+    /// Shapes and first weights of the three modules.
+    pub(super) model: RawModel,
+    /// What to go on from, instead of the weights `model` names. Default: nothing.
+    pub(super) init: Option<RawInit>,
+    /// What each module does. Every module must be named, at least one must be trained.
+    pub(super) train: RawTrain,
+    /// `AdamW` and clipping.
+    pub(super) optimizer: RawOptimizer,
+    /// Length and learning rate curve.
+    pub(super) schedule: RawSchedule,
+    /// Size of a step.
+    pub(super) batch: RawBatch,
+    /// The training stream.
+    pub(super) data: RawData,
+    /// When checkpoints are written and kept. There is always one at the end.
+    pub(super) checkpoint: RawCheckpoint,
+    /// When a step is reported.
+    pub(super) log: RawLog,
+    /// Held-out evaluation. Default: none.
+    pub(super) eval: Option<RawEval>,
+    /// What is exported at the end. Default: nothing.
+    pub(super) export: Option<RawExport>,
+}
+
+/// `run`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawRunSection {
+    /// Name in logs. Required.
+    pub(super) name: Option<String>,
+    /// The run's folder. Required.
+    pub(super) dir: Option<PathBuf>,
+    /// Put in front of `run.dir` and `init.from` where these are relative; one override moves a whole curriculum.
+    /// Default: the working folder.
+    pub(super) root: PathBuf,
+    /// Seed of random weights and of the data order. Default: 42.
+    pub(super) seed: u64,
+    /// `auto` (the first CUDA device, or the CPU), `cpu`, `cuda` or `cuda:N`. Default: `auto`.
+    pub(super) device: DeviceChoice,
+    /// Dtype of the forward pass: `auto` (bf16 on CUDA, fp32 on the CPU), `fp32` or `bf16`. Default: `auto`.
+    pub(super) precision: Precision,
+}
+
+impl Default for RawRunSection {
+    fn default() -> Self {
+        Self {
+            name: None,
+            dir: None,
+            root: PathBuf::new(),
+            seed: 42,
+            device: DeviceChoice::Auto,
+            precision: Precision::Auto,
+        }
+    }
+}
+
+/// `model`
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawModel {
+    /// The vision encoder.
+    pub(super) vision: RawVision,
+    /// The connector.
+    pub(super) projector: RawProjector,
+    /// The language model.
+    pub(super) llm: RawLlm,
+}
+
+/// `model.vision`
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawVision {
+    /// Folder with `config.json` and safetensors files. Exactly one of `from` and `random` is required.
+    pub(super) from: Option<PathBuf>,
+    /// Random weights; the keys are those of the family's `config.json`, `model_type` among them.
+    pub(super) random: Option<Value>,
+    /// Side of the square tiles the encoder sees, pixels; a multiple of patch size x `model.projector.merge`. Required.
+    pub(super) image_px: Option<usize>,
+}
+
+/// `model.projector`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawProjector {
+    /// `merge` x `merge` neighbouring patches become one visual token. Default: 2.
+    pub(super) merge: usize,
+}
+
+impl Default for RawProjector {
+    fn default() -> Self {
+        Self { merge: 2 }
+    }
+}
+
+/// `model.llm`
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawLlm {
+    /// Folder with `config.json`, `tokenizer.json` and safetensors files. Exactly one of `from` and `random` is
+    /// required.
+    pub(super) from: Option<PathBuf>,
+    /// Random weights; the keys are those of the family's `config.json`, `model_type` among them.
+    pub(super) random: Option<Value>,
+    /// The `tokenizer.json`. Default: the one in `from`; required with `random`.
+    pub(super) tokenizer: Option<PathBuf>,
+}
+
+/// `init`
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawInit {
+    /// A run's folder, a checkpoint or an export; may be made by an earlier stage. Required.
+    pub(super) from: Option<PathBuf>,
+}
+
+/// `train`: for each module the word `frozen` or `{ lr, weight_decay }`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawTrain {
+    /// The vision encoder. Required.
+    pub(super) vision: Option<RawModule>,
+    /// The connector. Required.
+    pub(super) projector: Option<RawModule>,
+    /// The language model. Required.
+    pub(super) llm: Option<RawModule>,
+}
+
+/// `train.vision` and its like, where the module is not frozen.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "`frozen` or a mapping")]
+pub(super) struct RawRates {
+    /// Peak learning rate, above 0. Required.
+    pub(super) lr: Option<f64>,
+    /// Decoupled weight decay. Default: 0.
+    pub(super) weight_decay: f64,
+}
+
+/// `optimizer`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawOptimizer {
+    /// Decay of the first and second moment, each in `[0, 1)`. Default: `[0.9, 0.95]`.
+    pub(super) betas: [f64; 2],
+    /// Added to the denominator, above 0. Default: 1e-8.
+    pub(super) eps: f64,
+    /// Largest global gradient norm, above 0; `null`: no clipping. Default: 1.0.
+    pub(super) clip_norm: Option<f64>,
+}
+
+impl Default for RawOptimizer {
+    fn default() -> Self {
+        Self { betas: [0.9, 0.95], eps: 1e-8, clip_norm: Some(1.0) }
+    }
+}
+
+/// `schedule`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawSchedule {
+    /// Curve after the warm-up: `cosine` or `constant`. Default: `cosine`.
+    pub(super) kind: ScheduleKind,
+    /// Optimizer steps of the stage. Required.
+    pub(super) steps: Option<u64>,
+    /// Linear warm-up, in steps (`5`) or as a share of them, rounded (`10%`). Default: `3%`.
+    pub(super) warmup: RawWarmup,
+    /// Share of the peak rate that a cosine ends at, in `[0, 1]`. Default: 0.1.
+    pub(super) min_ratio: f64,
+}
+
+impl Default for RawSchedule {
+    fn default() -> Self {
+        Self { kind: ScheduleKind::Cosine, steps: None, warmup: RawWarmup::Percent(3.0), min_ratio: 0.1 }
+    }
+}
+
+/// `batch`. A pack is the micro-batch: whole samples, one after the other, attention kept within each.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawBatch {
+    /// Most tokens in a pack, image tokens included. Required.
+    pub(super) tokens_per_pack: Option<usize>,
+    /// Packs whose gradients make up one optimizer step. Required.
+    pub(super) packs_per_step: Option<usize>,
+}
+
+/// `data`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawData {
+    /// Logical streams the data order is cut into; fixes the order and is never the number of threads or devices.
+    /// A multiple or a divisor of `batch.packs_per_step`. Default: 1.
+    pub(super) streams: usize,
+    /// Threads that decode ahead. They do not change the order. Default: 1.
+    pub(super) threads: usize,
+    /// Samples in the shuffle buffer, per stream and source. Default: 256.
+    pub(super) shuffle_buffer: usize,
+    /// Candidate samples the packer chooses from, per stream. Default: 16.
+    pub(super) pack_buffer: usize,
+    /// Share of unusable samples above which a source stops the run, in `[0, 1)`. Default: 0.05.
+    pub(super) max_error_rate: f64,
+    /// Largest image that is decoded, pixels; larger ones count as unusable. Default: 50 million.
+    pub(super) max_pixels: u64,
+    /// Chat template: `chatml`, `sail` or `smollm`. Default: `chatml`.
+    pub(super) template: Template,
+    /// System prompt for samples that bring none; `""`: none. Default: the template's own.
+    pub(super) system: Option<String>,
+    /// How much each of a sample's n answer tokens counts: `token` 1, `sample` 1/n, `square` 1/sqrt(n).
+    /// Default: `token`.
+    pub(super) loss_weight: LossWeight,
+    /// The tokens an image is written as; each must be in the tokenizer.
+    pub(super) image_tokens: RawImageTokens,
+    /// How an image is cut into tiles.
+    pub(super) tiling: RawTiling,
+    /// Mean of each RGB channel after scaling to `[0, 1]`. Default: `ImageNet`'s, `[0.485, 0.456, 0.406]`.
+    pub(super) mean: [f64; 3],
+    /// Standard deviation of each RGB channel, above 0. Default: `ImageNet`'s, `[0.229, 0.224, 0.225]`.
+    pub(super) std: [f64; 3],
+    /// What is mixed. At least one is required.
+    pub(super) sources: Option<Vec<RawSource>>,
+}
+
+impl Default for RawData {
+    fn default() -> Self {
+        Self {
+            streams: 1,
+            threads: 1,
+            shuffle_buffer: 256,
+            pack_buffer: 16,
+            max_error_rate: 0.05,
+            max_pixels: 50_000_000,
+            template: Template::Chatml,
+            system: None,
+            loss_weight: LossWeight::Token,
+            image_tokens: RawImageTokens::default(),
+            tiling: RawTiling::default(),
+            mean: [0.485, 0.456, 0.406],
+            std: [0.229, 0.224, 0.225],
+            sources: None,
+        }
+    }
+}
+
+/// `data.image_tokens`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawImageTokens {
+    /// Before an image. Default: `<img>`.
+    pub(super) start: String,
+    /// One for each visual token. Default: `<IMG_CONTEXT>`.
+    pub(super) context: String,
+    /// After an image. Default: `</img>`.
+    pub(super) end: String,
+}
+
+impl Default for RawImageTokens {
+    fn default() -> Self {
+        Self { start: "<img>".to_owned(), context: "<IMG_CONTEXT>".to_owned(), end: "</img>".to_owned() }
+    }
+}
+
+/// `data.tiling`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawTiling {
+    /// Fewest tiles of an image, at least 1. Default: 1.
+    pub(super) min: usize,
+    /// Most tiles of an image, without the thumbnail. Default: 1.
+    pub(super) max: usize,
+    /// Whether an image of several tiles is followed by a small copy of the whole. Default: true.
+    pub(super) thumbnail: bool,
+}
+
+impl Default for RawTiling {
+    fn default() -> Self {
+        Self { min: 1, max: 1, thumbnail: true }
+    }
+}
+
+/// An item of `data.sources` and `eval.sources`.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping with `name` and `shards`")]
+pub(super) struct RawSource {
+    /// Name in logs, unique in its list. Required.
+    pub(super) name: Option<String>,
+    /// Tar shards: a path or a list of paths, with braces (`{000..017}`) and globs (`*`). Required.
+    pub(super) shards: Option<RawShards>,
+    /// Share of the samples drawn from here, relative to the other sources; above 0. Default: 1.0.
+    pub(super) weight: f64,
+}
+
+impl Default for RawSource {
+    fn default() -> Self {
+        Self { name: None, shards: None, weight: 1.0 }
+    }
+}
+
+/// `checkpoint`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawCheckpoint {
+    /// Steps between checkpoints. Default: only at the end.
+    pub(super) every: Option<u64>,
+    /// How many of the newest are kept, at least 1. Default: 2.
+    pub(super) keep_last: usize,
+}
+
+impl Default for RawCheckpoint {
+    fn default() -> Self {
+        Self { every: None, keep_last: 2 }
+    }
+}
+
+/// `log`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawLog {
+    /// Steps between reports. Default: 10.
+    pub(super) every: u64,
+}
+
+impl Default for RawLog {
+    fn default() -> Self {
+        Self { every: 10 }
+    }
+}
+
+/// `eval`. It runs before the first step and after the last one, and in between as `every` says.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawEval {
+    /// Steps between evaluations. Default: none in between.
+    pub(super) every: Option<u64>,
+    /// Samples per source whose loss is measured. Default: 64.
+    pub(super) samples: usize,
+    /// Samples per source whose answer is generated and shown. Default: 4.
+    pub(super) generate: usize,
+    /// Longest generated answer, tokens. Default: 32.
+    pub(super) max_new_tokens: usize,
+    /// Held-out shards. At least one source is required.
+    pub(super) sources: Option<Vec<RawSource>>,
+}
+
+impl Default for RawEval {
+    fn default() -> Self {
+        Self { every: None, samples: 64, generate: 4, max_new_tokens: 32, sources: None }
+    }
+}
+
+/// `export`
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawExport {
+    /// Layout of the vision encoder's files: `transformers`. Required.
+    pub(super) vit: Option<VitLayout>,
+}
+
+/// A curriculum: stages that run one after the other.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawCurriculum {
+    /// Name in logs. Required.
+    pub(super) name: Option<String>,
+    /// Stage files, relative to this file. At least one.
+    pub(super) stages: Vec<PathBuf>,
+}

@@ -1,0 +1,299 @@
+//! The file's form to a [`Plan`]: defaults and derived values filled in, everything checked that can be checked
+//! without opening a model or a shard. The data sections are in `resolve_data.rs`.
+
+use std::path::{Component, Path, PathBuf};
+
+use serde_json::Value;
+
+use super::check::Checker;
+use super::de;
+use super::error::ConfigError;
+use super::plan::{
+    BatchPlan, CheckpointPlan, ExportPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan, Plan,
+    ProjectorPlan, RunPlan, SchedulePlan, TrainPlan, VisionPlan,
+};
+use super::raw::{
+    RawBatch, RawCheckpoint, RawExport, RawInit, RawLlm, RawLog, RawModel, RawOptimizer, RawRun,
+    RawRunSection, RawSchedule, RawTrain, RawVision,
+};
+use super::raw_values::{RawModule, RawWarmup};
+use super::resolve_data;
+use super::tree::Node;
+use super::values::{ModelSource, Module, ModulePlan};
+
+/// Makes the plan of one stage's tree. `errors` are those of reading its text.
+///
+/// # Errors
+/// Every fault, sorted by file and line.
+pub(super) fn stage(tree: &Node, errors: Vec<ConfigError>) -> Result<Plan, Vec<ConfigError>> {
+    let mut checker = Checker::new(tree, errors);
+    let raw: RawRun = de::read(&mut checker);
+    let plan = sections(&mut checker, raw);
+    let errors = checker.into_errors();
+    match plan {
+        Some(plan) if errors.is_empty() => Ok(plan),
+        _ => Err(errors),
+    }
+}
+
+/// Resolves every section before looking whether one failed, so that each can report its faults.
+fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
+    let root = raw.run.root.clone();
+    let run = run(checker, raw.run);
+    let model = model(checker, raw.model);
+    let init = raw.init.map(|init| self::init(checker, init, &root));
+    let train = train(checker, &raw.train);
+    let optimizer = optimizer(checker, &raw.optimizer);
+    let schedule = schedule(checker, &raw.schedule);
+    let batch = batch(checker, &raw.batch);
+    let data = resolve_data::data(checker, raw.data, batch.as_ref());
+    let checkpoint = checkpoint(checker, &raw.checkpoint);
+    let log = log(checker, &raw.log);
+    let eval = raw.eval.map(|eval| resolve_data::eval(checker, eval));
+    let export = raw.export.map(|export| self::export(checker, &export));
+
+    let plan = Plan {
+        run: run?,
+        model: model?,
+        init: wanted(init)?,
+        train: train?,
+        optimizer,
+        schedule: schedule?,
+        batch: batch?,
+        data: data?,
+        checkpoint,
+        log,
+        eval: wanted(eval)?,
+        export: wanted(export)?,
+    };
+    if plan.init.as_ref().is_some_and(|init| init.from == plan.run.dir) {
+        checker.invalid("init.from", "is this run's own folder, `run.dir`");
+    }
+    Some(plan)
+}
+
+/// A section that is not wanted is fine; one that is wanted and failed is not.
+#[expect(clippy::option_option, reason = "outer: whether it resolved; inner: whether it is wanted")]
+fn wanted<T>(section: Option<Option<T>>) -> Option<Option<T>> {
+    match section {
+        None => Some(None),
+        Some(resolved) => resolved.map(Some),
+    }
+}
+
+fn run(checker: &mut Checker<'_>, raw: RawRunSection) -> Option<RunPlan> {
+    let name = checker.required("run.name", raw.name);
+    let dir = checker.required("run.dir", raw.dir);
+    let (name, dir) = (name?, dir?);
+    if name.trim().is_empty() {
+        checker.invalid("run.name", "must not be empty");
+    }
+    let dir = under(&raw.root, &dir);
+    if dir.as_os_str().is_empty() {
+        checker.invalid("run.dir", "must not be empty");
+    }
+    Some(RunPlan { name, dir, seed: raw.seed, device: raw.device, precision: raw.precision })
+}
+
+/// `path` below `root` unless it is absolute, without `.` steps, so that equal folders compare equal.
+fn under(root: &Path, path: &Path) -> PathBuf {
+    root.join(path).components().filter(|step| *step != Component::CurDir).collect()
+}
+
+fn model(checker: &mut Checker<'_>, raw: RawModel) -> Option<ModelPlan> {
+    let merge = raw.projector.merge;
+    checker.expect(merge >= 1, "model.projector.merge", "must be at least 1", merge);
+    let vision = vision(checker, raw.vision);
+    let llm = llm(checker, raw.llm);
+    Some(ModelPlan { vision: vision?, projector: ProjectorPlan { merge }, llm: llm? })
+}
+
+fn vision(checker: &mut Checker<'_>, raw: RawVision) -> Option<VisionPlan> {
+    let source = source(checker, "model.vision", raw.from, raw.random);
+    let image_px = checker.required("model.vision.image_px", raw.image_px);
+    if let Some(image_px) = image_px {
+        checker.expect(image_px >= 1, "model.vision.image_px", "must be at least 1", image_px);
+    }
+    Some(VisionPlan { source: source?, image_px: image_px? })
+}
+
+fn llm(checker: &mut Checker<'_>, raw: RawLlm) -> Option<LlmPlan> {
+    let beside_weights = raw.from.as_ref().map(|folder| folder.join("tokenizer.json"));
+    let source = source(checker, "model.llm", raw.from, raw.random)?;
+    let tokenizer = raw.tokenizer.or(beside_weights);
+    if tokenizer.is_none() {
+        checker.invalid_with_hint(
+            "model.llm.tokenizer",
+            "missing",
+            "`random` weights bring no tokenizer: name a `tokenizer.json`",
+        );
+    }
+    Some(LlmPlan { source, tokenizer: tokenizer? })
+}
+
+/// Exactly one of `from` and `random`.
+fn source(
+    checker: &mut Checker<'_>,
+    section: &str,
+    from: Option<PathBuf>,
+    random: Option<Value>,
+) -> Option<ModelSource> {
+    match (from, random) {
+        (Some(folder), None) => Some(ModelSource::From(folder)),
+        (None, Some(config)) => {
+            let named = config.get("model_type").is_some_and(Value::is_string);
+            if !named {
+                checker.invalid_with_hint(
+                    &format!("{section}.random"),
+                    "must be a mapping with a `model_type`",
+                    "write the keys of the family's own `config.json`",
+                );
+            }
+            named.then_some(ModelSource::Random(config))
+        }
+        (Some(_), Some(_)) => {
+            checker.invalid_with_hint(
+                section,
+                "has both `from` and `random`",
+                "keep one; `from: null` takes back an inherited one",
+            );
+            None
+        }
+        (None, None) => {
+            checker.invalid_with_hint(
+                &format!("{section}.from"),
+                "missing",
+                "name a folder with `from`, or a shape with `random: { model_type: ... }`",
+            );
+            None
+        }
+    }
+}
+
+fn init(checker: &mut Checker<'_>, raw: RawInit, root: &Path) -> Option<InitPlan> {
+    let from = checker.required("init.from", raw.from)?;
+    Some(InitPlan { from: under(root, &from) })
+}
+
+fn train(checker: &mut Checker<'_>, raw: &RawTrain) -> Option<TrainPlan> {
+    let vision = module(checker, Module::Vision, raw.vision.as_ref());
+    let projector = module(checker, Module::Projector, raw.projector.as_ref());
+    let llm = module(checker, Module::Llm, raw.llm.as_ref());
+    let plan = TrainPlan { vision: vision?, projector: projector?, llm: llm? };
+    if !plan.iter().any(|(_, module)| module.is_trained()) {
+        checker.invalid_with_hint(
+            "train",
+            "every module is frozen, so there is nothing to train",
+            "give at least one module a rate, as in `projector: { lr: 1e-3 }`",
+        );
+    }
+    Some(plan)
+}
+
+fn module(checker: &mut Checker<'_>, module: Module, raw: Option<&RawModule>) -> Option<ModulePlan> {
+    let path = format!("train.{module}");
+    match raw {
+        None => {
+            checker.invalid_with_hint(
+                &path,
+                "missing",
+                format!("write `{module}: frozen` or `{module}: {{ lr: RATE }}`"),
+            );
+            None
+        }
+        Some(RawModule::Frozen) => Some(ModulePlan::Frozen),
+        Some(RawModule::Train(rates)) => {
+            let lr = checker.required(&format!("{path}.lr"), rates.lr)?;
+            let weight_decay = rates.weight_decay;
+            if lr <= 0.0 {
+                checker.invalid_with_hint(
+                    &format!("{path}.lr"),
+                    format!("must be above 0, found {lr}"),
+                    format!("write `{module}: frozen` to leave the module as it is"),
+                );
+            }
+            checker.expect(
+                weight_decay >= 0.0,
+                &format!("{path}.weight_decay"),
+                "must not be negative",
+                weight_decay,
+            );
+            Some(ModulePlan::Train { lr, weight_decay })
+        }
+    }
+}
+
+fn optimizer(checker: &mut Checker<'_>, raw: &RawOptimizer) -> OptimizerPlan {
+    for (index, beta) in raw.betas.iter().enumerate() {
+        let path = format!("optimizer.betas[{index}]");
+        checker.expect((0.0..1.0).contains(beta), &path, "must be from 0 to below 1", beta);
+    }
+    checker.expect(raw.eps > 0.0, "optimizer.eps", "must be above 0", raw.eps);
+    if let Some(norm) = raw.clip_norm
+        && norm <= 0.0
+    {
+        checker.invalid_with_hint(
+            "optimizer.clip_norm",
+            format!("must be above 0, found {norm}"),
+            "write `clip_norm: null` for no clipping",
+        );
+    }
+    OptimizerPlan { betas: raw.betas, eps: raw.eps, clip_norm: raw.clip_norm }
+}
+
+fn schedule(checker: &mut Checker<'_>, raw: &RawSchedule) -> Option<SchedulePlan> {
+    let min_ratio = raw.min_ratio;
+    checker.expect((0.0..=1.0).contains(&min_ratio), "schedule.min_ratio", "must be from 0 to 1", min_ratio);
+    let steps = checker.required("schedule.steps", raw.steps)?;
+    checker.expect(steps >= 1, "schedule.steps", "must be at least 1", steps);
+    let warmup_steps = match raw.warmup {
+        RawWarmup::Steps(warmup) => {
+            let must = format!("must not be more than `schedule.steps`, {steps}");
+            checker.expect(warmup <= steps, "schedule.warmup", &must, warmup);
+            warmup
+        }
+        RawWarmup::Percent(percent) => {
+            let found = format!("{percent}%");
+            checker.expect(
+                (0.0..=100.0).contains(&percent),
+                "schedule.warmup",
+                "must be from 0% to 100%",
+                found,
+            );
+            (steps as f64 * percent / 100.0).round() as u64
+        }
+    };
+    Some(SchedulePlan { kind: raw.kind, steps, warmup_steps, min_ratio })
+}
+
+fn batch(checker: &mut Checker<'_>, raw: &RawBatch) -> Option<BatchPlan> {
+    let tokens_per_pack = checker.required("batch.tokens_per_pack", raw.tokens_per_pack);
+    let packs_per_step = checker.required("batch.packs_per_step", raw.packs_per_step);
+    let plan = BatchPlan { tokens_per_pack: tokens_per_pack?, packs_per_step: packs_per_step? };
+    let (tokens, packs) = (plan.tokens_per_pack, plan.packs_per_step);
+    checker.expect(tokens >= 2, "batch.tokens_per_pack", "must be at least 2", tokens);
+    checker.expect(packs >= 1, "batch.packs_per_step", "must be at least 1", packs);
+    Some(plan)
+}
+
+fn checkpoint(checker: &mut Checker<'_>, raw: &RawCheckpoint) -> CheckpointPlan {
+    every(checker, "checkpoint.every", raw.every, "leave it out for a checkpoint only at the end");
+    checker.expect(raw.keep_last >= 1, "checkpoint.keep_last", "must be at least 1", raw.keep_last);
+    CheckpointPlan { every: raw.every, keep_last: raw.keep_last }
+}
+
+fn log(checker: &mut Checker<'_>, raw: &RawLog) -> LogPlan {
+    checker.expect(raw.every >= 1, "log.every", "must be at least 1", raw.every);
+    LogPlan { every: raw.every }
+}
+
+fn export(checker: &mut Checker<'_>, raw: &RawExport) -> Option<ExportPlan> {
+    checker.required("export.vit", raw.vit).map(|vit| ExportPlan { vit })
+}
+
+/// An optional cadence: at least 1 where it is given.
+pub(super) fn every(checker: &mut Checker<'_>, path: &str, steps: Option<u64>, hint: &str) {
+    if steps == Some(0) {
+        checker.invalid_with_hint(path, "must be at least 1, found 0", hint);
+    }
+}

@@ -1,0 +1,531 @@
+//! A snapshot of every kind of message.
+
+use super::{STAGE, faults, faults_of};
+
+#[test]
+fn unknown_field_suggests_and_hides_what_follows_from_it() {
+    insta::assert_snapshot!(faults(&[("projector: {", "projctor: {")]), @r"
+    error: `train.projctor`: unknown field
+      --> stage.yaml:7
+      hint: did you mean `projector`?
+    ");
+}
+
+#[test]
+fn unknown_field_lists_the_known_ones() {
+    insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60, zzz: 1 }")]), @r"
+    error: `schedule.zzz`: unknown field
+      --> stage.yaml:9
+      hint: known here: `kind`, `steps`, `warmup`, `min_ratio`
+    ");
+}
+
+#[test]
+fn wrong_types() {
+    let edits = [
+        ("{ name: demo,", "{ name: 12, device: gpu, precision: bf61,"),
+        ("image_px: 112", "image_px: -5"),
+        ("vision: frozen", "vision: frosty"),
+        ("lr: 1e-3", "lr: fast"),
+        ("{ steps: 60 }", "{ steps: 1.5, warmup: some }\noptimizer: { betas: [0.9] }"),
+        ("streams: 2", "streams: two\n  mean: [1, 2, 3, 4]\n  template: { kind: chatml }"),
+        ("\"caption-*.tar\"", "[a.tar, 5]"),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `run.name`: expected text, found the number `12`
+      --> stage.yaml:1
+      hint: put it in quotes
+
+    error: `run.device`: unknown device `gpu`, expected `auto`, `cpu`, `cuda` or `cuda:N`
+      --> stage.yaml:1
+
+    error: `run.precision`: unknown value `bf61`
+      --> stage.yaml:1
+      hint: did you mean `bf16`?
+
+    error: `model.vision.image_px`: expected a whole number from 0, found the number `-5`
+      --> stage.yaml:3
+
+    error: `train.vision`: expected `frozen` or `{ lr: RATE }`, found `frosty`
+      --> stage.yaml:6
+
+    error: `train.projector.lr`: expected a number, found `fast`
+      --> stage.yaml:7
+
+    error: `schedule.steps`: expected a whole number from 0, found the number `1.5`
+      --> stage.yaml:9
+
+    error: `schedule.warmup`: expected steps like `5` or a share of them like `10%`, found `some`
+      --> stage.yaml:9
+
+    error: `optimizer.betas`: expected a list of 2 numbers, found 1 item(s)
+      --> stage.yaml:10
+
+    error: `data.streams`: expected a whole number from 0, found `two`
+      --> stage.yaml:13
+
+    error: `data.mean`: expected a list of 3 numbers, found 4 item(s)
+      --> stage.yaml:14
+
+    error: `data.template`: expected `chatml` or `sail` or `smollm`, found a mapping
+      --> stage.yaml:15
+
+    error: `data.sources[0].shards[1]`: expected text, found the number `5`
+      --> stage.yaml:17
+      hint: put it in quotes
+    ");
+}
+
+#[test]
+fn a_section_that_is_no_mapping() {
+    insta::assert_snapshot!(faults(&[("schedule: { steps: 60 }", "schedule: [60]")]), @r"
+    error: `schedule`: expected a mapping, found a list
+      --> stage.yaml:9
+    ");
+    insta::assert_snapshot!(faults_of(&[("stage.yaml", "- 1\n")], &[]), @r"
+    error: expected a mapping, found a list
+      --> stage.yaml:1
+    ");
+}
+
+#[test]
+fn missing_fields_name_the_line_of_their_section() {
+    let edits = [
+        ("{ steps: 60 }", "{}"),
+        (", packs_per_step: 8", ""),
+        (", image_px: 112", ""),
+        ("    - { name: caption, shards: \"caption-*.tar\" }", "    - {}"),
+        ("  llm: frozen\n", "  llm: {}\n"),
+        ("vision: frozen\n", "# vision\n"),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `model.vision.image_px`: missing
+      --> stage.yaml:3
+
+    error: `train.vision`: missing
+      --> stage.yaml:5
+      hint: write `vision: frozen` or `vision: { lr: RATE }`
+
+    error: `train.llm.lr`: missing
+      --> stage.yaml:8
+
+    error: `schedule.steps`: missing
+      --> stage.yaml:9
+
+    error: `batch.packs_per_step`: missing
+      --> stage.yaml:10
+
+    error: `data.sources[0].name`: missing
+      --> stage.yaml:14
+
+    error: `data.sources[0].shards`: missing
+      --> stage.yaml:14
+    ");
+}
+
+#[test]
+fn an_empty_file_misses_everything() {
+    insta::assert_snapshot!(faults_of(&[("stage.yaml", "")], &[]), @r"
+    error: `run.name`: missing
+      --> stage.yaml:1
+
+    error: `run.dir`: missing
+      --> stage.yaml:1
+
+    error: `model.vision.from`: missing
+      --> stage.yaml:1
+      hint: name a folder with `from`, or a shape with `random: { model_type: ... }`
+
+    error: `model.vision.image_px`: missing
+      --> stage.yaml:1
+
+    error: `model.llm.from`: missing
+      --> stage.yaml:1
+      hint: name a folder with `from`, or a shape with `random: { model_type: ... }`
+
+    error: `train.vision`: missing
+      --> stage.yaml:1
+      hint: write `vision: frozen` or `vision: { lr: RATE }`
+
+    error: `train.projector`: missing
+      --> stage.yaml:1
+      hint: write `projector: frozen` or `projector: { lr: RATE }`
+
+    error: `train.llm`: missing
+      --> stage.yaml:1
+      hint: write `llm: frozen` or `llm: { lr: RATE }`
+
+    error: `schedule.steps`: missing
+      --> stage.yaml:1
+
+    error: `batch.tokens_per_pack`: missing
+      --> stage.yaml:1
+
+    error: `batch.packs_per_step`: missing
+      --> stage.yaml:1
+
+    error: `data.sources`: missing
+      --> stage.yaml:1
+    ");
+}
+
+#[test]
+fn faults_of_several_sections_and_kinds_at_once() {
+    let edits = [
+        ("name: demo", "nmae: demo"),
+        ("lr: 1e-3", "lr: 0"),
+        ("steps: 60", "steps: 60, steps: 70"),
+        ("streams: 2", "streams: 3"),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `run.nmae`: unknown field
+      --> stage.yaml:1
+      hint: did you mean `name`?
+
+    error: `train.projector.lr`: must be above 0, found 0
+      --> stage.yaml:7
+      hint: write `projector: frozen` to leave the module as it is
+
+    error: `schedule.steps`: given twice, first at line 9
+      --> stage.yaml:9
+
+    error: `data.streams`: 3 does not fit `batch.packs_per_step`, 8
+      --> stage.yaml:12
+      hint: packs are taken from the streams in turn: one of the two numbers must divide the other
+    ");
+}
+
+#[test]
+fn text_that_is_not_yaml() {
+    insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60")]), @r"
+    error: invalid YAML at column 6: while parsing a flow mapping, did not find expected ',' or '}'
+      --> stage.yaml:10
+    ");
+    insta::assert_snapshot!(faults(&[("  llm: frozen", " llm: frozen")]), @r"
+    error: invalid YAML at column 2: while parsing a block mapping, did not find expected key
+      --> stage.yaml:8
+    ");
+}
+
+#[test]
+fn yaml_that_is_not_accepted() {
+    let edits = [
+        ("{ from: weights/vit,", "&vit { from: weights/vit,"),
+        ("{ from: weights/llm }", "*vit"),
+        ("frozen\nschedule", "!word frozen\nschedule"),
+        ("lr: 1e-3", "lr: .nan"),
+        ("\"caption-*.tar\" }\n", "\"caption-*.tar\" }\n---\nrun: {}\n"),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `model.vision`: anchors and aliases cannot be used in a configuration
+      --> stage.yaml:3
+      hint: write the value out, or share a file with `extends`
+
+    error: `model.llm`: anchors and aliases cannot be used in a configuration
+      --> stage.yaml:4
+      hint: write the value out, or share a file with `extends`
+
+    error: `train.projector.lr`: `.nan` is not a finite number
+      --> stage.yaml:7
+
+    error: `train.llm`: tags cannot be used in a configuration
+      --> stage.yaml:8
+
+    error: several documents cannot be used in a configuration
+      --> stage.yaml:16
+    ");
+    let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+    insta::assert_snapshot!(faults(&[("vision: frozen", &format!("vision: {deep}"))]), @r"
+    error: invalid YAML at column 42: nested too deeply
+      --> stage.yaml:6
+    ");
+}
+
+#[test]
+fn values_that_make_no_sense() {
+    let edits = [
+        ("name: demo, dir: runs/demo", "name: \"\", dir: \"\""),
+        ("image_px: 112 }", "image_px: 0 }\n  projector: { merge: 0 }"),
+        ("lr: 1e-3", "lr: -1, weight_decay: -0.1"),
+        (
+            "{ steps: 60 }",
+            "{ steps: 10, warmup: 11, min_ratio: 2 }\noptimizer: { betas: [0.9, 1], eps: 0, clip_norm: 0 }\n\
+             checkpoint: { every: 0, keep_last: 0 }\nlog: { every: 0 }\n\
+             eval: { every: 0, samples: 0, max_new_tokens: 0, sources: [] }",
+        ),
+        ("tokens_per_pack: 512, packs_per_step: 8", "tokens_per_pack: 1, packs_per_step: 0"),
+        (
+            "streams: 2",
+            "streams: 0\n  threads: 0\n  shuffle_buffer: 0\n  pack_buffer: 0\n  max_error_rate: 5\n  \
+             max_pixels: 0\n  std: [0.2, 0, 0.2]\n  image_tokens: { start: \"\", end: <IMG_CONTEXT> }\n  \
+             tiling: { min: 4, max: 2 }",
+        ),
+        ("\"caption-*.tar\" }", "[], weight: 0 }\n    - { name: caption, shards: \"\" }"),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r#"
+    error: `run.name`: must not be empty
+      --> stage.yaml:1
+
+    error: `run.dir`: must not be empty
+      --> stage.yaml:1
+
+    error: `model.vision.image_px`: must be at least 1, found 0
+      --> stage.yaml:3
+
+    error: `model.projector.merge`: must be at least 1, found 0
+      --> stage.yaml:4
+
+    error: `train.projector.lr`: must be above 0, found -1
+      --> stage.yaml:8
+      hint: write `projector: frozen` to leave the module as it is
+
+    error: `train.projector.weight_decay`: must not be negative, found -0.1
+      --> stage.yaml:8
+
+    error: `schedule.min_ratio`: must be from 0 to 1, found 2
+      --> stage.yaml:10
+
+    error: `schedule.warmup`: must not be more than `schedule.steps`, 10, found 11
+      --> stage.yaml:10
+
+    error: `optimizer.betas[1]`: must be from 0 to below 1, found 1
+      --> stage.yaml:11
+
+    error: `optimizer.eps`: must be above 0, found 0
+      --> stage.yaml:11
+
+    error: `optimizer.clip_norm`: must be above 0, found 0
+      --> stage.yaml:11
+      hint: write `clip_norm: null` for no clipping
+
+    error: `checkpoint.every`: must be at least 1, found 0
+      --> stage.yaml:12
+      hint: leave it out for a checkpoint only at the end
+
+    error: `checkpoint.keep_last`: must be at least 1, found 0
+      --> stage.yaml:12
+
+    error: `log.every`: must be at least 1, found 0
+      --> stage.yaml:13
+
+    error: `eval.every`: must be at least 1, found 0
+      --> stage.yaml:14
+      hint: leave it out to evaluate only at the start and the end
+
+    error: `eval.samples`: must be at least 1, found 0
+      --> stage.yaml:14
+
+    error: `eval.max_new_tokens`: must be at least 1, found 0
+      --> stage.yaml:14
+
+    error: `eval.sources`: is empty
+      --> stage.yaml:14
+      hint: add a source: `- { name: NAME, shards: "PATH-*.tar" }`
+
+    error: `batch.tokens_per_pack`: must be at least 2, found 1
+      --> stage.yaml:15
+
+    error: `batch.packs_per_step`: must be at least 1, found 0
+      --> stage.yaml:15
+
+    error: `data.streams`: must be at least 1, found 0
+      --> stage.yaml:17
+
+    error: `data.threads`: must be at least 1, found 0
+      --> stage.yaml:18
+
+    error: `data.shuffle_buffer`: must be at least 1, found 0
+      --> stage.yaml:19
+
+    error: `data.pack_buffer`: must be at least 1, found 0
+      --> stage.yaml:20
+
+    error: `data.max_error_rate`: must be from 0 to below 1, found 5
+      --> stage.yaml:21
+
+    error: `data.max_pixels`: must be at least 1, found 0
+      --> stage.yaml:22
+
+    error: `data.std[1]`: must be above 0, found 0
+      --> stage.yaml:23
+
+    error: `data.image_tokens.start`: must not be empty
+      --> stage.yaml:24
+
+    error: `data.image_tokens`: `start`, `context` and `end` must be three different tokens
+      --> stage.yaml:24
+
+    error: `data.tiling.max`: must be at least `data.tiling.min`, 4, found 2
+      --> stage.yaml:25
+
+    error: `data.sources[0].weight`: must be above 0, found 0
+      --> stage.yaml:27
+      hint: leave the source out instead
+
+    error: `data.sources[0].shards`: must name at least one path, none of them empty
+      --> stage.yaml:27
+
+    error: `data.sources[1].shards`: must name at least one path, none of them empty
+      --> stage.yaml:28
+
+    error: `data.sources[1].name`: another source is named `caption`
+      --> stage.yaml:28
+    "#);
+}
+
+#[test]
+fn model_sources() {
+    let edits = [("from: weights/vit", "from: weights/vit, random: {}"), ("{ from: weights/llm }", "{}")];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `model.vision`: has both `from` and `random`
+      --> stage.yaml:3
+      hint: keep one; `from: null` takes back an inherited one
+
+    error: `model.llm.from`: missing
+      --> stage.yaml:4
+      hint: name a folder with `from`, or a shape with `random: { model_type: ... }`
+    ");
+    let edits = [
+        ("from: weights/vit", "random: { hidden_size: 8 }"),
+        ("{ from: weights/llm }", "{ random: { model_type: qwen3 } }"),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `model.vision.random`: must be a mapping with a `model_type`
+      --> stage.yaml:3
+      hint: write the keys of the family's own `config.json`
+
+    error: `model.llm.tokenizer`: missing
+      --> stage.yaml:4
+      hint: `random` weights bring no tokenizer: name a `tokenizer.json`
+    ");
+}
+
+#[test]
+fn nothing_to_train_and_a_run_that_starts_from_itself() {
+    insta::assert_snapshot!(faults(&[("{ lr: 1e-3 }", "frozen"), ("data:", "init: { from: ./runs/demo }\ndata:")]), @r"
+    error: `train`: every module is frozen, so there is nothing to train
+      --> stage.yaml:5
+      hint: give at least one module a rate, as in `projector: { lr: 1e-3 }`
+
+    error: `init.from`: is this run's own folder, `run.dir`
+      --> stage.yaml:11
+    ");
+}
+
+#[test]
+fn warmup_percent() {
+    insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60, warmup: 120% }")]), @r"
+    error: `schedule.warmup`: must be from 0% to 100%, found 120%
+      --> stage.yaml:9
+    ");
+}
+
+#[test]
+fn overrides() {
+    let files = [("stage.yaml", STAGE)];
+    let sets = [
+        "train.projctor.lr=1",
+        "schedule.steps=many",
+        "data.sources[4].weight=1",
+        "batch.tokens_per_pack",
+        "train..lr=1",
+        "run.name=[",
+    ];
+    insta::assert_snapshot!(faults_of(&files, &sets), @r"
+    error: expected `path=value`
+      --> --set batch.tokens_per_pack
+
+    error: `train..lr` has an empty name in it
+      --> --set train..lr=1
+
+    error: `run.name`: invalid YAML at column 1: while parsing a node, did not find expected node content
+      --> --set run.name=[
+
+    error: `data.sources[4].weight`: there is no item 4 in a list of 1, counted from 0
+      --> --set data.sources[4].weight=1
+
+    error: `train.projctor`: unknown field
+      --> --set train.projctor.lr=1
+      hint: did you mean `projector`?
+
+    error: `schedule.steps`: expected a whole number from 0, found `many`
+      --> --set schedule.steps=many
+    ");
+    insta::assert_snapshot!(faults_of(&files, &["stages[0].run.dir=x"]), @r"
+    error: `stages[0].run.dir`: there is no item 0, because there is no list
+      --> --set stages[0].run.dir=x
+    ");
+}
+
+#[test]
+fn extends() {
+    let missing = faults_of(&[("stage.yaml", &format!("extends: base.yaml\n{STAGE}"))], &[]);
+    insta::assert_snapshot!(missing, @r"
+    error: `extends`: `base.yaml` cannot be read: No such file or directory (os error 2)
+      --> stage.yaml:1
+    ");
+    let circle =
+        [("stage.yaml", &*format!("extends: other.yaml\n{STAGE}")), ("other.yaml", "extends: stage.yaml")];
+    insta::assert_snapshot!(faults_of(&circle, &[]), @r"
+    error: `extends`: `stage.yaml` extends itself
+      --> other.yaml:1
+    ");
+    let inherited = [("stage.yaml", "extends: other.yaml\nlog: { every: 0 }\n"), ("other.yaml", STAGE)];
+    insta::assert_snapshot!(faults_of(&inherited, &["data.streams=3"]), @r"
+    error: `log.every`: must be at least 1, found 0
+      --> stage.yaml:2
+
+    error: `data.streams`: 3 does not fit `batch.packs_per_step`, 8
+      --> --set data.streams=3
+      hint: packs are taken from the streams in turn: one of the two numbers must divide the other
+    ");
+    insta::assert_snapshot!(faults_of(&[("stage.yaml", &format!("extends: [a]\n{STAGE}"))], &[]), @r"
+    error: `extends`: must be the path of one file
+      --> stage.yaml:1
+    ");
+}
+
+#[test]
+fn curriculum() {
+    let bad = STAGE.replace("lr: 1e-3", "lrr: 1e-3");
+    let files = [
+        ("all.yaml", "nmae: demo\nstages: [one.yaml, two.yaml, three.yaml, four.yaml]\n"),
+        ("one.yaml", STAGE),
+        ("two.yaml", &bad),
+        ("three.yaml", STAGE),
+    ];
+    insta::assert_snapshot!(faults_of(&files, &["schedule.stepz=1", "stages[7].run.dir=x"]), @r"
+    error: `nmae`: unknown field
+      --> all.yaml:1
+      hint: did you mean `name`?
+
+    error: `schedule.stepz`: unknown field
+      --> --set schedule.stepz=1
+      hint: did you mean `steps`?
+
+    error: `train.projector.lrr`: unknown field
+      --> two.yaml:7
+      hint: did you mean `lr`?
+
+    error: `stages[3]`: `four.yaml` cannot be read: No such file or directory (os error 2)
+      --> all.yaml:2
+
+    error: `stages[7].run.dir`: there are 4 stages, from 0
+      --> --set stages[7].run.dir=x
+    ");
+    let same = [("all.yaml", "name: demo\nstages:\n  - one.yaml\n  - one.yaml\n"), ("one.yaml", STAGE)];
+    insta::assert_snapshot!(faults_of(&same, &[]), @r"
+    error: `stages[1]`: `one.yaml` and `one.yaml` both have `run.dir` runs/demo
+      --> all.yaml:4
+      hint: every stage needs a folder of its own; `run.root` moves them all together
+    ");
+    insta::assert_snapshot!(faults_of(&[("all.yaml", "name: demo\nstages: []\n")], &[]), @r"
+    error: `stages`: is empty
+      --> all.yaml:2
+      hint: list stage files, relative to this one
+    ");
+    insta::assert_snapshot!(faults_of(&[("all.yaml", "name: demo\nstages: [1]\n")], &[]), @r"
+    error: `stages[0]`: expected a path, found the number `1`
+      --> all.yaml:2
+    ");
+}

@@ -1,0 +1,104 @@
+//! Several stages in order, and the summary of what they did.
+//!
+//! Each stage names the one it continues by `init.from`; this only runs them one after another.
+//! A finished stage is skipped, an interrupted one resumes.
+
+use std::fmt::{self, Write};
+use std::path::Path;
+
+use crate::config::{ModulePlan, Plan};
+use crate::error::Result;
+use crate::stage::FreezeTable;
+use crate::train_loop::{Outcome, RunOptions, StageSummary, run_stage};
+
+/// The finished stages of a curriculum, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary(pub Vec<StageSummary>);
+
+/// Runs `plans` in order; `None` when one was asked to stop.
+///
+/// # Errors
+/// Those of [`run_stage`].
+pub fn run<'a>(plans: impl IntoIterator<Item = &'a Plan>, options: &RunOptions) -> Result<Option<Summary>> {
+    let mut stages = Vec::new();
+    for plan in plans {
+        match run_stage(plan, options)? {
+            Outcome::Finished(summary) => stages.push(*summary),
+            Outcome::Interrupted { .. } => return Ok(None),
+        }
+    }
+    Ok(Some(Summary(stages)))
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:<16} {:<24} {:>6} {:>8} {:>11} {:>19} {:>11} {:>15}",
+            "stage",
+            "trained",
+            "steps",
+            "samples",
+            "train loss",
+            "held-out loss",
+            "true image",
+            "shuffled image"
+        )?;
+        for stage in &self.0 {
+            let loss = |report: &Option<_>| {
+                report
+                    .as_ref()
+                    .map_or("-".to_owned(), |r: &crate::eval::EvalReport| format!("{:.3}", r.total.loss))
+            };
+            let images = stage.after.as_ref().and_then(|report| report.total.images);
+            let image = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
+            writeln!(
+                f,
+                "{:<16} {:<24} {:>6} {:>8} {:>11.3} {:>19} {:>11} {:>15}",
+                stage.name,
+                trained(&stage.modules),
+                stage.steps,
+                stage.totals.samples,
+                stage.train_loss,
+                format!("{} -> {}", loss(&stage.before), loss(&stage.after)),
+                image(images.map(|images| images.true_image)),
+                image(images.map(|images| images.shuffled_image)),
+            )?;
+        }
+        let Some(last) = self.0.last() else { return Ok(()) };
+        if let Some(report) = last.after.as_ref().filter(|report| !report.generations.is_empty()) {
+            writeln!(f, "\nheld-out answers of {}", last.name)?;
+            for generation in &report.generations {
+                let question = generation.question.replace("<image>", "").replace('\n', " ");
+                writeln!(f, "  {}", generation.sample)?;
+                writeln!(f, "    asked  {}", question.trim())?;
+                writeln!(f, "    truth  {}", generation.truth)?;
+                writeln!(f, "    model  {}", generation.answer)?;
+            }
+        }
+        if let Some(export) = &last.export {
+            write!(f, "{}", how_to_load(export))?;
+        }
+        Ok(())
+    }
+}
+
+fn trained(table: &FreezeTable) -> String {
+    let mut text = String::new();
+    for row in table.0.iter().filter(|row| matches!(row.plan, ModulePlan::Train { .. })) {
+        let separator = if text.is_empty() { "" } else { " + " };
+        // Writing to a string does not fail.
+        let _ = write!(text, "{separator}{}", row.module);
+    }
+    text
+}
+
+fn how_to_load(export: &Path) -> String {
+    let path = export.display();
+    format!(
+        "\nthe refined vision encoder is in {path}; in Python:\n  \
+         from transformers import AutoImageProcessor, AutoModel\n  \
+         vit = AutoModel.from_pretrained(\"{path}\")\n  \
+         processor = AutoImageProcessor.from_pretrained(\"{path}\")\n"
+    )
+}

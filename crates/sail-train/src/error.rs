@@ -1,0 +1,110 @@
+//! The error of this crate, and the exit code each kind means.
+
+use std::path::{Path, PathBuf};
+
+use crate::config::{ConfigErrors, GeometryError};
+
+/// What can end a run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The configuration file has errors; all of them are listed.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    /// The tile, the patch and the merge factor do not fit together.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// What was asked for cannot be done with what is there; the message says what to do instead.
+    #[error("{message}\n\nhint: {hint}")]
+    Usage {
+        /// What is wrong.
+        message: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// Reading training or held-out data failed.
+    #[error(transparent)]
+    Data(#[from] sail_data::Error),
+    /// A model could not be built, read, written or run.
+    #[error(transparent)]
+    Model(#[from] sail_model::Error),
+    /// libtorch reported an error.
+    #[error(transparent)]
+    Torch(#[from] sail_torch::Error),
+    /// libtorch reported an error through tch.
+    #[error(transparent)]
+    Tch(#[from] tch::TchError),
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A checkpoint is incomplete, damaged or does not fit.
+    #[error("{}: {reason}", path.display())]
+    Checkpoint {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The loss or the gradient is not a number; the weights are as they were before the step.
+    #[error(
+        "step {step}: loss {loss}, gradient norm {grad_norm}: not finite\n\nsamples: {samples}\n\nhint: lower `train.*.lr`, or look at these samples"
+    )]
+    NotFinite {
+        /// The step that would have been taken.
+        step: u64,
+        /// Mean loss of the step.
+        loss: f64,
+        /// Global gradient norm.
+        grad_norm: f64,
+        /// Its samples, as `shard/key`.
+        samples: String,
+    },
+    /// A parameter that the stage trains did not change, or one it freezes did.
+    #[error("`{name}` {problem}")]
+    FreezePlan {
+        /// Full parameter name.
+        name: String,
+        /// What happened to it.
+        problem: &'static str,
+    },
+    /// An export, read back, is not what was in memory.
+    #[error("{}: features read back differ from those in memory by {difference:e}", path.display())]
+    ExportMismatch {
+        /// The exported folder.
+        path: PathBuf,
+        /// Largest absolute difference.
+        difference: f64,
+    },
+}
+
+/// Result with this crate's error.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The exit code: 2 for what the user wrote, 1 for what happened afterwards.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Geometry(_) | Self::Usage { .. } => 2,
+            _ => 1,
+        }
+    }
+
+    pub(crate) fn usage(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Usage { message: message.into(), hint: hint.into() }
+    }
+
+    /// For `map_err` on an IO call: keeps the path that the system's error leaves out.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+
+    pub(crate) fn checkpoint(path: &Path, reason: impl Into<String>) -> Self {
+        Self::Checkpoint { path: path.to_owned(), reason: reason.into() }
+    }
+}

@@ -1,0 +1,242 @@
+//! What a run tells: a progress bar on a terminal, plain lines elsewhere, `metrics.jsonl` always.
+//!
+//! The only place that prints while training. `metrics.jsonl` has one object a line with a `kind`
+//! of `train` or `eval`; after a resume it holds each step once.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::checkpoint::Totals;
+use crate::config::{ModulePlan, Plan};
+use crate::error::{Error, Result};
+use crate::eval::EvalReport;
+use crate::schedule::is_due;
+
+const METRICS: &str = "metrics.jsonl";
+
+/// Standard error, shared by the bar, the plain lines and the log so that none breaks another.
+#[derive(Clone, Debug)]
+pub struct Console {
+    bars: MultiProgress,
+}
+
+impl Default for Console {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Console {
+    /// Draws bars only when standard error is a terminal.
+    pub fn new() -> Self {
+        Self { bars: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()) }
+    }
+
+    /// Prints lines above the bar.
+    pub fn line(&self, text: impl std::fmt::Display) {
+        self.bars.suspend(|| eprintln!("{text}"));
+    }
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.bars.suspend(|| io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl MakeWriter<'_> for Console {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+/// What one optimizer step gave.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StepReport {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Mean loss per unit of loss weight.
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Factor on each module's peak rate.
+    pub lr_factor: f64,
+    /// Samples, tokens and answer tokens of this step.
+    pub size: Totals,
+    /// From one step's end to the next.
+    pub step_secs: f64,
+    /// Of these, waiting for data.
+    pub data_wait_secs: f64,
+}
+
+/// The voice of one run.
+pub struct Events {
+    console: Console,
+    bar: Option<ProgressBar>,
+    metrics: PathBuf,
+    file: File,
+    plan: Plan,
+    started: Instant,
+    first_step: u64,
+}
+
+impl Events {
+    /// Opens `metrics.jsonl`: anew for a run that starts, without what was written after `step` for
+    /// one that resumes there.
+    pub fn open(console: Console, plan: &Plan, step: u64) -> Result<Self> {
+        let metrics = plan.run.dir.join(METRICS);
+        if step == 0 {
+            File::create(&metrics).map_err(Error::io(&metrics))?;
+        }
+        keep_until(&metrics, step)?;
+        let file =
+            OpenOptions::new().create(true).append(true).open(&metrics).map_err(Error::io(&metrics))?;
+        let bar = io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} eta {eta}");
+            let bar = ProgressBar::new(plan.schedule.steps)
+                .with_style(style.expect("invariant: the template is well formed"))
+                .with_prefix(plan.run.name.clone())
+                .with_position(step);
+            bar.reset_eta();
+            console.bars.add(bar)
+        });
+        let started = Instant::now();
+        Ok(Self { console, bar, metrics, file, plan: plan.clone(), started, first_step: step })
+    }
+
+    /// Prints a message.
+    pub fn note(&self, text: impl std::fmt::Display) {
+        self.console.line(text);
+    }
+
+    /// Records a step; shows it when it is due.
+    pub fn step(&mut self, report: &StepReport) -> Result<()> {
+        let tokens_per_sec = report.size.tokens as f64 / report.step_secs;
+        let rates: serde_json::Map<String, Value> = (self.plan.train.iter())
+            .filter_map(|(module, plan)| Some((module.name().to_owned(), rate(plan, report.lr_factor)?)))
+            .collect();
+        self.write(&json!({
+            "kind": "train", "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": rates,
+            "samples": report.size.samples, "tokens": report.size.tokens,
+            "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
+            "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
+        }))?;
+        let (steps, wait) = (self.plan.schedule.steps, 100.0 * report.data_wait_secs / report.step_secs);
+        let figures = format!(
+            "loss {:.4} grad {:.2} lr x{:.2} {tokens_per_sec:.0} tok/s wait {wait:.0}%",
+            report.loss, report.grad_norm, report.lr_factor
+        );
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(report.step);
+                bar.set_message(figures);
+            }
+            None if is_due(Some(self.plan.log.every), report.step) || report.step == steps => {
+                let name = &self.plan.run.name;
+                let eta = self.eta(report.step).as_secs();
+                self.console.line(format!("{name} step {}/{steps} {figures} eta {eta}s", report.step));
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Records and shows an evaluation.
+    pub fn evaluation(&mut self, step: u64, report: &EvalReport) -> Result<()> {
+        self.write(&json!({"kind": "eval", "step": step, "report": report}))?;
+        self.note(format!("\n{} after step {step}\n{report}", self.plan.run.name));
+        Ok(())
+    }
+
+    /// The mean training loss over the last tenth of the steps, and the evaluation before the first
+    /// one, as the whole run recorded them.
+    pub fn history(&self) -> Result<(f64, Option<EvalReport>)> {
+        let text = fs::read_to_string(&self.metrics).map_err(Error::io(&self.metrics))?;
+        let from = self.plan.schedule.steps - self.plan.schedule.steps.div_ceil(10);
+        let (mut losses, mut before) = (Vec::new(), None);
+        for line in text.lines() {
+            let broken = |error: serde_json::Error| Error::io(&self.metrics)(error.into());
+            let mut line: Value = serde_json::from_str(line).map_err(broken)?;
+            let step = line["step"].as_u64();
+            match line["kind"].as_str() {
+                Some("train") if step > Some(from) => losses.extend(line["loss"].as_f64()),
+                Some("eval") if step == Some(0) => {
+                    before = Some(serde_json::from_value(line["report"].take()).map_err(broken)?);
+                }
+                _ => {}
+            }
+        }
+        Ok((losses.iter().sum::<f64>() / losses.len() as f64, before))
+    }
+
+    /// Removes the bar.
+    pub fn close(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn eta(&self, step: u64) -> Duration {
+        let done = (step - self.first_step).max(1) as f64;
+        self.started.elapsed().mul_f64((self.plan.schedule.steps - step) as f64 / done)
+    }
+
+    fn write(&mut self, line: &Value) -> Result<()> {
+        writeln!(self.file, "{line}").map_err(Error::io(&self.metrics))
+    }
+}
+
+fn rate(plan: &ModulePlan, factor: f64) -> Option<Value> {
+    match plan {
+        ModulePlan::Frozen => None,
+        ModulePlan::Train { lr, .. } => Some(json!(lr * factor)),
+    }
+}
+
+/// Rewrites a metrics file without the lines of later steps, and without a line cut off in writing.
+fn keep_until(path: &Path, step: u64) -> Result<()> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(path)(error)),
+    };
+    let mut kept = String::new();
+    for line in BufReader::new(file).lines() {
+        let line = line.map_err(Error::io(path))?;
+        let known = serde_json::from_str::<Value>(&line).ok().and_then(|value| value["step"].as_u64());
+        if known.is_some_and(|known| known <= step) {
+            kept.push_str(&line);
+            kept.push('\n');
+        }
+    }
+    let temporary = path.with_extension("tmp");
+    fs::write(&temporary, kept).and_then(|()| fs::rename(&temporary, path)).map_err(Error::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_steps_and_cut_lines_are_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(METRICS);
+        fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"st").unwrap();
+        keep_until(&path, 2).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
+        keep_until(&dir.path().join("absent"), 2).unwrap();
+    }
+}

@@ -1,0 +1,119 @@
+//! Exporting the vision encoder, and using what was exported.
+//!
+//! An export is read back and must give the features of the model in memory before its path is
+//! reported.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use sail_data::{ImageSpec, Tiling, load_image};
+use sail_model::params::{Builder, Params};
+use sail_model::vision::{self, VisionConfig, VisionModel, build_vision};
+use sail_model::weights::{FileSource, read_json, write_safetensors};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::batch::to_pixels;
+use crate::error::{Error, Result};
+use crate::session::Session;
+
+/// Writes the session's vision encoder to `out` in the transformers layout and returns `out`.
+///
+/// # Errors
+/// [`Error::ExportMismatch`] when what was written gives other features than what is in memory.
+pub fn vit(session: &Session, out: &Path) -> Result<PathBuf> {
+    let params: Params = (session.model.params().iter())
+        .filter(|(name, _)| name.starts_with("vision."))
+        .map(|(name, compute)| {
+            let master = session.optimizer.master(name);
+            (name.clone(), master.map_or_else(|| compute.to_kind(Kind::Float), Tensor::shallow_clone))
+        })
+        .collect();
+    let plan = &session.plan;
+    let [mean, std] = [plan.data.mean, plan.data.std].map(|values| values.map(|value| value as f32));
+    let px = plan.model.vision.image_px as i64;
+    vision::export(&session.model.config().vision, &params, px, mean, std)?.write(out)?;
+
+    let (device, kind) = (session.device, session.precision);
+    let pixels_nchw = sample_pixels(session)?.to_kind(kind);
+    let difference = no_grad(|| -> Result<f64> {
+        let again = load_vit(out, device, kind)?;
+        let here = session.model.vision().last_hidden_state(&pixels_nchw).to_kind(Kind::Double);
+        let there = again.last_hidden_state(&pixels_nchw).to_kind(Kind::Double);
+        Ok((here - there).abs().max().double_value(&[]))
+    })?;
+    // The same weights in the same arithmetic: rounding of another order of sums is all there can be.
+    let limit = if kind == Kind::Float { 1e-5 } else { 1e-2 };
+    if difference <= limit {
+        return Ok(out.to_owned());
+    }
+    Err(Error::ExportMismatch { path: out.to_owned(), difference })
+}
+
+/// Features of image files by an exported encoder, as a safetensors file with `pixel_values` and
+/// `last_hidden_state`, fp32.
+pub fn embed(vit: &Path, images: &[PathBuf], out: &Path) -> Result<()> {
+    let spec = image_spec(&vit.join("preprocessor_config.json"))?;
+    let model = load_vit(vit, Device::Cpu, Kind::Float)?;
+    let mut pixels = Vec::with_capacity(images.len());
+    for image in images {
+        pixels.extend(to_pixels(&load_image(image, &spec)?, Device::Cpu));
+    }
+    let pixels_nchw = Tensor::cat(&pixels, 0);
+    let features_ntd = no_grad(|| model.last_hidden_state(&pixels_nchw));
+    let tensors = [("pixel_values".to_owned(), pixels_nchw), ("last_hidden_state".to_owned(), features_ntd)];
+    Ok(write_safetensors(out, &tensors.into_iter().collect())?)
+}
+
+/// What an export says of the pixels its encoder takes: square images of one size, no tiles.
+fn image_spec(file: &Path) -> Result<ImageSpec> {
+    #[derive(Deserialize)]
+    struct Preprocessor {
+        size: Size,
+        image_mean: [f32; 3],
+        image_std: [f32; 3],
+    }
+    #[derive(Deserialize)]
+    struct Size {
+        height: usize,
+        width: usize,
+    }
+    let invalid = |reason: String| sail_model::Error::File { path: file.to_owned(), reason };
+    let Preprocessor { size, image_mean, image_std } =
+        serde_json::from_value(read_json(file)?).map_err(|error| invalid(error.to_string()))?;
+    if size.height != size.width {
+        return Err(
+            invalid(format!("images of {} x {} pixels are not square", size.width, size.height)).into()
+        );
+    }
+    Ok(ImageSpec {
+        tile_px: size.height,
+        tokens_per_tile: 1,
+        tiling: Tiling { min: 1, max: 1, thumbnail: false },
+        mean: image_mean,
+        std: image_std,
+        max_pixels: u64::MAX,
+    })
+}
+
+fn load_vit(folder: &Path, device: Device, kind: Kind) -> Result<Box<dyn VisionModel + Send>> {
+    let config = VisionConfig::read(folder)?;
+    let source = FileSource::open(folder)?;
+    let params = Rc::new(RefCell::new(Params::new()));
+    let model = build_vision(&config, &Builder::new(Rc::clone(&params), "vision", &source, device))?;
+    for tensor in params.borrow_mut().values_mut() {
+        tensor.set_data(&tensor.to_kind(kind));
+    }
+    Ok(model)
+}
+
+/// A held-out image, or without any a fixed pattern that differs from patch to patch.
+fn sample_pixels(session: &Session) -> Result<Tensor> {
+    let held_out = session.evaluator.as_ref().and_then(|evaluator| evaluator.image_sample());
+    if let Some(pixels) = held_out.and_then(|sample| to_pixels(&sample.tiles, session.device)) {
+        return Ok(pixels);
+    }
+    let px = session.plan.model.vision.image_px as i64;
+    Ok(Tensor::linspace(-2.0, 2.0, 3 * px * px, (Kind::Float, session.device)).f_reshape([1, 3, px, px])?)
+}

@@ -1,0 +1,29 @@
+//! Staged training of vision encoders inside a multimodal LLM.
+//!
+//! | to find | open |
+//! |---|---|
+//! | the train loop | [`train_loop::run_stage`] |
+//! | what a configuration may say | [`config`] |
+//! | where weights, data and optimizer come together | [`session`] |
+//! | freezing and its proof | [`stage`], [`optim`] |
+//! | what a checkpoint is | [`checkpoint`] |
+//! | the held-out measures | [`eval`] |
+//! | the exported vision encoder | [`export`] |
+//! | stages in a row | [`curriculum`] |
+
+pub mod batch;
+pub mod checkpoint;
+pub mod cli;
+pub mod config;
+pub mod curriculum;
+pub mod error;
+pub mod eval;
+pub mod events;
+pub mod export;
+pub mod optim;
+pub mod schedule;
+pub mod session;
+pub mod stage;
+pub mod train_loop;
+
+pub use error::{Error, Result};

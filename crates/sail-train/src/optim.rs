@@ -1,0 +1,253 @@
+//! AdamW over the parameters a stage trains, with fp32 masters.
+//!
+//! The model's tensors are the *compute copies*. In fp32 a compute copy is its own master; in bf16
+//! the master is a separate fp32 tensor, gradients are summed in fp32 over the micro-batches of a
+//! step, and the compute copy is cast anew after each update.
+//! Built by [`crate::session`] from the freeze plan; knows nothing of files or schedules.
+
+use std::collections::BTreeMap;
+
+use sail_model::params::Params;
+use sail_torch::{AdamWOptions, AdamWSlot};
+use tch::{Kind, Tensor, no_grad};
+
+use crate::config::{ModulePlan, OptimizerPlan, TrainPlan};
+use crate::error::{Error, Result};
+use crate::stage;
+
+/// Every trained parameter with its state, in sorted-name order.
+pub struct Optimizer {
+    slots: BTreeMap<String, Slot>,
+    plan: OptimizerPlan,
+    steps: u64,
+}
+
+struct Slot {
+    /// What the model computes with; requires a gradient.
+    compute: Tensor,
+    /// fp32; the same tensor as `compute` when the model computes in fp32.
+    master: Tensor,
+    /// Sum over the micro-batches so far, fp32; `None` before the first.
+    grad: Option<Tensor>,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    peak_lr: f64,
+    weight_decay: f64,
+}
+
+/// One tensor of the optimizer's state, for checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StateKind {
+    /// The fp32 parameter.
+    Param,
+    /// The first moment.
+    ExpAvg,
+    /// The second moment.
+    ExpAvgSq,
+}
+
+impl StateKind {
+    /// Every kind, in the order checkpoints hold them.
+    pub const ALL: [Self; 3] = [Self::Param, Self::ExpAvg, Self::ExpAvgSq];
+
+    /// The name in checkpoint files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Param => "param",
+            Self::ExpAvg => "exp_avg",
+            Self::ExpAvgSq => "exp_avg_sq",
+        }
+    }
+}
+
+impl Optimizer {
+    /// Takes over the parameters that `train` does not freeze: makes masters, then turns the compute
+    /// copies into `precision`. `params` are fp32 when this is called.
+    pub fn new(params: &Params, train: &TrainPlan, plan: OptimizerPlan, precision: Kind) -> Result<Self> {
+        let mut slots = BTreeMap::new();
+        for (name, compute) in params {
+            let mut compute = compute.shallow_clone();
+            let master = compute.detach();
+            if precision != Kind::Float {
+                compute.set_data(&master.to_kind(precision));
+            }
+            if let ModulePlan::Train { lr, weight_decay } = *train.get(stage::module_of(name)?) {
+                compute = compute.set_requires_grad(true);
+                let decay = if decays(name, &master.size()) { weight_decay } else { 0.0 };
+                slots.insert(
+                    name.clone(),
+                    Slot {
+                        compute,
+                        grad: None,
+                        exp_avg: master.zeros_like(),
+                        exp_avg_sq: master.zeros_like(),
+                        master,
+                        peak_lr: lr,
+                        weight_decay: decay,
+                    },
+                );
+            }
+        }
+        Ok(Self { slots, plan, steps: 0 })
+    }
+
+    /// Adds the gradients of the last backward pass to the step's sums and clears them.
+    ///
+    /// A parameter that the batch did not reach has a zero gradient: what a step does is decided by
+    /// the configuration, never by the batch.
+    pub fn accumulate(&mut self) {
+        no_grad(|| {
+            for slot in self.slots.values_mut() {
+                let fresh = slot.compute.grad();
+                if !fresh.defined() {
+                    slot.grad.get_or_insert_with(|| slot.master.zeros_like());
+                    continue;
+                }
+                // In fp32 autograd's own buffer is the sum: it adds to `.grad` where there is one.
+                if slot.compute.kind() == Kind::Float {
+                    slot.grad = Some(fresh);
+                    continue;
+                }
+                let fresh_f32 = fresh.to_kind(Kind::Float);
+                match &mut slot.grad {
+                    Some(sum) => drop(sum.f_add_(&fresh_f32)),
+                    None => slot.grad = Some(fresh_f32),
+                }
+                slot.compute.zero_grad();
+            }
+        });
+    }
+
+    /// The global norm of the accumulated gradients, a 0-dimensional tensor; afterwards they are
+    /// scaled so that it is at most `clip_norm`, where the plan has one.
+    pub fn clip(&self) -> Result<Tensor> {
+        let grads: Vec<Tensor> = self.slots.values().map(Slot::accumulated).collect();
+        let norm = sail_torch::global_norm(&grads)?;
+        if let Some(limit) = self.plan.clip_norm {
+            // Without a host read: a norm below the limit gives a factor of 1.
+            let factor = (limit / (&norm + 1e-6)).clamp_max(1.0);
+            sail_torch::foreach_mul(&grads, &factor)?;
+        }
+        Ok(norm)
+    }
+
+    /// One AdamW update at `lr_factor` times each module's peak rate; clears the gradients.
+    pub fn step(&mut self, lr_factor: f64) -> Result<()> {
+        let mut groups: BTreeMap<(u64, u64), Vec<AdamWSlot>> = BTreeMap::new();
+        for slot in self.slots.values() {
+            groups.entry((slot.peak_lr.to_bits(), slot.weight_decay.to_bits())).or_default().push(
+                AdamWSlot {
+                    param: slot.master.shallow_clone(),
+                    grad: slot.accumulated(),
+                    exp_avg: slot.exp_avg.shallow_clone(),
+                    exp_avg_sq: slot.exp_avg_sq.shallow_clone(),
+                    step: Tensor::from(self.steps as f32).to_device(slot.master.device()),
+                },
+            );
+        }
+        for ((peak_lr, weight_decay), slots) in groups {
+            let options = AdamWOptions {
+                lr: f64::from_bits(peak_lr) * lr_factor,
+                betas: (self.plan.betas[0], self.plan.betas[1]),
+                eps: self.plan.eps,
+                weight_decay: f64::from_bits(weight_decay),
+            };
+            sail_torch::fused_adamw(&slots, options)?;
+        }
+        self.steps += 1;
+        no_grad(|| {
+            for slot in self.slots.values_mut() {
+                slot.grad = None;
+                slot.compute.zero_grad();
+                slot.refresh_compute();
+            }
+        });
+        Ok(())
+    }
+
+    /// Updates so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Names of the trained parameters, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.slots.keys().map(String::as_str)
+    }
+
+    /// The fp32 tensor of a trained parameter; `None` for a frozen one.
+    pub fn master(&self, name: &str) -> Option<&Tensor> {
+        self.slots.get(name).map(|slot| &slot.master)
+    }
+
+    /// Every tensor of the state, by name and kind; shared, not copied.
+    pub fn state(&self) -> impl Iterator<Item = (&str, StateKind, &Tensor)> {
+        self.slots.iter().flat_map(|(name, slot)| {
+            StateKind::ALL.into_iter().map(move |kind| (name.as_str(), kind, slot.tensor(kind)))
+        })
+    }
+
+    /// Puts a checkpoint's state in place of this one. `get` gives each tensor by name and kind.
+    ///
+    /// # Errors
+    /// What `get` reports, and a tensor of another shape.
+    pub fn restore(&mut self, steps: u64, get: impl Fn(&str, StateKind) -> Result<Tensor>) -> Result<()> {
+        no_grad(|| {
+            for (name, slot) in &mut self.slots {
+                for kind in StateKind::ALL {
+                    let saved = get(name, kind)?;
+                    slot.tensor(kind).shallow_clone().f_copy_(&saved)?;
+                }
+                slot.refresh_compute();
+            }
+            Ok::<_, Error>(())
+        })?;
+        self.steps = steps;
+        Ok(())
+    }
+}
+
+impl Slot {
+    fn accumulated(&self) -> Tensor {
+        self.grad.as_ref().map_or_else(|| self.master.zeros_like(), Tensor::shallow_clone)
+    }
+
+    fn tensor(&self, kind: StateKind) -> &Tensor {
+        match kind {
+            StateKind::Param => &self.master,
+            StateKind::ExpAvg => &self.exp_avg,
+            StateKind::ExpAvgSq => &self.exp_avg_sq,
+        }
+    }
+
+    /// After the master changed; in fp32 they are one tensor.
+    fn refresh_compute(&mut self) {
+        if self.compute.kind() != Kind::Float {
+            self.compute.detach().copy_(&self.master);
+        }
+    }
+}
+
+/// Norms, biases, scales and embedding tables are not decayed.
+fn decays(name: &str, shape: &[i64]) -> bool {
+    shape.len() >= 2
+        && !name.contains("embed_tokens")
+        && !name.contains("position_embedding")
+        && !name.contains("cls_token")
+        && !name.contains("mask_token")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_matrices_and_kernels_decay() {
+        assert!(decays("llm.model.layers.0.mlp.up_proj.weight", &[8, 4]));
+        assert!(decays("vision.embeddings.patch_embeddings.projection.weight", &[8, 3, 14, 14]));
+        assert!(!decays("projector.1.bias", &[8]));
+        assert!(!decays("llm.model.embed_tokens.weight", &[8, 4]));
+        assert!(!decays("vision.embeddings.position_embedding.weight", &[16, 4]));
+        assert!(!decays("vision.embeddings.position_embeddings", &[1, 17, 4]));
+    }
+}

@@ -1,0 +1,394 @@
+//! Everything a stage needs, built from its plan: model, optimizer, data, position.
+//!
+//! Where the weights come from is decided here: a checkpoint of this run (resume), of another run
+//! (`init.from`), a Hugging Face folder, or random values. The loop over it is [`crate::train_loop`].
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use sail_data::{DataSpec, Loaded, Loader, TextEncoder};
+use sail_model::llm::LlmConfig;
+use sail_model::params::{Init, RandomSource, TensorSource};
+use sail_model::vision::VisionConfig;
+use sail_model::vlm::{Vlm, VlmConfig, VlmSources};
+use sail_model::weights::FileSource;
+use tch::{Cuda, Device, Kind, Tensor};
+
+use crate::batch::to_batch;
+use crate::checkpoint::{Checkpoint, DataState, Piece, RunState, Snapshot, Totals, Untouched};
+use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision};
+use crate::error::{Error, Result};
+use crate::eval::Evaluator;
+use crate::optim::{Optimizer, StateKind};
+use crate::stage::{Fingerprints, FreezeTable, module_of};
+
+/// A stage ready to run.
+pub struct Session {
+    /// What it follows.
+    pub plan: Plan,
+    /// The model; its trained parameters require gradients.
+    pub model: Vlm,
+    /// Masters and moments of what is trained.
+    pub optimizer: Optimizer,
+    /// Text to tokens and back.
+    pub encoder: Arc<TextEncoder>,
+    /// Held-out samples, where the plan evaluates.
+    pub evaluator: Option<Evaluator>,
+    /// Where the tensors are.
+    pub device: Device,
+    /// What the model computes in.
+    pub precision: Kind,
+    /// Optimizer steps done.
+    pub step: u64,
+    /// What was trained on so far.
+    pub totals: Totals,
+    loader: Loader,
+    untouched: BTreeMap<Module, Untouched>,
+    started_from: Fingerprints,
+}
+
+/// The packs of one optimizer step.
+pub struct Step {
+    packs: Vec<Loaded>,
+    /// Sum of the loss weights of all packs: the one normaliser of the step.
+    pub weight: f64,
+    /// What the packs hold.
+    pub size: Totals,
+    /// Time spent waiting for them.
+    pub data_wait_secs: f64,
+}
+
+impl Session {
+    /// Builds the stage, at the position of `resume` if there is one.
+    ///
+    /// # Errors
+    /// Whatever a file, a configuration or the data reports; a checkpoint of another plan.
+    pub fn build(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Self> {
+        let device = choose_device(plan.run.device)?;
+        let precision = choose_precision(plan.run.precision, device);
+        let config = model_config(plan)?;
+        let spec = plan.data_spec(config.vision.patch_size() as usize)?;
+        let encoder = Arc::new(encoder(plan, &spec, &config.llm)?);
+        let init = match (resume, &plan.init) {
+            (None, Some(init)) => Some(open_finished(&init.from)?),
+            _ => None,
+        };
+        let stored = resume.or(init.as_ref());
+        let sources = Sources::open(plan, stored)?;
+        let model = Vlm::new(&config, sources.for_model(), device)?;
+        let mut started_from = Fingerprints::new(model.params());
+        let untouched = untouched(plan, stored, &started_from)?;
+        let mut optimizer = Optimizer::new(model.params(), &plan.train, plan.optimizer.clone(), precision)?;
+        if precision != Kind::Float {
+            started_from = Fingerprints::new(model.params());
+        }
+        let (mut step, mut totals, mut data) = (0, Totals::default(), None);
+        if let Some(checkpoint) = resume {
+            optimizer.restore(checkpoint.optimizer_steps(), |name, kind| checkpoint.tensor(name, kind))?;
+            let state = checkpoint.state();
+            (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
+        }
+        let evaluator = match (&plan.eval, plan.eval_spec(config.vision.patch_size() as usize)?) {
+            (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
+            _ => None,
+        };
+        let (states, next_stream) = data.map_or((None, 0), |data| (Some(data.streams), data.next_stream));
+        let loader = Loader::new(&spec, Arc::clone(&encoder), states, next_stream, plan.data.threads)?;
+        let plan = plan.clone();
+        Ok(Self {
+            plan,
+            model,
+            optimizer,
+            encoder,
+            evaluator,
+            device,
+            precision,
+            step,
+            totals,
+            loader,
+            untouched,
+            started_from,
+        })
+    }
+
+    /// The freeze plan as a table.
+    pub fn freeze_table(&self) -> Result<FreezeTable> {
+        FreezeTable::new(self.model.params(), &self.plan.train)
+    }
+
+    /// The packs of the next step.
+    pub fn next_step(&mut self) -> Result<Step> {
+        let started = Instant::now();
+        let mut packs = Vec::with_capacity(self.plan.batch.packs_per_step);
+        for _ in 0..self.plan.batch.packs_per_step {
+            packs.push(self.loader.next_pack()?);
+        }
+        let weight = packs.iter().map(|loaded| loaded.pack.weight_sum()).sum();
+        let mut size = Totals::default();
+        for Loaded { pack, .. } in &packs {
+            size.samples += pack.samples.len() as u64;
+            size.tokens += pack.ids.len() as u64;
+            size.answer_tokens += pack.answer_tokens() as u64;
+        }
+        Ok(Step { packs, weight, size, data_wait_secs: started.elapsed().as_secs_f64() })
+    }
+
+    /// Forward and backward of every pack, gradients summed in the optimizer; the step's mean loss,
+    /// a 0-dimensional tensor.
+    pub fn accumulate(&mut self, step: &Step) -> Result<Tensor> {
+        let mut total = Tensor::zeros([], (Kind::Float, self.device));
+        for Loaded { pack, .. } in &step.packs {
+            let loss = self.model.loss_sum(&to_batch(pack, self.device))? / step.weight;
+            loss.backward();
+            self.optimizer.accumulate();
+            total += loss.detach();
+        }
+        Ok(total)
+    }
+
+    /// Takes note that the update for `step` was made.
+    pub fn advance(&mut self, step: &Step) {
+        self.step += 1;
+        self.totals.samples += step.size.samples;
+        self.totals.tokens += step.size.tokens;
+        self.totals.answer_tokens += step.size.answer_tokens;
+    }
+
+    /// Skipped samples so far, by source and reason.
+    pub fn skipped(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        self.loader.skipped()
+    }
+
+    /// Everything a checkpoint of this moment holds.
+    pub fn snapshot(&self) -> Result<Snapshot<'_>> {
+        let mut pieces = Vec::new();
+        for (name, tensor) in self.model.params() {
+            if self.optimizer.master(name).is_none() && !self.untouched.contains_key(&module_of(name)?) {
+                pieces.push(Piece { name, kind: StateKind::Param.name(), tensor: tensor.shallow_clone() });
+            }
+        }
+        for (name, kind, tensor) in self.optimizer.state() {
+            pieces.push(Piece { name, kind: kind.name(), tensor: tensor.shallow_clone() });
+        }
+        let (streams, next_stream) = self.loader.position();
+        Ok(Snapshot {
+            state: RunState {
+                step: self.step,
+                totals: self.totals,
+                data: DataState { next_stream, streams },
+                plan: self.plan.clone(),
+            },
+            optimizer_steps: self.optimizer.steps(),
+            pieces,
+            untouched: self.untouched.clone(),
+        })
+    }
+
+    /// Checks that no frozen parameter changed since the session was built.
+    ///
+    /// # Errors
+    /// [`Error::FreezePlan`] naming the first that did.
+    pub fn check_frozen(&self) -> Result<()> {
+        self.started_from.check_frozen(self.model.params(), &self.plan.train)
+    }
+}
+
+impl Step {
+    /// Its samples as `source/shard/key`, for messages.
+    pub fn sample_names(&self) -> String {
+        let ids = self.packs.iter().flat_map(|loaded| &loaded.pack.samples);
+        ids.map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// The configurations of the three modules, read or taken from the plan.
+fn model_config(plan: &Plan) -> Result<VlmConfig> {
+    let vision = match &plan.model.vision.source {
+        ModelSource::From(folder) => VisionConfig::read(folder)?,
+        ModelSource::Random(value) => VisionConfig::from_keys(value)?,
+    };
+    let llm = match &plan.model.llm.source {
+        ModelSource::From(folder) => LlmConfig::read(folder)?,
+        ModelSource::Random(value) => LlmConfig::from_keys(value)?,
+    };
+    Ok(VlmConfig { vision, merge: plan.model.projector.merge as i64, llm })
+}
+
+fn encoder(plan: &Plan, spec: &DataSpec, llm: &LlmConfig) -> Result<TextEncoder> {
+    let tokenizer = &plan.model.llm.tokenizer;
+    let encoder = TextEncoder::new(tokenizer, &spec.text)?;
+    let rows = llm.vocab_size() as usize;
+    if encoder.vocab_size() > rows {
+        return Err(Error::usage(
+            format!(
+                "`{}` has {} tokens, the language model's table {rows} rows",
+                tokenizer.display(),
+                encoder.vocab_size()
+            ),
+            "give the tokenizer that belongs to the model as `model.llm.tokenizer`",
+        ));
+    }
+    Ok(encoder)
+}
+
+fn choose_device(choice: DeviceChoice) -> Result<Device> {
+    let index = match choice {
+        DeviceChoice::Cpu => return Ok(Device::Cpu),
+        DeviceChoice::Auto if !Cuda::is_available() => return Ok(Device::Cpu),
+        DeviceChoice::Auto => 0,
+        DeviceChoice::Cuda(index) => index,
+    };
+    let found = Cuda::device_count();
+    if (index as i64) < found {
+        return Ok(Device::Cuda(index));
+    }
+    Err(Error::usage(
+        format!("`run.device` is `{choice}`, but libtorch sees {found} CUDA devices"),
+        "set `run.device: cpu`, or check `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+    ))
+}
+
+fn choose_precision(choice: Precision, device: Device) -> Kind {
+    match choice {
+        Precision::Bf16 => Kind::BFloat16,
+        Precision::Auto if device.is_cuda() => Kind::BFloat16,
+        Precision::Auto | Precision::Fp32 => Kind::Float,
+    }
+}
+
+/// The checkpoint that `init.from` names: itself, or the last one of a finished run.
+pub fn open_finished(from: &Path) -> Result<Checkpoint> {
+    if from.join("manifest.json").exists() {
+        return Checkpoint::open(from);
+    }
+    let checkpoint = crate::checkpoint::newest(from)?.ok_or_else(|| {
+        Error::usage(
+            format!("`init.from`: `{}` holds no complete checkpoint", from.display()),
+            "run that stage first, or name one of its `step-…` folders",
+        )
+    })?;
+    let (step, steps) = (checkpoint.state().step, checkpoint.state().plan.schedule.steps);
+    if step < steps {
+        return Err(Error::usage(
+            format!("`init.from`: the run in `{}` stopped at step {step} of {steps}", from.display()),
+            format!("finish it, or name the checkpoint itself: `{}`", checkpoint.dir().display()),
+        ));
+    }
+    Ok(checkpoint)
+}
+
+/// Refuses a second process on one run folder for as long as the returned file lives.
+pub fn lock(run_dir: &Path) -> Result<File> {
+    std::fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
+    let path = run_dir.join(".lock");
+    let file = File::create(&path).map_err(Error::io(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(Error::usage(
+            format!("another process is training in `{}`", run_dir.display()),
+            "wait for it, stop it, or choose another `run.dir`",
+        )),
+        Err(std::fs::TryLockError::Error(error)) => Err(Error::io(&path)(error)),
+    }
+}
+
+/// Where each module's tensors come from.
+struct Sources<'a>(BTreeMap<Module, Box<dyn TensorSource + 'a>>);
+
+impl<'a> Sources<'a> {
+    fn open(plan: &Plan, stored: Option<&'a Checkpoint>) -> Result<Self> {
+        let mut sources: BTreeMap<Module, Box<dyn TensorSource + 'a>> = BTreeMap::new();
+        for module in Module::ALL {
+            let in_checkpoint = stored.filter(|checkpoint| holds(checkpoint, module));
+            let source: Box<dyn TensorSource + 'a> = match (in_checkpoint, source_of(plan, module)) {
+                (Some(checkpoint), _) => Box::new(CheckpointSource { checkpoint, module }),
+                (None, Some(ModelSource::From(folder))) => Box::new(FileSource::open(folder)?),
+                (None, Some(ModelSource::Random(_)) | None) => {
+                    Box::new(RandomSource::new(plan.run.seed, module.name()))
+                }
+            };
+            sources.insert(module, source);
+        }
+        Ok(Self(sources))
+    }
+
+    fn for_model(&self) -> VlmSources<'_> {
+        let get = |module| self.0[&module].as_ref();
+        VlmSources { vision: get(Module::Vision), projector: get(Module::Projector), llm: get(Module::Llm) }
+    }
+}
+
+/// The modules that this stage leaves as their folder has them; checks that a checkpoint that left
+/// them so meant the same weights.
+fn untouched(
+    plan: &Plan,
+    stored: Option<&Checkpoint>,
+    loaded: &Fingerprints,
+) -> Result<BTreeMap<Module, Untouched>> {
+    let mut untouched = BTreeMap::new();
+    for (module, module_plan) in plan.train.iter() {
+        let Some(ModelSource::From(folder)) = source_of(plan, module) else { continue };
+        if stored.is_some_and(|checkpoint| holds(checkpoint, module)) {
+            continue;
+        }
+        let fingerprint = loaded.of_module(module);
+        let before = stored.and_then(|checkpoint| Some((checkpoint, checkpoint.untouched().get(&module)?)));
+        if let Some((checkpoint, before)) = before.filter(|(_, before)| before.fingerprint != fingerprint) {
+            return Err(Error::usage(
+                format!(
+                    "`model.{module}.from`: `{}` has other weights than `{}`, with which `{}` was trained",
+                    folder.display(),
+                    before.from.display(),
+                    checkpoint.dir().display(),
+                ),
+                "give the same weights, or start without `init.from`",
+            ));
+        }
+        if !module_plan.is_trained() {
+            untouched.insert(module, Untouched { from: folder.clone(), fingerprint });
+        }
+    }
+    Ok(untouched)
+}
+
+/// Where the plan says that a module's weights come from; the projector always starts at random.
+fn source_of(plan: &Plan, module: Module) -> Option<&ModelSource> {
+    match module {
+        Module::Vision => Some(&plan.model.vision.source),
+        Module::Projector => None,
+        Module::Llm => Some(&plan.model.llm.source),
+    }
+}
+
+fn holds(checkpoint: &Checkpoint, module: Module) -> bool {
+    !checkpoint.untouched().contains_key(&module)
+}
+
+/// A module's tensors from a checkpoint.
+struct CheckpointSource<'a> {
+    checkpoint: &'a Checkpoint,
+    module: Module,
+}
+
+impl TensorSource for CheckpointSource<'_> {
+    fn tensor(&self, name: &str, shape: &[i64], _init: Init) -> sail_model::Result<Tensor> {
+        let full = format!("{}.{name}", self.module);
+        let missing = || sail_model::Error::MissingTensor {
+            path: self.checkpoint.dir().to_owned(),
+            name: full.clone(),
+        };
+        let tensor = self.checkpoint.tensor(&full, StateKind::Param).map_err(|_| missing())?;
+        if tensor.size() == shape {
+            return Ok(tensor.to_kind(Kind::Float));
+        }
+        Err(sail_model::Error::Shape {
+            path: self.checkpoint.dir().to_owned(),
+            name: full,
+            found: tensor.size(),
+            expected: shape.to_vec(),
+        })
+    }
+}

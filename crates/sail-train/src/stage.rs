@@ -1,0 +1,196 @@
+//! What a stage trains: the freeze plan as a table, and the check that it was kept.
+//!
+//! Freezing itself is done where the optimizer takes its parameters over ([`crate::optim`]).
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use sail_model::params::Params;
+use tch::{Kind, Tensor, no_grad};
+
+use crate::config::{Module, ModulePlan, TrainPlan};
+use crate::error::{Error, Result};
+
+/// The module a full parameter name belongs to: what stands before the first dot.
+pub fn module_of(name: &str) -> Result<Module> {
+    let prefix = name.split('.').next().unwrap_or_default();
+    Module::ALL.into_iter().find(|module| module.name() == prefix).ok_or_else(|| Error::FreezePlan {
+        name: name.to_owned(),
+        problem: "belongs to no module of the freeze plan",
+    })
+}
+
+/// One row of the freeze plan.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct FreezeRow {
+    /// The module.
+    pub module: Module,
+    /// Number of parameters.
+    pub parameters: u64,
+    /// Trained or frozen, and at which rate.
+    pub plan: ModulePlan,
+}
+
+/// The freeze plan of a stage, printed at its start.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct FreezeTable(pub Vec<FreezeRow>);
+
+impl FreezeTable {
+    /// Counts the parameters of each module.
+    pub fn new(params: &Params, train: &TrainPlan) -> Result<Self> {
+        let mut counts = BTreeMap::from(Module::ALL.map(|module| (module, 0)));
+        for (name, tensor) in params {
+            *counts.entry(module_of(name)?).or_default() += tensor.numel() as u64;
+        }
+        let row = |(module, parameters)| FreezeRow { module, parameters, plan: *train.get(module) };
+        Ok(Self(counts.into_iter().map(row).collect()))
+    }
+}
+
+impl fmt::Display for FreezeTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:<10} {:>14}  {:<8} {:>9} {:>13}",
+            "module", "parameters", "state", "lr", "weight decay"
+        )?;
+        for row in &self.0 {
+            let parameters = grouped(row.parameters);
+            match row.plan {
+                ModulePlan::Frozen => {
+                    writeln!(
+                        f,
+                        "{:<10} {parameters:>14}  {:<8} {:>9} {:>13}",
+                        row.module.name(),
+                        "frozen",
+                        "-",
+                        "-"
+                    )?;
+                }
+                ModulePlan::Train { lr, weight_decay } => {
+                    let (module, lr) = (row.module.name(), format!("{lr:.1e}"));
+                    writeln!(
+                        f,
+                        "{module:<10} {parameters:>14}  {:<8} {lr:>9} {weight_decay:>13}",
+                        "trained"
+                    )?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// 1234567 as `1,234,567`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// Remembers the weights at the start of a run, so that its end can tell that what is frozen stayed
+/// and what is trained moved.
+///
+/// Keeps a 64-bit sum per parameter instead of a copy: the bit patterns, each multiplied by an odd
+/// number that depends on its position, so that a changed or moved value changes the sum.
+pub struct Fingerprints(BTreeMap<String, i64>);
+
+impl Fingerprints {
+    /// Of all parameters as they are now.
+    pub fn new(params: &Params) -> Self {
+        Self(params.iter().map(|(name, tensor)| (name.clone(), fingerprint(tensor))).collect())
+    }
+
+    /// One number for all parameters of a module.
+    pub fn of_module(&self, module: Module) -> String {
+        let prefix = format!("{module}.");
+        let mut hash = crc32fast::Hasher::new();
+        for (name, print) in self.0.iter().filter(|(name, _)| name.starts_with(&prefix)) {
+            hash.update(name.as_bytes());
+            hash.update(&print.to_le_bytes());
+        }
+        format!("{:08x}", hash.finalize())
+    }
+
+    /// Checks the weights after training against these.
+    ///
+    /// # Errors
+    /// [`Error::FreezePlan`] naming the first parameter that is frozen and changed.
+    pub fn check_frozen(&self, params: &Params, train: &TrainPlan) -> Result<()> {
+        for (name, tensor) in params {
+            let trained = train.get(module_of(name)?).is_trained();
+            if !trained && self.0.get(name) != Some(&fingerprint(tensor)) {
+                let problem = "is frozen in this stage and changed; the checkpoint is not to be used";
+                return Err(Error::FreezePlan { name: name.clone(), problem });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn fingerprint(tensor: &Tensor) -> i64 {
+    // In pieces, so that the 64-bit copies of a large embedding table stay small.
+    const PIECE: i64 = 1 << 22;
+    no_grad(|| {
+        let kind = if tensor.kind() == Kind::Float { Kind::Int } else { Kind::Int16 };
+        let bits = tensor.detach().contiguous().view_dtype(kind).reshape([-1]);
+        let weights = Tensor::arange(PIECE.min(bits.numel() as i64), (Kind::Int64, bits.device())) * 2 + 1;
+        bits.split(PIECE, 0).iter().fold(0i64, |sum, piece| {
+            let weights = weights.narrow(0, 0, piece.numel() as i64);
+            let piece_sum = (piece.to_kind(Kind::Int64) * weights).sum(Kind::Int64).int64_value(&[]);
+            sum.wrapping_mul(31).wrapping_add(piece_sum)
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> Params {
+        ["vision.a", "projector.1.weight", "llm.b"]
+            .map(|name| (name.to_owned(), Tensor::from_slice(&[1f32, 2.0, 3.0])))
+            .into_iter()
+            .collect()
+    }
+
+    const TRAIN: TrainPlan = TrainPlan {
+        vision: ModulePlan::Frozen,
+        projector: ModulePlan::Train { lr: 1e-3, weight_decay: 0.0 },
+        llm: ModulePlan::Frozen,
+    };
+
+    #[test]
+    fn the_table_counts_every_parameter() {
+        let table = FreezeTable::new(&params(), &TRAIN).unwrap();
+        assert_eq!(table.0.iter().map(|row| row.parameters).sum::<u64>(), 9);
+        let text = table.to_string();
+        assert!(text.contains("frozen") && text.contains("1.0e-3"), "{text}");
+        assert_eq!(grouped(1_234_567), "1,234,567");
+    }
+
+    #[test]
+    fn a_changed_frozen_parameter_is_named() {
+        let mut params = params();
+        let prints = Fingerprints::new(&params);
+        params.insert("projector.1.weight".into(), Tensor::from_slice(&[9f32, 9.0, 9.0]));
+        prints.check_frozen(&params, &TRAIN).unwrap();
+        for changed in [[1f32, 2.0, 3.000_001], [2.0, 1.0, 3.0]] {
+            params.insert("llm.b".into(), Tensor::from_slice(&changed));
+            let error = prints.check_frozen(&params, &TRAIN).unwrap_err().to_string();
+            assert!(error.contains("`llm.b` is frozen"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_name_outside_the_modules_is_refused() {
+        assert!(module_of("head.weight").is_err());
+    }
+}

@@ -1,0 +1,265 @@
+//! One stage from its first step to its export, read top to bottom.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::checkpoint::{self, Checkpoint, Totals};
+use crate::config::Plan;
+use crate::error::{Error, Result};
+use crate::eval::EvalReport;
+use crate::events::{Console, Events, StepReport};
+use crate::export;
+use crate::schedule::{factor, is_due};
+use crate::session::{self, Session, Step};
+use crate::stage::FreezeTable;
+
+const SUMMARY: &str = "summary.json";
+/// Fields that may differ on resume: they change what is told and kept, not what is trained.
+const HARMLESS: [&str; 6] = ["run.name", "run.dir", "data.threads", "log", "checkpoint", "eval"];
+
+/// How to run, apart from what to run.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// Where to continue.
+    pub resume: Resume,
+    /// Save and stop after this step.
+    pub stop_at: Option<u64>,
+    /// Set from outside to ask for a save and a stop.
+    pub stop: Arc<AtomicBool>,
+    /// Where messages go.
+    pub console: Console,
+}
+
+/// Where a run continues.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// From the newest complete checkpoint in the run folder, if there is one.
+    Auto,
+    /// Nowhere: the run folder must hold no checkpoint.
+    Never,
+    /// From this checkpoint.
+    From(std::path::PathBuf),
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished(Box<StageSummary>),
+    /// It was asked to stop, and saved.
+    Interrupted {
+        /// The step of the checkpoint.
+        step: u64,
+    },
+}
+
+/// What is worth knowing of a finished stage; `summary.json` in its folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StageSummary {
+    /// `run.name`.
+    pub name: String,
+    /// Of the plan.
+    pub plan_hash: String,
+    /// What was trained.
+    pub modules: FreezeTable,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// What it was trained on.
+    pub totals: Totals,
+    /// Mean training loss of the last tenth of the steps.
+    pub train_loss: f64,
+    /// Held out, before the first step.
+    pub before: Option<EvalReport>,
+    /// Held out, after the last step.
+    pub after: Option<EvalReport>,
+    /// The exported vision encoder.
+    pub export: Option<std::path::PathBuf>,
+}
+
+/// Runs a stage to its end, or until it is asked to stop.
+///
+/// # Errors
+/// Anything that keeps it from going on; the newest complete checkpoint stays.
+pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
+    let _lock = session::lock(&plan.run.dir)?;
+    let resume = find_resume(plan, &options.resume)?;
+    if let Some(summary) = finished(plan, resume.as_ref())? {
+        options.console.line(format!("{}: already finished", plan.run.name));
+        return Ok(Outcome::Finished(Box::new(summary)));
+    }
+    write_plan(plan)?;
+    let mut session = Session::build(plan, resume.as_ref())?;
+    let mut events = Events::open(options.console.clone(), plan, session.step)?;
+    announce(&session, &events, resume.as_ref())?;
+    if session.step == 0 {
+        evaluate(&session, &mut events)?;
+    }
+    let mut last = Instant::now();
+    while session.step < plan.schedule.steps {
+        let step = session.next_step()?;
+        let loss = session.accumulate(&step)?;
+        let norm = session.optimizer.clip()?;
+        let (loss, grad_norm) = read_finite(&loss, &norm, &session, &step)?;
+        let lr_factor = factor(&plan.schedule, session.step);
+        session.optimizer.step(lr_factor)?;
+        session.advance(&step);
+
+        let step_secs = last.elapsed().as_secs_f64();
+        last = Instant::now();
+        let (size, data_wait_secs) = (step.size, step.data_wait_secs);
+        events.step(&StepReport {
+            step: session.step,
+            loss,
+            grad_norm,
+            lr_factor,
+            size,
+            step_secs,
+            data_wait_secs,
+        })?;
+
+        let done = session.step == plan.schedule.steps;
+        let stop =
+            options.stop.load(Ordering::Relaxed) || options.stop_at.is_some_and(|at| session.step >= at);
+        if is_due(plan.checkpoint.every, session.step) || done || stop {
+            save(&session)?;
+        }
+        if stop && !done {
+            events.close();
+            events.note(format!("{}: saved at step {} and stopped", plan.run.name, session.step));
+            return Ok(Outcome::Interrupted { step: session.step });
+        }
+        if !done && plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step)) {
+            evaluate(&session, &mut events)?;
+            last = Instant::now();
+        }
+    }
+    finish(&session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
+}
+
+/// The one place where the host waits for the device in a step.
+fn read_finite(loss: &Tensor, norm: &Tensor, session: &Session, step: &Step) -> Result<(f64, f64)> {
+    let read = Tensor::stack(&[loss.to_kind(Kind::Double), norm.to_kind(Kind::Double)], 0);
+    let (loss, grad_norm) = (read.double_value(&[0]), read.double_value(&[1]));
+    if loss.is_finite() && grad_norm.is_finite() {
+        return Ok((loss, grad_norm));
+    }
+    Err(Error::NotFinite { step: session.step + 1, loss, grad_norm, samples: step.sample_names() })
+}
+
+fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
+    let dir = &plan.run.dir;
+    let checkpoint = match resume {
+        Resume::From(path) => Some(Checkpoint::open(path)?),
+        Resume::Auto => checkpoint::newest(dir)?,
+        Resume::Never => match checkpoint::newest(dir)? {
+            None => None,
+            Some(found) => {
+                return Err(Error::usage(
+                    format!("`--resume never`, but `{}` exists", found.dir().display()),
+                    format!("remove `{}` or choose another `run.dir`", dir.display()),
+                ));
+            }
+        },
+    };
+    if let Some(checkpoint) = &checkpoint {
+        let mut changes = checkpoint.state().plan.diff(plan);
+        changes.retain(|change| !HARMLESS.iter().any(|prefix| change.path.starts_with(prefix)));
+        if !changes.is_empty() {
+            let list: Vec<String> = changes.iter().map(ToString::to_string).collect();
+            return Err(Error::usage(
+                format!(
+                    "the plan differs from that of `{}`:\n  {}",
+                    checkpoint.dir().display(),
+                    list.join("\n  ")
+                ),
+                format!(
+                    "undo the changes, choose another `run.dir`, or remove `{}` to start anew",
+                    dir.display()
+                ),
+            ));
+        }
+    }
+    Ok(checkpoint)
+}
+
+/// The summary of a run that has nothing left to do.
+fn finished(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Option<StageSummary>> {
+    let path = plan.run.dir.join(SUMMARY);
+    if resume.is_none_or(|checkpoint| checkpoint.state().step < plan.schedule.steps) || !path.exists() {
+        return Ok(None);
+    }
+    let text = fs::read(&path).map_err(Error::io(&path))?;
+    let summary: StageSummary =
+        serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&path, error.to_string()))?;
+    Ok(Some(summary))
+}
+
+fn write_plan(plan: &Plan) -> Result<()> {
+    let path = plan.run.dir.join("plan.yaml");
+    fs::write(&path, plan.to_yaml()).map_err(Error::io(&path))
+}
+
+fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> Result<()> {
+    let plan = &session.plan;
+    let position = match resume {
+        Some(checkpoint) => {
+            format!("resumes after step {} from {}", session.step, checkpoint.dir().display())
+        }
+        None => "starts".to_owned(),
+    };
+    events.note(format!(
+        "\n{}: {} steps, {:?}, {position}\n{}",
+        plan.run.name,
+        plan.schedule.steps,
+        session.device,
+        session.freeze_table()?
+    ));
+    Ok(())
+}
+
+fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>> {
+    let Some(evaluator) = &session.evaluator else { return Ok(None) };
+    let report = evaluator.run(&session.model, &session.encoder, session.device)?;
+    events.evaluation(session.step, &report)?;
+    Ok(Some(report))
+}
+
+fn save(session: &Session) -> Result<()> {
+    let dir = &session.plan.run.dir;
+    checkpoint::save(dir, &session.snapshot()?)?;
+    checkpoint::keep_last(dir, session.plan.checkpoint.keep_last)
+}
+
+/// After the last step: evaluation, the freeze plan's proof, export and summary.
+fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
+    session.check_frozen()?;
+    let after = evaluate(session, events)?;
+    let export = match &session.plan.export {
+        Some(_) => Some(export::vit(session, &session.plan.run.dir.join("export/vit"))?),
+        None => None,
+    };
+    events.close();
+    let (train_loss, before) = events.history()?;
+    let plan = &session.plan;
+    let summary = StageSummary {
+        name: plan.run.name.clone(),
+        plan_hash: plan.hash(),
+        modules: session.freeze_table()?,
+        steps: session.step,
+        totals: session.totals,
+        train_loss,
+        before,
+        after,
+        export,
+    };
+    let path = plan.run.dir.join(SUMMARY);
+    let text =
+        serde_json::to_vec_pretty(&summary).map_err(|error| Error::checkpoint(&path, error.to_string()))?;
+    fs::write(&path, text).map_err(Error::io(&path))?;
+    Ok(summary)
+}

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Sets up and runs every check: formatting, lints, documentation, unit and end-to-end tests, parity
+# with transformers.
+#   ./scripts/test.sh              everything that is quick enough to run before each change
+#   ./scripts/test.sh --extended   also the long fault-injection loops
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extended=no
+for arg in "$@"; do
+  case "$arg" in
+    --extended) extended=yes ;;
+    -h|--help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "error: unknown argument \`$arg\`; see $0 --help" >&2; exit 2 ;;
+  esac
+done
+
+step() { printf '\n== %s\n' "$*"; "$@"; }
+
+step ./scripts/setup.sh --reference
+step cargo fmt --all --check
+# One profile throughout, so that libtorch's bindings are compiled once.
+step cargo build --release --workspace --bins
+step cargo clippy --release --workspace --all-targets -- -D warnings
+RUSTDOCFLAGS="-D warnings" step cargo doc --release --workspace --no-deps --quiet
+step .venv/bin/python scripts/fetch_demo_weights.py
+step cargo test --release --workspace
+if [ "$extended" = yes ]; then
+  step cargo test --release --workspace -- --ignored
+fi
+printf '\nall checks passed\n'

@@ -1,0 +1,89 @@
+//! The tiny curriculum from start to export, and what it must leave behind.
+
+use std::path::Path;
+use std::process::Command;
+
+use sail_train::checkpoint::newest;
+use sail_train::config::{self, Config};
+use sail_train::optim::StateKind;
+use sail_train::session::Session;
+
+use crate::{root, run, under};
+
+#[test]
+fn three_stages_train_and_export() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let args = ["--config", "configs/tiny/curriculum.yaml", "--set", &set];
+    let output = run(&args, 0);
+    let summary = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(summary.contains("vision + projector + llm"), "{summary}");
+    assert!(summary.contains("AutoModel.from_pretrained"), "{summary}");
+
+    held_out_loss_falls(dir.path());
+    frozen_modules_are_bit_equal(dir.path());
+    transformers_loads_the_export(dir.path());
+
+    // Once finished, a second run has nothing to do and says the same.
+    let again = run(&args, 0);
+    assert_eq!(String::from_utf8_lossy(&again.stdout), summary);
+    assert!(crate::stderr(&again).contains("already finished"));
+}
+
+fn held_out_loss_falls(dir: &Path) {
+    let path = dir.join("runs/tiny/stage3/summary.json");
+    let summary: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let loss = |when: &str| summary[when]["total"]["loss"].as_f64().unwrap();
+    assert!(loss("after") < loss("before"), "{} is not below {}", loss("after"), loss("before"));
+    assert!(summary["after"]["total"]["images"]["shuffled_image"].is_number());
+    assert!(!summary["after"]["generations"].as_array().unwrap().is_empty());
+}
+
+/// Stage 1 trains the projector, stage 2 the vision encoder as well, stage 3 everything.
+fn frozen_modules_are_bit_equal(dir: &Path) {
+    let set = vec![under(dir)];
+    let Config::Stage(plan) = config::load(&root().join("configs/tiny/stage1.yaml"), &set).unwrap() else {
+        panic!("a stage");
+    };
+    std::env::set_current_dir(root()).unwrap();
+    let fresh = Session::build(&plan, None).unwrap();
+    let [one, two, three] =
+        ["stage1", "stage2", "stage3"].map(|stage| newest(&dir.join("runs/tiny").join(stage)).unwrap().unwrap());
+    let mut changed_last = 0;
+    for (name, start) in fresh.model.params() {
+        let [first, second, third] = [&one, &two, &three].map(|c| c.tensor(name, StateKind::Param).unwrap());
+        let module = name.split('.').next().unwrap();
+        let start = start.detach();
+        assert_eq!(module != "projector", start.equal(&first), "{name} in stage 1");
+        assert_eq!(module == "llm", first.equal(&second), "{name} in stage 2");
+        changed_last += usize::from(!second.equal(&third));
+    }
+    assert_eq!(changed_last, fresh.model.params().len(), "stage 3 trains every parameter");
+    for (checkpoint, trained) in [(&one, "projector."), (&two, "vision."), (&three, "llm.")] {
+        let has_moments = |name: &str| checkpoint.tensor(name, StateKind::ExpAvg).is_ok();
+        for name in checkpoint.names().filter(|name| name.starts_with(trained)) {
+            assert!(has_moments(name), "{name}");
+        }
+    }
+    let moments_of_frozen = one.names().filter(|n| n.starts_with("llm.")).filter(|n| one.tensor(n, StateKind::ExpAvg).is_ok());
+    assert_eq!(moments_of_frozen.count(), 0, "frozen parameters have no optimizer state");
+}
+
+fn transformers_loads_the_export(dir: &Path) {
+    let export = dir.join("runs/tiny/stage3/export/vit");
+    let image = root().join("docs/images/sample.png");
+    let out = dir.join("features.safetensors");
+    let [vit, image, features] = [&export, &image, &out].map(|path| path.to_str().unwrap().to_owned());
+    run(&["embed", "--vit", &vit, "--image", &image, "--out", &features], 0);
+    let output = Command::new(root().join(".venv/bin/python"))
+        .arg(root().join("scripts/check_export.py"))
+        .args([&vit, "--image", &image, "--embedding", &features])
+        .output()
+        .expect("scripts/setup.sh --reference has made .venv");
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

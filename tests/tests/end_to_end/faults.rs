@@ -1,0 +1,78 @@
+//! Damaged checkpoints and bad data.
+
+use std::fs;
+use std::path::Path;
+
+use crate::{run, stderr, under};
+
+fn stage1<'a>(set: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut args = vec!["--config", "configs/tiny/stage1.yaml", "--set", set];
+    args.extend(["--set", "checkpoint.every=1", "--set", "checkpoint.keep_last=3"]);
+    args.extend(["--set", "eval.samples=2", "--set", "eval.generate=0", "--set", "schedule.steps=5"]);
+    args.extend(["--set", "schedule.warmup=1"]);
+    args.extend(more);
+    args
+}
+
+#[test]
+fn damaged_checkpoints_are_passed_over_with_a_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    run(&stage1(&set, &["--stop-at", "4"]), 3);
+    let step = |n: u64| dir.path().join(format!("runs/tiny/stage1/step-{n:08}"));
+    assert!(!step(1).exists() && step(2).exists(), "keep_last: 3");
+
+    fs::remove_file(step(4).join("COMPLETE")).unwrap();
+    flip_a_byte(&step(3).join("rank-00000.safetensors"));
+    let error = stderr(&run(&stage1(&set, &["--stop-at", "3"]), 3));
+    assert!(error.contains("step-00000004: not a complete checkpoint"), "{error}");
+    assert!(error.contains("step-00000003: `rank-00000.safetensors` is damaged"), "{error}");
+    assert!(error.contains("resumes after step 2"), "{error}");
+
+    flip_a_byte(&step(3).join("manifest.json"));
+    let error = stderr(&run(&stage1(&set, &[]), 0));
+    assert!(error.contains("`manifest.json` does not match"), "{error}");
+}
+
+fn flip_a_byte(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_source_of_bad_samples_stops_the_run_and_names_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let shard = dir.path().join("bad-000000.tar");
+    fs::write(&shard, tar_of_broken_samples(30)).unwrap();
+    let set = under(dir.path());
+    let source = format!("data.sources=[{{name: bad, shards: {}}}]", shard.display());
+    let error = stderr(&run(&stage1(&set, &["--set", &source]), 1));
+    assert!(error.contains("bad-000000.tar") && error.contains("sample-00"), "{error}");
+    assert!(error.contains("`bad`") && error.contains("max_error_rate"), "{error}");
+}
+
+/// A tar whose samples each have an annotation that is not JSON.
+fn tar_of_broken_samples(n: usize) -> Vec<u8> {
+    let mut tar = Vec::new();
+    for i in 0..n {
+        let name = format!("sample-{i:04}.json");
+        let content = b"{ not json";
+        let mut header = [0u8; 512];
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[100..107].copy_from_slice(b"0000644");
+        header[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
+        header[136..147].copy_from_slice(b"00000000000");
+        header[148..156].copy_from_slice(b"        ");
+        header[156] = b'0';
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        tar.extend(header);
+        tar.extend(content);
+        tar.resize(tar.len().next_multiple_of(512), 0);
+    }
+    tar.resize(tar.len() + 1024, 0);
+    tar
+}

@@ -1,0 +1,111 @@
+//! Stopped or killed at any moment, a run ends with the weights of one that was left alone.
+
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+
+use crate::{run, sail_train, under, weights_file};
+
+const STAGES: [&str; 3] = ["runs/tiny/stage1", "runs/tiny/stage2", "runs/tiny/stage3"];
+
+fn arguments(dir: &Path, checkpoint_every: u64) -> Vec<String> {
+    let mut args = vec!["--config".to_owned(), "configs/tiny/curriculum.yaml".to_owned()];
+    for set in [
+        under(dir),
+        "schedule.steps=4".to_owned(),
+        "schedule.warmup=1".to_owned(),
+        "eval.samples=2".to_owned(),
+        "eval.generate=0".to_owned(),
+        format!("checkpoint.every={checkpoint_every}"),
+    ] {
+        args.extend(["--set".to_owned(), set]);
+    }
+    args
+}
+
+fn strs(args: &[String]) -> Vec<&str> {
+    args.iter().map(String::as_str).collect()
+}
+
+/// Every stage of `b` ended like that of `a`, bit for bit, and recorded each step once.
+fn assert_same(a: &Path, b: &Path) {
+    for stage in STAGES {
+        let [left, right] = [a, b].map(|dir| std::fs::read(weights_file(&dir.join(stage))).unwrap());
+        assert!(left == right, "{stage}: the tensors differ");
+        let losses = [a, b].map(|dir| {
+            let text = std::fs::read_to_string(dir.join(stage).join("metrics.jsonl")).unwrap();
+            let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+            let train = lines.filter(|line| line["kind"] == "train");
+            train.map(|line| (line["step"].as_u64(), line["loss"].as_f64())).collect::<Vec<_>>()
+        });
+        assert_eq!(losses[0].len(), 4, "{stage}");
+        assert_eq!(losses[0], losses[1], "{stage}");
+    }
+}
+
+#[test]
+fn stopped_at_every_step_of_every_stage() {
+    let (straight, stopped) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    run(&strs(&arguments(straight.path(), 100)), 0);
+
+    let mut args = arguments(stopped.path(), 100);
+    args.extend(["--stop-at".to_owned(), "1".to_owned()]);
+    let mut stops = 0;
+    loop {
+        let output = sail_train(&strs(&args)).output().unwrap();
+        match output.status.code() {
+            Some(3) => stops += 1,
+            Some(0) => break,
+            code => panic!("exit code {code:?}: {}", String::from_utf8_lossy(&output.stderr)),
+        }
+        assert!(stops < 20, "the run does not advance");
+    }
+    assert_eq!(stops, 9, "three stages of four steps, each stopped after its first three");
+    assert_same(straight.path(), stopped.path());
+}
+
+#[test]
+fn killed_at_any_moment() {
+    kill_repeatedly(6);
+}
+
+#[test]
+#[ignore = "minutes; run by scripts/test.sh --extended"]
+fn killed_at_any_moment_many_times() {
+    kill_repeatedly(60);
+}
+
+fn kill_repeatedly(kills: u64) {
+    let (straight, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    run(&strs(&arguments(straight.path(), 100)), 0);
+    let args = arguments(killed.path(), 1);
+    let mut done = false;
+    for i in 0..kills {
+        let mut child = sail_train(&strs(&args)).stderr(std::process::Stdio::null()).spawn().unwrap();
+        // Spread over start-up, steps, checkpoint writing, evaluation and export.
+        sleep(Duration::from_millis(300 + (i * 617) % 2500));
+        child.kill().unwrap();
+        done |= child.wait().unwrap().success();
+    }
+    if !done {
+        run(&strs(&args), 0);
+    }
+    assert_same(straight.path(), killed.path());
+}
+
+#[test]
+fn a_signal_saves_and_exits_with_3() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let args = ["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=100000"];
+    let mut child = sail_train(&args).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let metrics = dir.path().join(STAGES[0]).join("metrics.jsonl");
+    while !std::fs::read_to_string(&metrics).is_ok_and(|text| text.contains("\"train\"")) {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended by itself");
+        sleep(Duration::from_millis(50));
+    }
+    let status = std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    assert!(status.success());
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    assert!(weights_file(&dir.path().join(STAGES[0])).exists());
+}

@@ -1,0 +1,48 @@
+//! Mistakes of the user end with exit code 2 and a message that says what to do.
+
+use crate::{run, stderr, under};
+
+#[test]
+fn all_configuration_errors_are_listed_with_their_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("stage.yaml");
+    std::fs::write(&file, "run: { dir: x }\ntrain:\n  projctor: { lr: 1e-3 }\nschedule: { steps: many }\n").unwrap();
+    let error = stderr(&run(&["--config", file.to_str().unwrap()], 2));
+    assert!(error.contains("stage.yaml:3") && error.contains("did you mean `projector`"), "{error}");
+    assert!(error.contains("stage.yaml:4") && error.contains("schedule.steps"), "{error}");
+}
+
+#[test]
+fn a_stage_whose_predecessor_did_not_run_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let error = stderr(&run(&["--config", "configs/tiny/stage2.yaml", "--set", &set], 2));
+    assert!(error.contains("holds no complete checkpoint") && error.contains("hint: run that stage first"), "{error}");
+}
+
+#[test]
+fn an_unfinished_predecessor_and_a_changed_plan_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let stage1 = ["--config", "configs/tiny/stage1.yaml", "--set", &set];
+    run(&[&stage1[..], &["--stop-at", "2"]].concat(), 3);
+
+    let error = stderr(&run(&["--config", "configs/tiny/stage2.yaml", "--set", &set], 2));
+    assert!(error.contains("stopped at step 2 of"), "{error}");
+
+    let error = stderr(&run(&[&stage1[..], &["--set", "train.projector.lr=0.5"]].concat(), 2));
+    assert!(error.contains("train.projector.lr: 0.00") && error.contains("-> 0.5"), "{error}");
+
+    let error = stderr(&run(&[&stage1[..], &["--resume", "never"]].concat(), 2));
+    assert!(error.contains("--resume never"), "{error}");
+}
+
+#[test]
+fn a_dry_run_prints_a_plan_that_loads_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = run(&["--config", "configs/tiny/stage1.yaml", "--dry-run"], 0).stdout;
+    let file = dir.path().join("plan.yaml");
+    std::fs::write(&file, &first).unwrap();
+    let second = run(&["--config", file.to_str().unwrap(), "--dry-run"], 0).stdout;
+    assert_eq!(String::from_utf8(first), String::from_utf8(second));
+}

@@ -1,0 +1,48 @@
+//! SmolLM2-135M-Instruct continues five chats token by token as transformers does, by the golden that
+//! `goldens/make_smollm2.py` makes. Needs the weights that `scripts/fetch_demo_weights.py` fetches.
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::rc::Rc;
+
+use sail_model::generate::greedy;
+use sail_model::llm::{Llm, LlmConfig};
+use sail_model::params::{Builder, Params};
+use sail_model::weights::{FileSource, read_json};
+use serde_json::Value;
+use tch::Device;
+
+fn load() -> Llm {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../weights/smollm2-135m-instruct");
+    assert!(
+        folder.join("model.safetensors").is_file(),
+        "no weights in {}: run `scripts/fetch_demo_weights.py`",
+        folder.display()
+    );
+    let config = LlmConfig::read(&folder).unwrap();
+    let source = FileSource::open(&folder).unwrap();
+    let params = Rc::new(RefCell::new(Params::new()));
+    let llm = Llm::new(&config, &Builder::new(params, "llm", &source, Device::Cpu)).unwrap();
+    let left = source.unused();
+    assert!(left.iter().all(|name| config.is_known_leftover(name)), "not in the model: {left:?}");
+    llm
+}
+
+fn ids(case: &Value, key: &str) -> Vec<i64> {
+    case[key].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
+}
+
+#[test]
+fn smollm2_continues_as_transformers() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/smollm2_greedy.json");
+    let golden = read_json(&golden).unwrap();
+    let llm = load();
+    let cases = golden["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 5);
+    for case in cases {
+        let expected = ids(case, "generated_ids");
+        assert_eq!(expected.len() as u64, golden["new_tokens"].as_u64().unwrap());
+        let found = greedy(&llm, &ids(case, "prompt_ids"), expected.len(), &[]).unwrap();
+        assert_eq!(found, expected, "{}", case["question"]);
+    }
+}

@@ -1,0 +1,336 @@
+//! The whole model on random weights: visual tokens in their places, packs against samples alone,
+//! and what freezing a module does to gradients.
+
+use sail_model::Error;
+use sail_model::attention::Segments;
+use sail_model::llm::LlmConfig;
+use sail_model::params::{Params, RandomSource};
+use sail_model::vision::VisionConfig;
+use sail_model::vlm::{Batch, IGNORE, Prompt, Vlm, VlmConfig, VlmSources};
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+const TILE_PX: i64 = 28;
+const TOKENS_PER_TILE: i64 = 4;
+const VOCAB: i64 = 40;
+
+/// A model whose random weights are large enough for every part to matter.
+fn model() -> Vlm {
+    let vision = json!({
+        "model_type": "aimv2_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": TILE_PX, "patch_size": 7,
+    });
+    let llm = json!({
+        "model_type": "qwen3", "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "head_dim": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
+        "tie_word_embeddings": true,
+    });
+    let config = VlmConfig {
+        vision: VisionConfig::from_keys(&vision).unwrap(),
+        merge: 2,
+        llm: LlmConfig::from_keys(&llm).unwrap(),
+    };
+    let sources = ["vision", "projector", "llm"].map(|module| RandomSource::new(5, module));
+    let [vision, projector, llm] = &sources;
+    let vlm = Vlm::new(&config, VlmSources { vision, projector, llm }, Device::Cpu).unwrap();
+    tch::manual_seed(6);
+    tch::no_grad(|| {
+        for (name, param) in vlm.params() {
+            if name.starts_with("projector.") {
+                let _ = param.shallow_clone().normal_(0.0, 0.3);
+            }
+        }
+    });
+    vlm
+}
+
+/// A sample on the host: ids, targets, weights, rows of visual tokens, tiles.
+struct Sample {
+    ids: Vec<i64>,
+    targets: Vec<i64>,
+    weights: Vec<f32>,
+    image_rows: Vec<i64>,
+    tiles: Option<Tensor>,
+}
+
+/// `length` tokens, of which those from `image_at` stand for `tiles` tiles.
+fn sample(seed: i64, length: i64, image_at: i64, tiles: i64) -> Sample {
+    let id = |t: i64| (seed * 11 + t * 7 + t * t) % VOCAB;
+    let has_target = |t: i64| t >= length - 4 && t < length - 1;
+    tch::manual_seed(seed);
+    Sample {
+        ids: (0..length).map(id).collect(),
+        targets: (0..length).map(|t| if has_target(t) { id(t + 1) } else { IGNORE }).collect(),
+        weights: (0..length).map(|t| if has_target(t) { 0.5 + t as f32 / 8.0 } else { 0.0 }).collect(),
+        image_rows: (image_at..image_at + tiles * TOKENS_PER_TILE).collect(),
+        tiles: (tiles > 0).then(|| Tensor::randn([tiles, 3, TILE_PX, TILE_PX], (Kind::Float, Device::Cpu))),
+    }
+}
+
+fn samples() -> [Sample; 3] {
+    [sample(1, 12, 2, 1), sample(2, 7, 0, 0), sample(3, 15, 3, 2)]
+}
+
+fn batch(samples: &[&Sample]) -> Batch {
+    let mut cu_seqlens = vec![0];
+    let mut image_rows = Vec::new();
+    for sample in samples {
+        let start = cu_seqlens[cu_seqlens.len() - 1];
+        image_rows.extend(sample.image_rows.iter().map(|row| start + row));
+        cu_seqlens.push(start + sample.ids.len() as i64);
+    }
+    let tiles: Vec<&Tensor> = samples.iter().filter_map(|sample| sample.tiles.as_ref()).collect();
+    let all = |field: fn(&Sample) -> &Vec<i64>| -> Tensor {
+        Tensor::from_slice(&samples.iter().flat_map(|sample| field(sample).clone()).collect::<Vec<_>>())
+    };
+    let positions: Vec<i64> = samples.iter().flat_map(|sample| 0..sample.ids.len() as i64).collect();
+    let weights: Vec<f32> = samples.iter().flat_map(|sample| sample.weights.clone()).collect();
+    Batch {
+        ids_t: all(|sample| &sample.ids),
+        positions_t: Tensor::from_slice(&positions),
+        cu_seqlens,
+        pixels_nchw: (!tiles.is_empty()).then(|| Tensor::cat(&tiles, 0)),
+        image_rows_v: Tensor::from_slice(&image_rows),
+        targets_t: all(|sample| &sample.targets),
+        weights_t: Tensor::from_slice(&weights),
+    }
+}
+
+/// Requires gradients of the parameters whose name begins so, and of no other.
+fn train_only(vlm: &Vlm, prefixes: &[&str]) {
+    for (name, param) in vlm.params() {
+        let mut param = param.shallow_clone();
+        let _ = param.requires_grad_(prefixes.iter().any(|prefix| name.starts_with(prefix)));
+        param.zero_grad();
+    }
+}
+
+/// The gradients that the parameters have now.
+fn gradients(vlm: &Vlm) -> Params {
+    let with_grad = vlm.params().iter().filter(|(_, param)| param.grad().defined());
+    with_grad.map(|(name, param)| (name.clone(), param.grad().copy())).collect()
+}
+
+fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!(found.size(), expected.size(), "{what}");
+    let largest = |x: &Tensor| x.abs().max().double_value(&[]);
+    let error = largest(&(found - expected)) / largest(expected).max(1e-12);
+    assert!(error <= tolerance, "{what}: relative error {error:e} > {tolerance:e}");
+}
+
+fn assert_same_gradients(found: &Params, expected: &Params, tolerance: f64) {
+    let names = |params: &Params| params.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(found), names(expected));
+    for (name, grad) in found {
+        assert_close(name, grad, &expected[name], tolerance);
+    }
+}
+
+/// The loss written plainly: embeddings chosen row by row, every row through the head.
+fn plain_loss(vlm: &Vlm, sample: &Sample) -> Tensor {
+    let embedded = vlm.llm().embed(&Tensor::from_slice(&sample.ids));
+    let visual = sample.tiles.as_ref().map(|tiles| vlm.image_features(tiles).unwrap());
+    let row = |t: i64| match (sample.image_rows.iter().position(|row| *row == t), &visual) {
+        (Some(v), Some(visual)) => visual.get(v as i64),
+        _ => embedded.get(t),
+    };
+    let rows = sample.ids.len() as i64;
+    let x_td = Tensor::stack(&(0..rows).map(row).collect::<Vec<_>>(), 0);
+    let positions_t = Tensor::arange(rows, (Kind::Int64, Device::Cpu));
+    let hidden = vlm.llm().hidden(&x_td, &positions_t, &Segments::single(rows).unwrap(), None);
+    let log_probs = vlm.llm().logits(&hidden).log_softmax(-1, Kind::Float);
+    let mut loss = Tensor::zeros([] as [i64; 0], (Kind::Float, Device::Cpu));
+    for (t, (target, weight)) in sample.targets.iter().zip(&sample.weights).enumerate() {
+        if *target != IGNORE {
+            loss = loss - log_probs.get(t as i64).get(*target) * f64::from(*weight);
+        }
+    }
+    loss
+}
+
+#[test]
+fn visual_tokens_take_their_places() {
+    let vlm = model();
+    train_only(&vlm, &[""]);
+    for sample in &samples() {
+        let loss = vlm.loss_sum(&batch(&[sample])).unwrap();
+        assert_eq!((loss.kind(), loss.size()), (Kind::Float, vec![]));
+        loss.backward();
+        let found = gradients(&vlm);
+        train_only(&vlm, &[""]);
+        let plain = plain_loss(&vlm, sample);
+        assert_close("loss", &loss, &plain, 1e-5);
+        plain.backward();
+        assert_same_gradients(&found, &gradients(&vlm), 1e-4);
+        assert_eq!(found.keys().any(|name| name.starts_with("vision.")), sample.tiles.is_some());
+        train_only(&vlm, &[""]);
+    }
+}
+
+#[test]
+fn replaced_embeddings_get_no_gradient() {
+    let vlm = model();
+    // The table serves as head too, so its gradient is looked at before the head: untrained rows of a
+    // sample without targets but one, whose image tokens are ids that occur nowhere else.
+    let mut sample = sample(1, 12, 2, 1);
+    sample.ids = vec![1, 2, 30, 31, 32, 33, 3, 4, 5, 6, 7, 8];
+    train_only(&vlm, &[""]);
+    let ids_t = Tensor::from_slice(&sample.ids);
+    let embedded = vlm.llm().embed(&ids_t);
+    let visual = vlm.image_features(sample.tiles.as_ref().unwrap()).unwrap();
+    embedded.index_copy(0, &Tensor::from_slice(&sample.image_rows), &visual).sum(Kind::Float).backward();
+    let grad = vlm.params()["llm.model.embed_tokens.weight"].grad();
+    for id in [30, 31, 32, 33] {
+        assert!(grad.get(id).abs().max().double_value(&[]) == 0.0);
+    }
+    assert!(grad.get(3).abs().min().double_value(&[]) > 0.0);
+}
+
+#[test]
+fn a_pack_is_the_sum_of_its_samples() {
+    let vlm = model();
+    let samples = samples();
+    train_only(&vlm, &[""]);
+    let packed = vlm.loss_sum(&batch(&samples.each_ref())).unwrap();
+    packed.backward();
+    let packed_gradients = gradients(&vlm);
+    train_only(&vlm, &[""]);
+    let mut alone = Tensor::zeros([] as [i64; 0], (Kind::Float, Device::Cpu));
+    for sample in &samples {
+        let loss = vlm.loss_sum(&batch(&[sample])).unwrap();
+        loss.backward();
+        alone += loss.detach();
+    }
+    assert_close("loss", &packed, &alone, 1e-6);
+    assert_same_gradients(&packed_gradients, &gradients(&vlm), 1e-4);
+    let rows = vlm.row_losses(&batch(&samples.each_ref())).unwrap();
+    let weights = samples.iter().flat_map(|sample| sample.weights.clone()).filter(|weight| *weight > 0.0);
+    let weighted = rows * Tensor::from_slice(&weights.collect::<Vec<_>>());
+    assert_close("rows", &weighted.sum(Kind::Float), &alone, 1e-6);
+}
+
+#[test]
+fn gradients_flow_through_frozen_modules() {
+    let vlm = model();
+    let samples = samples();
+    let step = |prefixes: &[&str]| {
+        train_only(&vlm, prefixes);
+        vlm.loss_sum(&batch(&samples.each_ref())).unwrap().backward();
+        gradients(&vlm)
+    };
+    let all = step(&[""]);
+    assert_eq!(all.len(), vlm.params().len());
+    for prefixes in [&["projector."][..], &["vision.", "projector."], &["vision."], &["llm.model.layers.0."]]
+    {
+        let some = step(prefixes);
+        let mut expected: Params = all.iter().map(|(name, grad)| (name.clone(), grad.copy())).collect();
+        expected.retain(|name, _| prefixes.iter().any(|prefix| name.starts_with(prefix)));
+        assert_same_gradients(&some, &expected, 1e-5);
+    }
+}
+
+#[test]
+fn text_alone_leaves_the_projector_out() {
+    let vlm = model();
+    let text = sample(2, 7, 0, 0);
+    train_only(&vlm, &["projector."]);
+    assert!(!vlm.loss_sum(&batch(&[&text])).unwrap().requires_grad());
+    train_only(&vlm, &["projector.", "llm."]);
+    vlm.loss_sum(&batch(&[&text])).unwrap().backward();
+    assert!(gradients(&vlm).keys().all(|name| name.starts_with("llm.")));
+}
+
+#[test]
+fn a_batch_without_targets_weighs_nothing() {
+    let vlm = model();
+    train_only(&vlm, &[""]);
+    let mut silent = batch(&[&sample(1, 12, 2, 1)]);
+    silent.targets_t = Tensor::full_like(&silent.targets_t, IGNORE);
+    let loss = vlm.loss_sum(&silent).unwrap();
+    assert_eq!(loss.double_value(&[]).to_bits(), 0);
+    loss.backward();
+    for (name, grad) in gradients(&vlm) {
+        assert!(grad.abs().max().double_value(&[]) == 0.0, "{name}");
+    }
+}
+
+#[test]
+fn parts_that_do_not_fit_are_named() {
+    let vlm = model();
+    let mut wrong = batch(&[&sample(1, 12, 2, 1)]);
+    wrong.image_rows_v = wrong.image_rows_v.narrow(0, 0, 3);
+    let error = vlm.loss_sum(&wrong).unwrap_err();
+    assert!(matches!(error, Error::ImageRows { rows: 3, features: 4 }), "{error}");
+    wrong.pixels_nchw = None;
+    let error = vlm.loss_sum(&wrong).unwrap_err();
+    assert!(matches!(error, Error::ImageRows { rows: 3, features: 0 }), "{error}");
+    wrong.weights_t = wrong.weights_t.narrow(0, 0, 5);
+    let error = vlm.loss_sum(&wrong).unwrap_err();
+    assert!(matches!(error, Error::BatchShape { field: "weights_t", .. }), "{error}");
+    let mut wrong = batch(&[&sample(1, 12, 2, 1)]);
+    wrong.cu_seqlens = vec![0, 11];
+    let error = vlm.loss_sum(&wrong).unwrap_err();
+    assert!(matches!(error, Error::Segments { rows: 12, .. }), "{error}");
+    for shape in [[1, 3, 30, 30], [1, 3, 28, 42], [1, 1, 28, 28], [1, 3, 21, 21]] {
+        let pixels = Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+        assert!(vlm.image_features(&pixels).is_err(), "{shape:?}");
+    }
+    assert!(matches!(vlm.module_params("visoin"), Err(Error::UnknownModule { .. })));
+}
+
+#[test]
+fn answers_are_the_likeliest_tokens() {
+    let vlm = model();
+    for sample in &samples() {
+        let prompt = |ids: &[i64]| Prompt {
+            ids: ids.to_vec(),
+            pixels_nchw: sample.tiles.as_ref().map(Tensor::shallow_clone),
+            image_rows: sample.image_rows.clone(),
+        };
+        let answer = vlm.generate(&prompt(&sample.ids), 6, &[]).unwrap();
+        // Each token again, by a whole forward without a cache: the answer is its own target.
+        let mut ids = sample.ids.clone();
+        for expected in &answer {
+            assert_eq!(vlm.generate(&prompt(&ids), 1, &[]).unwrap(), [*expected]);
+            ids.push(*expected);
+        }
+        let stop = answer[2];
+        let end = answer.iter().position(|id| *id == stop).unwrap();
+        assert_eq!(vlm.generate(&prompt(&sample.ids), 6, &[stop]).unwrap(), answer[..=end]);
+    }
+    let without = Prompt { ids: vec![1, 2, 3], pixels_nchw: None, image_rows: vec![1] };
+    assert!(matches!(vlm.generate(&without, 1, &[]), Err(Error::ImageRows { rows: 1, features: 0 })));
+}
+
+#[test]
+fn bf16_parameters_give_nearly_the_same_loss() {
+    let vlm = model();
+    let samples = samples();
+    let fp32 = vlm.loss_sum(&batch(&samples.each_ref())).unwrap();
+    for param in vlm.params().values() {
+        param.shallow_clone().set_data(&param.to_kind(Kind::BFloat16));
+    }
+    let bf16 = vlm.loss_sum(&batch(&samples.each_ref())).unwrap();
+    assert_eq!(bf16.kind(), Kind::Float);
+    assert_close("bf16", &bf16, &fp32, 0.05);
+    assert_eq!(
+        vlm.generate(&Prompt { ids: vec![1, 2], pixels_nchw: None, image_rows: vec![] }, 3, &[])
+            .unwrap()
+            .len(),
+        3
+    );
+}
+
+#[test]
+fn modules_and_configuration_are_whole() {
+    let vlm = model();
+    let modules = ["vision", "projector", "llm"].map(|module| vlm.module_params(module).unwrap());
+    assert_eq!(modules.iter().map(Params::len).sum::<usize>(), vlm.params().len());
+    assert!(modules[0].contains_key("embeddings.patch_embed.weight"));
+    assert!(modules[1].keys().eq(["0.bias", "0.weight", "1.bias", "1.weight", "3.bias", "3.weight"]));
+    assert!(modules[2].contains_key("model.layers.1.self_attn.q_norm.weight"));
+    assert!(!modules[2].contains_key("lm_head.weight"));
+    let json = serde_json::to_value(vlm.config()).unwrap();
+    assert_eq!(&serde_json::from_value::<VlmConfig>(json).unwrap(), vlm.config());
+    assert_eq!(vlm.config().tokens_per_tile(TILE_PX).unwrap(), TOKENS_PER_TILE);
+}
