@@ -57,13 +57,13 @@ impl Draft {
         encoder: &TextEncoder,
         source: &Source,
         place: SampleRef,
-    ) -> Result<std::result::Result<Self, Rejected>> {
+    ) -> Result<std::result::Result<Self, Box<Rejected>>> {
         let shard = &source.shards[place.shard as usize];
         let raw = RawSample::read(shard, place)?;
         let id = SampleId { source: source.name.clone(), shard: shard.clone(), key: raw.key.clone() };
         Ok(match Self::parse(spec, encoder, raw) {
             Ok((encoded, images, turns)) => Ok(Self { id, encoded, images, turns }),
-            Err(cause) => Err(Rejected { id, cause }),
+            Err(cause) => Err(Box::new(Rejected { id, cause })),
         })
     }
 
@@ -93,13 +93,13 @@ impl Draft {
     }
 
     /// Decodes the images.
-    pub(crate) fn finish(self, spec: &ImageSpec) -> std::result::Result<Sample, Rejected> {
+    pub(crate) fn finish(self, spec: &ImageSpec) -> std::result::Result<Sample, Box<Rejected>> {
         let mut tiles = Tiles::none(spec.tile_px);
         for DraftImage { name, bytes, grid } in &self.images {
             let cut = decode(name, bytes, spec.max_pixels)
                 .and_then(|pixels| cut(name, &pixels, *grid, spec, &mut tiles));
             if let Err(cause) = cut {
-                return Err(Rejected { id: self.id, cause });
+                return Err(Box::new(Rejected { id: self.id, cause }));
             }
         }
         let Encoded { ids, targets, weights, image_rows } = self.encoded;
@@ -114,10 +114,7 @@ fn suffixes(raw: &RawSample) -> String {
 
 /// The members that hold the sample's images: those that the annotation names, by member name, base name or
 /// suffix; or, when it has no such field, all image members in the order of the archive.
-fn find_images(
-    raw: RawSample,
-    names: Option<Vec<String>>,
-) -> std::result::Result<Vec<Member>, BadSample> {
+fn find_images(raw: RawSample, names: Option<Vec<String>>) -> std::result::Result<Vec<Member>, BadSample> {
     let is_image = |member: &Member| {
         let extension = member.suffix.rsplit('.').next().unwrap_or_default();
         IMAGE_SUFFIXES.contains(&extension)
@@ -147,10 +144,7 @@ fn base_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
-fn plan_images(
-    members: Vec<Member>,
-    spec: &ImageSpec,
-) -> std::result::Result<Vec<DraftImage>, BadSample> {
+fn plan_images(members: Vec<Member>, spec: &ImageSpec) -> std::result::Result<Vec<DraftImage>, BadSample> {
     let count = members.len();
     let plan = |member: Member| {
         let (width, height) = read_size(&member.name, &member.data, spec.max_pixels)?;

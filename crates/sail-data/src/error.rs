@@ -40,7 +40,9 @@ pub enum Error {
         missing: String,
     },
     /// The same shard is named twice in one source.
-    #[error("source `{name}`: the shard `{shard}` is named twice\n\nhint: use `weight` to read a source more often")]
+    #[error(
+        "source `{name}`: the shard `{shard}` is named twice\n\nhint: use `weight` to read a source more often"
+    )]
     DuplicateShard {
         /// The source's name.
         name: String,
@@ -75,7 +77,9 @@ pub enum Error {
         detail: String,
     },
     /// A shard is compressed, so that samples cannot be addressed by their offset.
-    #[error("shard `{shard}` is compressed with {codec}\n\nhint: store shards as plain `.tar`; images are compressed already")]
+    #[error(
+        "shard `{shard}` is compressed with {codec}\n\nhint: store shards as plain `.tar`; images are compressed already"
+    )]
     CompressedShard {
         /// The shard's path.
         shard: String,

@@ -54,10 +54,7 @@ pub(crate) fn decode(name: &str, bytes: &[u8], max_pixels: u64) -> std::result::
     Ok(reader.decode().map_err(|e| bad(e.to_string()))?.into_rgb8())
 }
 
-fn reader<'a>(
-    name: &str,
-    bytes: &'a [u8],
-) -> std::result::Result<ImageReader<Cursor<&'a [u8]>>, BadSample> {
+fn reader<'a>(name: &str, bytes: &'a [u8]) -> std::result::Result<ImageReader<Cursor<&'a [u8]>>, BadSample> {
     let bad = |detail: String| BadSample::BadImage { image: name.to_owned(), detail };
     // The name may lie; the first bytes decide.
     let reader = ImageReader::new(Cursor::new(bytes));
@@ -70,12 +67,18 @@ fn reader<'a>(
 }
 
 /// Pillow's antialiased bicubic resize (a = -0.5).
+///
+/// One direction after the other, as Pillow does: the values between the two are rounded and clipped to
+/// bytes, so another order gives other pixels at edges.
 pub(crate) fn resize(image: &RgbImage, width: usize, height: usize) -> std::result::Result<Vec<u8>, String> {
     let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3)
         .map_err(|e| e.to_string())?;
-    let mut target = ResizedImage::new(width as u32, height as u32, PixelType::U8x3);
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-    Resizer::new().resize(&source, &mut target, &options).map_err(|e| e.to_string())?;
+    let mut resizer = Resizer::new();
+    let mut wide = ResizedImage::new(width as u32, image.height(), PixelType::U8x3);
+    resizer.resize(&source, &mut wide, &options).map_err(|e| e.to_string())?;
+    let mut target = ResizedImage::new(width as u32, height as u32, PixelType::U8x3);
+    resizer.resize(&wide, &mut target, &options).map_err(|e| e.to_string())?;
     Ok(target.into_vec())
 }
 

@@ -31,14 +31,11 @@ pub(crate) fn is_complete(bytes: &[u8]) -> bool {
 fn next_marker(bytes: &[u8], at: &mut usize) -> Option<u8> {
     loop {
         *at += bytes.get(*at..)?.iter().position(|&byte| byte == 0xff)? + 1;
-        match *bytes.get(*at)? {
-            0x00 => {}
-            // Any number of fill bytes may stand before a marker.
-            0xff => continue,
-            marker => {
-                *at += 1;
-                return Some(marker);
-            }
+        let code = *bytes.get(*at)?;
+        // Any number of 0xff may stand before a marker.
+        if code != 0x00 && code != 0xff {
+            *at += 1;
+            return Some(code);
         }
     }
 }

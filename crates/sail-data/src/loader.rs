@@ -95,7 +95,17 @@ impl Loader {
         let states = idle.iter().flatten().map(Stream::state).collect();
         let depth = spec.streams.min(threads + 1);
         let ahead = VecDeque::with_capacity(depth);
-        let mut loader = Self { pool, shared, idle, ahead, depth, next_stream, states, first: next_stream, stopped: false };
+        let mut loader = Self {
+            pool,
+            shared,
+            idle,
+            ahead,
+            depth,
+            next_stream,
+            states,
+            first: next_stream,
+            stopped: false,
+        };
         loader.prepare_ahead();
         Ok(loader)
     }

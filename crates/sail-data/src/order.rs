@@ -151,14 +151,13 @@ impl Order {
 
     /// The next sample of the current unit, `None` at its end.
     fn next_of_unit(&mut self, epoch: u64, place: usize) -> Result<Option<SampleRef>> {
-        let mut open = match self.scanner.take() {
-            Some(open) => open,
-            None => {
-                let unit = self.unit(epoch, place);
-                let at = self.cursor.at.unwrap_or(InUnit { offset: 0, ordinal: 0 });
-                let path = &self.source.shards[unit.shard as usize];
-                OpenUnit { scanner: Scanner::open(path, unit.shard, at.offset, at.ordinal)?, part: unit.part }
-            }
+        let mut open = if let Some(open) = self.scanner.take() {
+            open
+        } else {
+            let unit = self.unit(epoch, place);
+            let at = self.cursor.at.unwrap_or(InUnit { offset: 0, ordinal: 0 });
+            let path = &self.source.shards[unit.shard as usize];
+            OpenUnit { scanner: Scanner::open(path, unit.shard, at.offset, at.ordinal)?, part: unit.part }
         };
         let parts = self.source.parts as u64;
         loop {

@@ -219,7 +219,10 @@ mod tests {
         assert_eq!(pack.positions, [0, 1, 2, 3, 0, 1, 2]);
         assert_eq!(pack.cu_seqlens, [0, 4, 7]);
         assert_eq!(pack.image_rows, [1, 2, 4]);
-        assert_eq!(pack.tiles, Tiles { n: 3, px: 1, pixels: vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 5.0] });
+        assert_eq!(
+            pack.tiles,
+            Tiles { n: 3, px: 1, pixels: vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 5.0] }
+        );
         assert_eq!(pack.samples[1].key, "b");
     }
 

@@ -106,7 +106,8 @@ impl Scanner {
     fn next_member(&mut self) -> Result<Option<Span>> {
         loop {
             let start = self.archive.position;
-            let broken = |detail: String| Error::BrokenShard { shard: self.path.clone(), offset: start, detail };
+            let broken =
+                |detail: String| Error::BrokenShard { shard: self.path.clone(), offset: start, detail };
             // Every call reads whole members, so the parser needs no memory between calls.
             match TarEntries::new(&mut self.archive).next() {
                 Some(Ok(entry)) if is_shard_metadata(&entry.name) => {}
@@ -118,7 +119,11 @@ impl Scanner {
                 }
                 Some(Err(error)) => return Err(broken(error.to_string())),
                 None if self.archive.at_end_mark => return Ok(None),
-                None => return Err(broken("it ends without the end mark of a tar archive; is it truncated?".into())),
+                None => {
+                    return Err(broken(
+                        "it ends without the end mark of a tar archive; is it truncated?".into(),
+                    ));
+                }
             }
         }
     }
@@ -316,4 +321,3 @@ impl RawSample {
 pub(crate) fn has_samples(path: &str) -> Result<bool> {
     Ok(Scanner::open(path, 0, 0, 0)?.next_sample()?.is_some())
 }
-

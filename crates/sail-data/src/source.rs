@@ -63,11 +63,8 @@ impl Source {
 fn find_shards(source: &SourceSpec) -> Result<Vec<String>> {
     let mut shards: Vec<String> = Vec::new();
     for pattern in &source.shards {
-        let malformed = |detail: String| Error::Pattern {
-            name: source.name.clone(),
-            pattern: pattern.clone(),
-            detail,
-        };
+        let malformed =
+            |detail: String| Error::Pattern { name: source.name.clone(), pattern: pattern.clone(), detail };
         if pattern.contains("://") {
             return Err(malformed("only local files can be read".into()));
         }
@@ -87,9 +84,7 @@ fn find_shards(source: &SourceSpec) -> Result<Vec<String>> {
     let mut sorted: Vec<&String> = shards.iter().collect();
     sorted.sort();
     match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => {
-            Err(Error::DuplicateShard { name: source.name.clone(), shard: pair[0].clone() })
-        }
+        Some(pair) => Err(Error::DuplicateShard { name: source.name.clone(), shard: pair[0].clone() }),
         None => Ok(shards),
     }
 }
@@ -143,7 +138,8 @@ mod tests {
         let mut spec = spec(&[&shard]);
         spec.sources.push(SourceSpec { name: "other".into(), weight: 3.0, ..spec.sources[0].clone() });
         let sources = Source::open_all(&spec).unwrap();
-        assert_eq!([sources[0].share_end, sources[1].share_end], [0.25, 1.0]);
+        let ends: Vec<u64> = sources.iter().map(|source| source.share_end.to_bits()).collect();
+        assert_eq!(ends, [0.25_f64, 1.0].map(f64::to_bits));
         assert_ne!(sources[0].fingerprint(), sources[1].fingerprint());
     }
 }

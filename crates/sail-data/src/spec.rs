@@ -58,9 +58,9 @@ pub struct TextSpec {
 pub enum Template {
     /// `<|im_start|>role\n...<|im_end|>\n`, no system message by default.
     Chatml,
-    /// As ChatML without the newline after `<|im_end|>`. The system prompt is given by the configuration.
+    /// As `ChatML` without the newline after `<|im_end|>`. The system prompt is given by the configuration.
     Sail,
-    /// ChatML with the default system prompt of `SmolLM` instruct models.
+    /// `ChatML` with the default system prompt of `SmolLM` instruct models.
     Smollm,
 }
 
@@ -151,14 +151,14 @@ impl DataSpec {
     /// # Errors
     /// [`Error::InvalidSpec`] names the first value that cannot be used.
     pub fn validate(&self) -> Result<()> {
-        check(!self.sources.is_empty(), "sources", "[]", "at least one source")?;
+        check(!self.sources.is_empty(), "sources", &"[]", "at least one source")?;
         for (index, source) in self.sources.iter().enumerate() {
             let at = |field: &str| format!("sources[{index}].{field}");
             let unique = self.sources.iter().filter(|other| other.name == source.name).count() == 1;
             check(unique && !source.name.is_empty(), at("name"), &source.name, "a unique name")?;
-            check(!source.shards.is_empty(), at("shards"), "[]", "at least one shard")?;
+            check(!source.shards.is_empty(), at("shards"), &"[]", "at least one shard")?;
             let weight_ok = source.weight.is_finite() && source.weight > 0.0;
-            check(weight_ok, at("weight"), source.weight, "a finite number above 0")?;
+            check(weight_ok, at("weight"), &source.weight, "a finite number above 0")?;
         }
         for (field, value) in [
             ("streams", self.streams),
@@ -166,10 +166,10 @@ impl DataSpec {
             ("shuffle_buffer", self.shuffle_buffer),
             ("pack_buffer", self.pack_buffer),
         ] {
-            check(value >= 1, field, value, "at least 1")?;
+            check(value >= 1, field, &value, "at least 1")?;
         }
         let rate_ok = (0.0..1.0).contains(&self.max_error_rate);
-        check(rate_ok, "max_error_rate", self.max_error_rate, "a number in [0, 1)")?;
+        check(rate_ok, "max_error_rate", &self.max_error_rate, "a number in [0, 1)")?;
         self.image.validate()
     }
 }
@@ -185,18 +185,18 @@ impl ImageSpec {
             ("image.tokens_per_tile", self.tokens_per_tile),
             ("image.tiling.min", self.tiling.min),
         ] {
-            check(value >= 1, field, value, "at least 1")?;
+            check(value >= 1, field, &value, "at least 1")?;
         }
         let tiling = self.tiling;
-        check(tiling.max >= tiling.min, "image.tiling.max", tiling.max, "at least `image.tiling.min`")?;
-        check(self.max_pixels >= 1, "image.max_pixels", self.max_pixels, "at least 1")?;
+        check(tiling.max >= tiling.min, "image.tiling.max", &tiling.max, "at least `image.tiling.min`")?;
+        check(self.max_pixels >= 1, "image.max_pixels", &self.max_pixels, "at least 1")?;
         for channel in 0..3 {
             let (mean, std) = (self.mean[channel], self.std[channel]);
-            check(mean.is_finite(), format!("image.mean[{channel}]"), mean, "a finite number")?;
+            check(mean.is_finite(), format!("image.mean[{channel}]"), &mean, "a finite number")?;
             check(
                 std.is_finite() && std > 0.0,
                 format!("image.std[{channel}]"),
-                std,
+                &std,
                 "a finite number above 0",
             )?;
         }
@@ -204,8 +204,17 @@ impl ImageSpec {
     }
 }
 
-fn check(ok: bool, field: impl Into<String>, found: impl ToString, expected: &'static str) -> Result<()> {
-    if ok { Ok(()) } else { Err(Error::InvalidSpec { field: field.into(), found: found.to_string(), expected }) }
+fn check(
+    ok: bool,
+    field: impl Into<String>,
+    found: &dyn std::fmt::Display,
+    expected: &'static str,
+) -> Result<()> {
+    if ok {
+        Ok(())
+    } else {
+        Err(Error::InvalidSpec { field: field.into(), found: found.to_string(), expected })
+    }
 }
 
 #[cfg(test)]
@@ -223,7 +232,8 @@ mod tests {
 
     #[test]
     fn every_range_is_checked() {
-        let broken: [(&str, fn(&mut DataSpec)); 12] = [
+        type Spoil = fn(&mut DataSpec);
+        let broken: [(&str, Spoil); 12] = [
             ("sources", |s| s.sources.clear()),
             ("sources[0].name", |s| s.sources[0].name.clear()),
             ("sources[0].shards", |s| s.sources[0].shards.clear()),

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::order::{Cursor, Order};
 use crate::packer::choose;
 use crate::rng::Key;
-use crate::sample::{Pack, Sample};
+use crate::sample::{Pack, Sample, SampleId};
 use crate::shard::SampleRef;
 use crate::source::Source;
 use crate::spec::DataSpec;
@@ -70,7 +70,10 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    fn draft(&self, (source, place): (usize, SampleRef)) -> Result<std::result::Result<Draft, Rejected>> {
+    fn draft(
+        &self,
+        (source, place): (usize, SampleRef),
+    ) -> Result<std::result::Result<Draft, Box<Rejected>>> {
         Draft::read(&self.spec, &self.encoder, &self.sources[source], place)
     }
 
@@ -114,8 +117,10 @@ impl Stream {
         let drafts = state.candidates.par_iter().map(|&at| shared.draft(at)).collect::<Result<Vec<_>>>()?;
         let mut candidates = Vec::with_capacity(drafts.len());
         for ((source, place), draft) in state.candidates.into_iter().zip(drafts) {
-            let draft = draft.map_err(|Rejected { id, cause }| Error::StateMismatch {
-                detail: format!("`{}` of shard `{}` was a good sample and is not now: {cause}", id.key, id.shard),
+            let draft = draft.map_err(|rejected| {
+                let Rejected { id: SampleId { shard, key, .. }, cause } = *rejected;
+                let detail = format!("`{key}` of shard `{shard}` was a good sample and is not now: {cause}");
+                Error::StateMismatch { detail }
             })?;
             candidates.push(Candidate { source, place, draft });
         }
@@ -262,7 +267,9 @@ impl StreamState {
         let saved: Vec<&str> = self.sources.iter().map(|source| source.name.as_str()).collect();
         let configured: Vec<&str> = shared.sources.iter().map(|source| source.name.as_str()).collect();
         if saved != configured {
-            return mismatch(format!("it was saved with the sources {saved:?}, now there are {configured:?}"));
+            return mismatch(format!(
+                "it was saved with the sources {saved:?}, now there are {configured:?}"
+            ));
         }
         if self.stream != number {
             return mismatch(format!("the state of stream {} was given for stream {number}", self.stream));

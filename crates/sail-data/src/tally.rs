@@ -48,7 +48,9 @@ impl Tally {
     pub(crate) fn check(&self, name: &str, limit: f64) -> Result<()> {
         let skipped = self.total_skipped();
         match self.commonest() {
-            Some((reason, count)) if self.seen >= ENOUGH_SEEN && skipped as f64 > limit * self.seen as f64 => {
+            Some((reason, count))
+                if self.seen >= ENOUGH_SEEN && skipped as f64 > limit * self.seen as f64 =>
+            {
                 let (name, reason) = (name.to_owned(), reason.to_owned());
                 Err(Error::TooManyBad { name, seen: self.seen, skipped, limit, reason, count })
             }
@@ -64,7 +66,7 @@ impl Tally {
 /// below the limit stops it.
 #[derive(Debug)]
 pub(crate) struct Rows {
-    rows: Vec<Tally>,
+    by_source: Vec<Tally>,
     longest: u64,
     limit: f64,
 }
@@ -72,17 +74,17 @@ pub(crate) struct Rows {
 impl Rows {
     pub(crate) fn new(sources: usize, limit: f64) -> Self {
         let longest = (ENOUGH_SEEN as f64 / (1.0 - limit)).ceil() as u64;
-        Self { rows: vec![Tally::default(); sources], longest, limit }
+        Self { by_source: vec![Tally::default(); sources], longest, limit }
     }
 
     pub(crate) fn good(&mut self, source: usize) {
-        self.rows[source] = Tally::default();
+        self.by_source[source] = Tally::default();
     }
 
     /// # Errors
     /// [`Error::TooManyBad`] naming the source.
     pub(crate) fn bad(&mut self, source: usize, name: &str, reason: &str) -> Result<()> {
-        let row = &mut self.rows[source];
+        let row = &mut self.by_source[source];
         row.seen += 1;
         row.skip(reason);
         if row.seen >= self.longest { row.check(name, self.limit) } else { Ok(()) }

@@ -8,9 +8,7 @@ use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use serde_json::json;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
-use crate::spec::{
-    DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec, Tiling,
-};
+use crate::spec::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec, Tiling};
 use crate::text::TextEncoder;
 
 pub(crate) const SPECIALS: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>"];
@@ -128,14 +126,17 @@ pub(crate) fn tar<N: AsRef<str>, D: AsRef<[u8]>>(members: &[(N, D)]) -> Vec<u8> 
 
 /// A text-only annotation.
 pub(crate) fn text_sample(question: &str, answer: &str) -> String {
-    json!({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}).to_string()
+    json!({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]})
+        .to_string()
 }
 
 /// Shards of text-only samples: shard s has `counts[s]`, with answers of different lengths.
 pub(crate) fn write_shards(dir: &Path, counts: &[usize]) -> Vec<PathBuf> {
     let write = |(shard, &count): (usize, &usize)| {
         let members: Vec<(String, String)> = (0..count)
-            .map(|n| (format!("{shard}-{n}.json"), text_sample("q", &"a".repeat(1 + (shard * 31 + n * 17) % 50))))
+            .map(|n| {
+                (format!("{shard}-{n}.json"), text_sample("q", &"a".repeat(1 + (shard * 31 + n * 17) % 50)))
+            })
             .collect();
         let path = dir.join(format!("{shard:03}.tar"));
         std::fs::write(&path, tar(&members)).unwrap();

@@ -213,7 +213,12 @@ impl TextEncoder {
         }
     }
 
-    fn append_message(&self, out: &mut Encoded, role: Role, text: &str) -> std::result::Result<(), BadSample> {
+    fn append_message(
+        &self,
+        out: &mut Encoded,
+        role: Role,
+        text: &str,
+    ) -> std::result::Result<(), BadSample> {
         out.ids.push(self.structure.turn_start);
         out.ids.extend(self.plain(&format!("{}\n{text}", role.name()))?);
         out.ids.push(self.structure.turn_end);
@@ -251,10 +256,8 @@ impl TextEncoder {
 
     /// Ids of plain text, in which no special token is recognised.
     fn plain(&self, text: &str) -> std::result::Result<Vec<i64>, BadSample> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, false)
-            .map_err(|e| BadSample::Text { detail: e.to_string() })?;
+        let encoding =
+            self.tokenizer.encode_fast(text, false).map_err(|e| BadSample::Text { detail: e.to_string() })?;
         let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
         let structure = self.structure.ids();
         // A model (not only the added tokens) may know such a token as an ordinary word.

@@ -61,7 +61,7 @@ save("rgba.png", rgba)
 save("palette.png", rgb.quantize(16))
 save("palette-alpha.png", rgb.quantize(16), transparency=3)
 save("bilevel.png", rgb.convert("1"))
-save("rgba.webp".replace("rgba", "webp-lossless"), rgba, lossless=True)
+save("webp-lossless.webp", rgba, lossless=True)
 
 calm = Image.fromarray(smooth(40, 24))
 save("baseline.jpg", calm, quality=92, subsampling=0)

@@ -106,9 +106,11 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::params::{Init, RandomSource, TensorSource};
 
-    fn random(shape: &[i64]) -> Tensor {
-        Tensor::randn(shape, (Kind::Float, Device::Cpu)).set_requires_grad(true)
+    fn random(name: &str, shape: &[i64]) -> Tensor {
+        let source = RandomSource::new(1, "test");
+        source.tensor(name, shape, Init::Normal(1.0)).unwrap().set_requires_grad(true)
     }
 
     /// The formula with one mask over the whole pack, which the code under test must not build.
@@ -130,19 +132,19 @@ mod tests {
 
     #[test]
     fn segments_do_not_see_each_other() {
-        tch::manual_seed(1);
         let cu = [0, 3, 4, 10];
         for (heads, visibility) in
             [(4, Visibility::Causal), (2, Visibility::Causal), (1, Visibility::Full), (4, Visibility::Full)]
         {
-            let inputs = [random(&[10, 4, 8]), random(&[10, heads, 8]), random(&[10, heads, 8])];
+            let inputs =
+                [random("q", &[10, 4, 8]), random("k", &[10, heads, 8]), random("v", &[10, heads, 8])];
             let [q, k, v] = &inputs;
             let segments = Segments::new(&cu, 10).unwrap();
             let out = packed_attention(q, k, v, &segments, visibility);
             let expected = masked(q, k, v, &cu, visibility == Visibility::Causal);
             assert_eq!(out.size(), [10, 4, 8]);
             assert!(out.allclose(&expected, 1e-5, 1e-6, false));
-            let probe = Tensor::randn([10, 4, 8], (Kind::Float, Device::Cpu));
+            let probe = random("probe", &[10, 4, 8]).detach();
             let grads =
                 |y: &Tensor| Tensor::run_backward(&[(y * &probe).sum(Kind::Float)], &inputs, true, false);
             for (grad, expected) in grads(&out).iter().zip(grads(&expected)) {
@@ -153,8 +155,7 @@ mod tests {
 
     #[test]
     fn cached_rows_give_what_the_whole_sequence_gives() {
-        tch::manual_seed(2);
-        let (q, k, v) = (random(&[9, 4, 8]), random(&[9, 2, 8]), random(&[9, 2, 8]));
+        let (q, k, v) = (random("q", &[9, 4, 8]), random("k", &[9, 2, 8]), random("v", &[9, 2, 8]));
         let whole = packed_attention(&q, &k, &v, &Segments::single(9).unwrap(), Visibility::Causal);
         for (start, rows) in [(0, 9), (0, 4), (4, 3), (8, 1), (0, 1)] {
             let held = |x: &Tensor| x.narrow(0, 0, start + rows).transpose(0, 1).unsqueeze(0);

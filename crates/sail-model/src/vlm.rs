@@ -166,8 +166,11 @@ impl Vlm {
         Ok(self.projector.forward(&self.vision.forward(pixels_nchw)).flatten(0, 1))
     }
 
-    /// Sum over rows of weight times cross-entropy: a 0-dimensional fp32 tensor with a graph to
-    /// whatever requires gradients. Only rows with a target pass through the last norm and the head.
+    /// Sum over rows of weight times cross-entropy: a 0-dimensional fp32 tensor. Only rows with a
+    /// target pass through the last norm and the head.
+    ///
+    /// It has a graph to the parameters that require gradients and took part. A pack of text alone
+    /// does not use `vision` and `projector`: where only those train, the loss requires no gradient.
     ///
     /// # Errors
     /// [`Error::BatchShape`], [`Error::Segments`], [`Error::ImageRows`] when the parts of the batch do

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,6 +16,7 @@ use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Vlm, VlmConfig, VlmSources};
 use sail_model::weights::FileSource;
 use tch::{Cuda, Device, Kind, Tensor};
+use tracing::warn;
 
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, DataState, Piece, RunState, Snapshot, Totals, Untouched};
@@ -79,6 +80,7 @@ impl Session {
         let stored = resume.or(init.as_ref());
         let sources = Sources::open(plan, stored)?;
         let model = Vlm::new(&config, sources.for_model(), device)?;
+        sources.warn_of_leftovers(&config.llm);
         let mut started_from = Fingerprints::new(model.params());
         let untouched = untouched(plan, stored, &started_from)?;
         let mut optimizer = Optimizer::new(model.params(), &plan.train, plan.optimizer.clone(), precision)?;
@@ -142,7 +144,10 @@ impl Session {
         let mut total = Tensor::zeros([], (Kind::Float, self.device));
         for Loaded { pack, .. } in &step.packs {
             let loss = self.model.loss_sum(&to_batch(pack, self.device))? / step.weight;
-            loss.backward();
+            // A pack of text alone reaches nothing that is trained before the language model.
+            if loss.requires_grad() {
+                loss.backward();
+            }
             self.optimizer.accumulate();
             total += loss.detach();
         }
@@ -296,18 +301,26 @@ pub fn lock(run_dir: &Path) -> Result<File> {
 }
 
 /// Where each module's tensors come from.
-struct Sources<'a>(BTreeMap<Module, Box<dyn TensorSource + 'a>>);
+struct Sources<'a>(BTreeMap<Module, Source<'a>>);
+
+enum Source<'a> {
+    Checkpoint(CheckpointSource<'a>),
+    Folder(FileSource, PathBuf),
+    Random(RandomSource),
+}
 
 impl<'a> Sources<'a> {
     fn open(plan: &Plan, stored: Option<&'a Checkpoint>) -> Result<Self> {
-        let mut sources: BTreeMap<Module, Box<dyn TensorSource + 'a>> = BTreeMap::new();
+        let mut sources = BTreeMap::new();
         for module in Module::ALL {
             let in_checkpoint = stored.filter(|checkpoint| holds(checkpoint, module));
-            let source: Box<dyn TensorSource + 'a> = match (in_checkpoint, source_of(plan, module)) {
-                (Some(checkpoint), _) => Box::new(CheckpointSource { checkpoint, module }),
-                (None, Some(ModelSource::From(folder))) => Box::new(FileSource::open(folder)?),
+            let source = match (in_checkpoint, source_of(plan, module)) {
+                (Some(checkpoint), _) => Source::Checkpoint(CheckpointSource { checkpoint, module }),
+                (None, Some(ModelSource::From(folder))) => {
+                    Source::Folder(FileSource::open(folder)?, folder.clone())
+                }
                 (None, Some(ModelSource::Random(_)) | None) => {
-                    Box::new(RandomSource::new(plan.run.seed, module.name()))
+                    Source::Random(RandomSource::new(plan.run.seed, module.name()))
                 }
             };
             sources.insert(module, source);
@@ -316,8 +329,26 @@ impl<'a> Sources<'a> {
     }
 
     fn for_model(&self) -> VlmSources<'_> {
-        let get = |module| self.0[&module].as_ref();
+        let get = |module| -> &dyn TensorSource {
+            match &self.0[&module] {
+                Source::Checkpoint(source) => source,
+                Source::Folder(source, _) => source,
+                Source::Random(source) => source,
+            }
+        };
         VlmSources { vision: get(Module::Vision), projector: get(Module::Projector), llm: get(Module::Llm) }
+    }
+
+    /// Says which tensors of the folders the model has no place for.
+    fn warn_of_leftovers(&self, llm: &LlmConfig) {
+        for (module, source) in &self.0 {
+            let Source::Folder(source, folder) = source else { continue };
+            let mut left = source.unused();
+            left.retain(|name| *module != Module::Llm || !llm.is_known_leftover(name));
+            if !left.is_empty() {
+                warn!("{}: {} tensors are not used: {}", folder.display(), left.len(), left.join(" "));
+            }
+        }
     }
 }
 

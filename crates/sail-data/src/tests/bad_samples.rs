@@ -85,7 +85,10 @@ fn every_reason_has_its_name() {
         let dir = tempfile::tempdir().unwrap();
         let key = members[0].0.clone();
         let error = load(&write_spec(dir.path(), [members])).unwrap_err();
-        assert!(matches!(&error, Error::NoGoodSample { reason: found, .. } if found == reason), "{key}: {error}");
+        assert!(
+            matches!(&error, Error::NoGoodSample { reason: found, .. } if found == reason),
+            "{key}: {error}"
+        );
     }
 }
 
@@ -102,7 +105,9 @@ fn the_loader_counts_by_reason_over_one_epoch() {
         loader.next_pack().unwrap();
     }
     let mut expected = std::collections::BTreeMap::<String, u64>::new();
-    bad.iter().for_each(|(reason, _)| *expected.entry((*reason).to_owned()).or_default() += 1);
+    for (reason, _) in &bad {
+        *expected.entry((*reason).to_owned()).or_default() += 1;
+    }
     let skipped = &loader.skipped()["demo"];
     let seen = loader.tallies()["demo"].seen;
     for (reason, count) in &expected {
@@ -121,7 +126,10 @@ fn too_many_bad_samples_stop_the_run() {
     let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
     let error = (0..200).find_map(|_| loader.next_pack().err()).expect("one in five is bad");
     let message = error.to_string();
-    assert!(message.contains("`demo`") && message.contains("0.1") && message.contains("`bad_json`"), "{message}");
+    assert!(
+        message.contains("`demo`") && message.contains("0.1") && message.contains("`bad_json`"),
+        "{message}"
+    );
     assert!(matches!(loader.next_pack(), Err(Error::Stopped)));
     assert!(matches!(load(&spec), Err(Error::TooManyBad { .. })));
 
@@ -135,7 +143,9 @@ fn a_source_without_any_good_sample_is_an_error_and_no_endless_loop() {
     let truncated = jpeg(&gradient(20, 20));
     let truncated = truncated[..truncated.len() - 10].to_vec();
     let undecodable = image_sample("a", &json!("a.jpg"), &[("jpg", truncated)]);
-    for members in [text_members("a", "{"), text_members("a", &text_sample("q", &"a".repeat(300))), undecodable] {
+    for members in
+        [text_members("a", "{"), text_members("a", &text_sample("q", &"a".repeat(300))), undecodable]
+    {
         for max_error_rate in [0.0, 0.5, 0.95] {
             let dir = tempfile::tempdir().unwrap();
             let mut spec = write_spec(dir.path(), [members.clone()]);
@@ -192,7 +202,11 @@ fn images_are_found_by_name_or_suffix_or_taken_as_they_lie() {
     let dir = tempfile::tempdir().unwrap();
     let read = load(&write_spec(dir.path(), samples)).unwrap();
     let tiles: Vec<usize> = read.iter().map(|sample| sample.tiles.n).collect();
-    assert_eq!(tiles, [1 + 4, 1 + 4, 1 + 4, 2], "16 px are more than half of 2x2 tiles of 8 px, shared by two");
+    assert_eq!(
+        tiles,
+        [1 + 4, 1 + 4, 1 + 4, 2],
+        "16 px are more than half of 2x2 tiles of 8 px, shared by two"
+    );
     for sample in &read {
         assert_eq!(sample.image_rows.len(), sample.tiles.n * 4);
     }

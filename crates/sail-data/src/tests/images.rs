@@ -83,8 +83,7 @@ fn resizing_agrees_with_pillow_and_tiles_are_cut_row_by_row() {
         let expected = pixels(&format!("resize-{}x{}.png", columns * px, rows * px));
         let difference = largest_difference(assemble(&tiles, columns, rows).as_raw(), expected.as_raw());
         assert!(difference <= 1, "{columns}x{rows}: {difference}");
-        let thumbnail =
-            Tiles { n: 1, px, pixels: tiles.pixels[tiles.pixels.len() - 3 * px * px..].to_vec() };
+        let thumbnail = Tiles { n: 1, px, pixels: tiles.pixels[tiles.pixels.len() - 3 * px * px..].to_vec() };
         let expected = pixels("resize-16x16.png");
         assert!(largest_difference(assemble(&thumbnail, 1, 1).as_raw(), expected.as_raw()) <= 1);
     }
@@ -140,7 +139,12 @@ fn the_header_decides_about_size_before_anything_is_decoded() {
     let refused = read_size("bomb.png", &bytes, 89_000_000).unwrap_err();
     assert_eq!(
         refused,
-        BadSample::ImageTooLarge { image: "bomb.png".into(), width: 50_000, height: 50_000, limit: 89_000_000 }
+        BadSample::ImageTooLarge {
+            image: "bomb.png".into(),
+            width: 50_000,
+            height: 50_000,
+            limit: 89_000_000
+        }
     );
 }
 

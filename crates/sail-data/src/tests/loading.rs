@@ -84,7 +84,10 @@ fn threads_change_nothing() {
         spec.streams = streams;
         let expected = take(&mut loader(&spec, 1), 25);
         for threads in [2, 7] {
-            assert!(take(&mut loader(&spec, threads), 25) == expected, "{streams} streams, {threads} threads");
+            assert!(
+                take(&mut loader(&spec, threads), 25) == expected,
+                "{streams} streams, {threads} threads"
+            );
         }
     }
 }
@@ -189,7 +192,8 @@ fn epoch_counts(spec: &DataSpec, epochs: u64) -> Vec<BTreeMap<(u32, u64), usize>
     let source = std::sync::Arc::new(Source::open_all(spec).unwrap().remove(0));
     let mut counts = vec![BTreeMap::new(); epochs as usize];
     for stream in 0..spec.streams {
-        let mut order = Order::new(source.clone(), stream, spec.streams, spec.shuffle_buffer, Cursor::default());
+        let mut order =
+            Order::new(source.clone(), stream, spec.streams, spec.shuffle_buffer, Cursor::default());
         loop {
             let sample = order.next_sample().unwrap();
             if order.cursor().epoch() >= epochs {

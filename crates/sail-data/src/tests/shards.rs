@@ -108,7 +108,10 @@ fn what_is_no_tar_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = write(dir.path(), &[b'x'; 2048]);
     let message = scan(&path).unwrap_err().to_string();
-    assert!(message.contains("a.tar") && message.contains("byte 0") && message.contains("checksum"), "{message}");
+    assert!(
+        message.contains("a.tar") && message.contains("byte 0") && message.contains("checksum"),
+        "{message}"
+    );
 
     let path = write(dir.path(), b"\x1f\x8b\x08\x00 compressed");
     assert!(matches!(scan(&path), Err(Error::CompressedShard { codec: "gzip", .. })));

@@ -45,15 +45,13 @@ impl Rotation {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::params::{Init, RandomSource, TensorSource};
 
     #[test]
     fn scores_depend_on_the_distance_alone() {
-        tch::manual_seed(3);
         let rotary = Rotary::new(16, 100.0, Device::Cpu);
-        let (q, k) = (
-            Tensor::randn([1, 2, 16], (Kind::Float, Device::Cpu)),
-            Tensor::randn([1, 2, 16], (Kind::Float, Device::Cpu)),
-        );
+        let source = RandomSource::new(3, "test");
+        let [q, k] = ["q", "k"].map(|name| source.tensor(name, &[1, 2, 16], Init::Normal(1.0)).unwrap());
         let score = |i: i64, j: i64| {
             let turn = |x: &Tensor, p: i64| rotary.at(&Tensor::from_slice(&[p]), Kind::Float).apply(x);
             (turn(&q, i) * turn(&k, j)).sum(Kind::Float).double_value(&[])
