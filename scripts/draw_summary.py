@@ -51,7 +51,8 @@ def draw_losses(draw, stages):
         for step, loss in stage["eval"]:
             x, y = x_of(start + step), y_of(loss)
             draw.ellipse([x - 5, y - 5, x + 5, y + 5], ink, "white")
-            draw.text((x, y - 9), f"{loss:.2f}", ink, font(14), anchor="lb" if step == 0 else "rb")
+            above = step == 0  # the end of a stage and the start of the next are one place
+            draw.text((x, y - 9 if above else y + 9), f"{loss:.2f}", ink, font(14), anchor="lb" if above else "rt")
         trained = " + ".join(row["module"] for row in stage["summary"]["modules"] if row["plan"] != "frozen")
         draw.text((x_of(start) + 4, bottom + 10), stage["summary"]["name"], ink, font(15))
         draw.text((x_of(start) + 4, bottom + 30), trained, FAINT, font(13))
@@ -82,7 +83,7 @@ def draw_answers(sheet, draw, generations, shards):
         draw.rectangle([x, y, x + 67, y + 67], outline=GRID)
         lines = [("truth", generation["truth"], INK), ("model", generation["answer"], STAGE_INKS[0])]
         for i, (name, text, ink) in enumerate(lines):
-            draw.text((x + 78, y + 12 + i * 24), f"{name}  {text[:28]}", ink, font(14))
+            draw.text((x + 78, y + 12 + i * 24), f"{name}  {text[:24]}", ink, font(14))
         shown += 1
 
 

@@ -19,6 +19,7 @@ step() { printf '\n== %s\n' "$*"; "$@"; }
 
 step ./scripts/setup.sh --reference
 step cargo fmt --all --check
+step python3 scripts/build_configuration_docs.py --check
 # One profile throughout, so that libtorch's bindings are compiled once.
 step cargo build --release --workspace --bins
 step cargo clippy --release --workspace --all-targets -- -D warnings

@@ -5,6 +5,7 @@
 //! | the train loop | [`train_loop::run_stage`] |
 //! | what a configuration may say | [`config`] |
 //! | where weights, data and optimizer come together | [`session`] |
+//! | where a stage's weights come from | `origin` |
 //! | freezing and its proof | [`stage`], [`optim`] |
 //! | what a checkpoint is | [`checkpoint`] |
 //! | the held-out measures | [`eval`] |
@@ -21,6 +22,7 @@ pub mod eval;
 pub mod events;
 pub mod export;
 pub mod optim;
+mod origin;
 pub mod schedule;
 pub mod session;
 pub mod stage;

@@ -1,22 +1,18 @@
 //! Everything a stage needs, built from its plan: model, optimizer, data, position.
 //!
-//! Where the weights come from is decided here: a checkpoint of this run (resume), of another run
-//! (`init.from`), a Hugging Face folder, or random values. The loop over it is [`crate::train_loop`].
+//! Where its weights come from is [`crate::origin`]'s matter; the loop over it is [`crate::train_loop`].
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use sail_data::{DataSpec, Loaded, Loader, TextEncoder};
 use sail_model::llm::LlmConfig;
-use sail_model::params::{Init, RandomSource, TensorSource};
 use sail_model::vision::VisionConfig;
-use sail_model::vlm::{Vlm, VlmConfig, VlmSources};
-use sail_model::weights::FileSource;
+use sail_model::vlm::{Vlm, VlmConfig};
 use tch::{Cuda, Device, Kind, Tensor};
-use tracing::warn;
 
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, DataState, Piece, RunState, Snapshot, Totals, Untouched};
@@ -24,6 +20,7 @@ use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
 use crate::optim::{Optimizer, StateKind};
+use crate::origin::{Sources, open_finished, untouched};
 use crate::stage::{Fingerprints, FreezeTable, module_of};
 
 /// A stage ready to run.
@@ -264,27 +261,6 @@ fn choose_precision(choice: Precision, device: Device) -> Kind {
     }
 }
 
-/// The checkpoint that `init.from` names: itself, or the last one of a finished run.
-pub fn open_finished(from: &Path) -> Result<Checkpoint> {
-    if from.join("manifest.json").exists() {
-        return Checkpoint::open(from);
-    }
-    let checkpoint = crate::checkpoint::newest(from)?.ok_or_else(|| {
-        Error::usage(
-            format!("`init.from`: `{}` holds no complete checkpoint", from.display()),
-            "run that stage first, or name one of its `step-…` folders",
-        )
-    })?;
-    let (step, steps) = (checkpoint.state().step, checkpoint.state().plan.schedule.steps);
-    if step < steps {
-        return Err(Error::usage(
-            format!("`init.from`: the run in `{}` stopped at step {step} of {steps}", from.display()),
-            format!("finish it, or name the checkpoint itself: `{}`", checkpoint.dir().display()),
-        ));
-    }
-    Ok(checkpoint)
-}
-
 /// Refuses a second process on one run folder for as long as the returned file lives.
 pub fn lock(run_dir: &Path) -> Result<File> {
     std::fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
@@ -297,129 +273,5 @@ pub fn lock(run_dir: &Path) -> Result<File> {
             "wait for it, stop it, or choose another `run.dir`",
         )),
         Err(std::fs::TryLockError::Error(error)) => Err(Error::io(&path)(error)),
-    }
-}
-
-/// Where each module's tensors come from.
-struct Sources<'a>(BTreeMap<Module, Source<'a>>);
-
-enum Source<'a> {
-    Checkpoint(CheckpointSource<'a>),
-    Folder(FileSource, PathBuf),
-    Random(RandomSource),
-}
-
-impl<'a> Sources<'a> {
-    fn open(plan: &Plan, stored: Option<&'a Checkpoint>) -> Result<Self> {
-        let mut sources = BTreeMap::new();
-        for module in Module::ALL {
-            let in_checkpoint = stored.filter(|checkpoint| holds(checkpoint, module));
-            let source = match (in_checkpoint, source_of(plan, module)) {
-                (Some(checkpoint), _) => Source::Checkpoint(CheckpointSource { checkpoint, module }),
-                (None, Some(ModelSource::From(folder))) => {
-                    Source::Folder(FileSource::open(folder)?, folder.clone())
-                }
-                (None, Some(ModelSource::Random(_)) | None) => {
-                    Source::Random(RandomSource::new(plan.run.seed, module.name()))
-                }
-            };
-            sources.insert(module, source);
-        }
-        Ok(Self(sources))
-    }
-
-    fn for_model(&self) -> VlmSources<'_> {
-        let get = |module| -> &dyn TensorSource {
-            match &self.0[&module] {
-                Source::Checkpoint(source) => source,
-                Source::Folder(source, _) => source,
-                Source::Random(source) => source,
-            }
-        };
-        VlmSources { vision: get(Module::Vision), projector: get(Module::Projector), llm: get(Module::Llm) }
-    }
-
-    /// Says which tensors of the folders the model has no place for.
-    fn warn_of_leftovers(&self, llm: &LlmConfig) {
-        for (module, source) in &self.0 {
-            let Source::Folder(source, folder) = source else { continue };
-            let mut left = source.unused();
-            left.retain(|name| *module != Module::Llm || !llm.is_known_leftover(name));
-            if !left.is_empty() {
-                warn!("{}: {} tensors are not used: {}", folder.display(), left.len(), left.join(" "));
-            }
-        }
-    }
-}
-
-/// The modules that this stage leaves as their folder has them; checks that a checkpoint that left
-/// them so meant the same weights.
-fn untouched(
-    plan: &Plan,
-    stored: Option<&Checkpoint>,
-    loaded: &Fingerprints,
-) -> Result<BTreeMap<Module, Untouched>> {
-    let mut untouched = BTreeMap::new();
-    for (module, module_plan) in plan.train.iter() {
-        let Some(ModelSource::From(folder)) = source_of(plan, module) else { continue };
-        if stored.is_some_and(|checkpoint| holds(checkpoint, module)) {
-            continue;
-        }
-        let fingerprint = loaded.of_module(module);
-        let before = stored.and_then(|checkpoint| Some((checkpoint, checkpoint.untouched().get(&module)?)));
-        if let Some((checkpoint, before)) = before.filter(|(_, before)| before.fingerprint != fingerprint) {
-            return Err(Error::usage(
-                format!(
-                    "`model.{module}.from`: `{}` has other weights than `{}`, with which `{}` was trained",
-                    folder.display(),
-                    before.from.display(),
-                    checkpoint.dir().display(),
-                ),
-                "give the same weights, or start without `init.from`",
-            ));
-        }
-        if !module_plan.is_trained() {
-            untouched.insert(module, Untouched { from: folder.clone(), fingerprint });
-        }
-    }
-    Ok(untouched)
-}
-
-/// Where the plan says that a module's weights come from; the projector always starts at random.
-fn source_of(plan: &Plan, module: Module) -> Option<&ModelSource> {
-    match module {
-        Module::Vision => Some(&plan.model.vision.source),
-        Module::Projector => None,
-        Module::Llm => Some(&plan.model.llm.source),
-    }
-}
-
-fn holds(checkpoint: &Checkpoint, module: Module) -> bool {
-    !checkpoint.untouched().contains_key(&module)
-}
-
-/// A module's tensors from a checkpoint.
-struct CheckpointSource<'a> {
-    checkpoint: &'a Checkpoint,
-    module: Module,
-}
-
-impl TensorSource for CheckpointSource<'_> {
-    fn tensor(&self, name: &str, shape: &[i64], _init: Init) -> sail_model::Result<Tensor> {
-        let full = format!("{}.{name}", self.module);
-        let missing = || sail_model::Error::MissingTensor {
-            path: self.checkpoint.dir().to_owned(),
-            name: full.clone(),
-        };
-        let tensor = self.checkpoint.tensor(&full, StateKind::Param).map_err(|_| missing())?;
-        if tensor.size() == shape {
-            return Ok(tensor.to_kind(Kind::Float));
-        }
-        Err(sail_model::Error::Shape {
-            path: self.checkpoint.dir().to_owned(),
-            name: full,
-            found: tensor.size(),
-            expected: shape.to_vec(),
-        })
     }
 }

@@ -47,8 +47,8 @@ fn frozen_modules_are_bit_equal(dir: &Path) {
     };
     std::env::set_current_dir(root()).unwrap();
     let fresh = Session::build(&plan, None).unwrap();
-    let [one, two, three] =
-        ["stage1", "stage2", "stage3"].map(|stage| newest(&dir.join("runs/tiny").join(stage)).unwrap().unwrap());
+    let [one, two, three] = ["stage1", "stage2", "stage3"]
+        .map(|stage| newest(&dir.join("runs/tiny").join(stage)).unwrap().unwrap());
     let mut changed_last = 0;
     for (name, start) in fresh.model.params() {
         let [first, second, third] = [&one, &two, &three].map(|c| c.tensor(name, StateKind::Param).unwrap());
@@ -65,7 +65,8 @@ fn frozen_modules_are_bit_equal(dir: &Path) {
             assert!(has_moments(name), "{name}");
         }
     }
-    let moments_of_frozen = one.names().filter(|n| n.starts_with("llm.")).filter(|n| one.tensor(n, StateKind::ExpAvg).is_ok());
+    let moments_of_frozen =
+        one.names().filter(|n| n.starts_with("llm.")).filter(|n| one.tensor(n, StateKind::ExpAvg).is_ok());
     assert_eq!(moments_of_frozen.count(), 0, "frozen parameters have no optimizer state");
 }
 

@@ -1,5 +1,7 @@
 //! The `sail-train` command on the demo corpus with the tiny models, as a user runs it.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
+
 mod curriculum;
 mod faults;
 mod resume;

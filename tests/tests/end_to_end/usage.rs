@@ -6,7 +6,8 @@ use crate::{run, stderr, under};
 fn all_configuration_errors_are_listed_with_their_lines() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("stage.yaml");
-    std::fs::write(&file, "run: { dir: x }\ntrain:\n  projctor: { lr: 1e-3 }\nschedule: { steps: many }\n").unwrap();
+    std::fs::write(&file, "run: { dir: x }\ntrain:\n  projctor: { lr: 1e-3 }\nschedule: { steps: many }\n")
+        .unwrap();
     let error = stderr(&run(&["--config", file.to_str().unwrap()], 2));
     assert!(error.contains("stage.yaml:3") && error.contains("did you mean `projector`"), "{error}");
     assert!(error.contains("stage.yaml:4") && error.contains("schedule.steps"), "{error}");
@@ -17,7 +18,10 @@ fn a_stage_whose_predecessor_did_not_run_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let set = under(dir.path());
     let error = stderr(&run(&["--config", "configs/tiny/stage2.yaml", "--set", &set], 2));
-    assert!(error.contains("holds no complete checkpoint") && error.contains("hint: run that stage first"), "{error}");
+    assert!(
+        error.contains("holds no complete checkpoint") && error.contains("hint: run that stage first"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -99,7 +99,7 @@ pub struct LlmPlan {
 /// What a run starts from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InitPlan {
-    /// A run folder, a checkpoint or an export; it need not exist before the run starts.
+    /// A finished run's folder or a checkpoint; it need not exist before the run starts.
     pub from: PathBuf,
 }
 

@@ -130,7 +130,8 @@ pub(super) struct RawLlm {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawInit {
-    /// A run's folder, a checkpoint or an export; may be made by an earlier stage. Required.
+    /// A finished run's folder or a checkpoint, perhaps made by an earlier stage. An exported encoder goes into
+    /// `model.vision.from` instead. Required.
     pub(super) from: Option<PathBuf>,
 }
 

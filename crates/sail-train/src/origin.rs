@@ -1,0 +1,166 @@
+//! Where the weights of a stage come from: a checkpoint, a Hugging Face folder, or random values.
+//!
+//! Called by [`crate::session`] while it builds the model.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use sail_model::llm::LlmConfig;
+use sail_model::params::{Init, RandomSource, TensorSource};
+use sail_model::vlm::VlmSources;
+use sail_model::weights::FileSource;
+use tch::{Kind, Tensor};
+use tracing::warn;
+
+use crate::checkpoint::{self, Checkpoint, Untouched};
+use crate::config::{ModelSource, Module, Plan};
+use crate::error::{Error, Result};
+use crate::optim::StateKind;
+use crate::stage::Fingerprints;
+
+/// The checkpoint that `init.from` names: itself, or the last one of a finished run.
+pub(crate) fn open_finished(from: &Path) -> Result<Checkpoint> {
+    if from.join("manifest.json").exists() {
+        return Checkpoint::open(from);
+    }
+    let checkpoint = checkpoint::newest(from)?.ok_or_else(|| {
+        Error::usage(
+            format!("`init.from`: `{}` holds no complete checkpoint", from.display()),
+            "run that stage first, or name one of its `step-…` folders",
+        )
+    })?;
+    let (step, steps) = (checkpoint.state().step, checkpoint.state().plan.schedule.steps);
+    if step < steps {
+        return Err(Error::usage(
+            format!("`init.from`: the run in `{}` stopped at step {step} of {steps}", from.display()),
+            format!("finish it, or name the checkpoint itself: `{}`", checkpoint.dir().display()),
+        ));
+    }
+    Ok(checkpoint)
+}
+
+/// Where each module's tensors come from.
+pub(crate) struct Sources<'a>(BTreeMap<Module, Source<'a>>);
+
+enum Source<'a> {
+    Checkpoint(CheckpointSource<'a>),
+    Folder(FileSource, PathBuf),
+    Random(RandomSource),
+}
+
+impl<'a> Sources<'a> {
+    /// Opens what the plan names; `stored` goes before it for the modules that it holds.
+    pub(crate) fn open(plan: &Plan, stored: Option<&'a Checkpoint>) -> Result<Self> {
+        let mut sources = BTreeMap::new();
+        for module in Module::ALL {
+            let in_checkpoint = stored.filter(|checkpoint| holds(checkpoint, module));
+            let source = match (in_checkpoint, source_of(plan, module)) {
+                (Some(checkpoint), _) => Source::Checkpoint(CheckpointSource { checkpoint, module }),
+                (None, Some(ModelSource::From(folder))) => {
+                    Source::Folder(FileSource::open(folder)?, folder.clone())
+                }
+                (None, Some(ModelSource::Random(_)) | None) => {
+                    Source::Random(RandomSource::new(plan.run.seed, module.name()))
+                }
+            };
+            sources.insert(module, source);
+        }
+        Ok(Self(sources))
+    }
+
+    /// As the model's constructor takes them.
+    pub(crate) fn for_model(&self) -> VlmSources<'_> {
+        let get = |module| -> &dyn TensorSource {
+            match &self.0[&module] {
+                Source::Checkpoint(source) => source,
+                Source::Folder(source, _) => source,
+                Source::Random(source) => source,
+            }
+        };
+        VlmSources { vision: get(Module::Vision), projector: get(Module::Projector), llm: get(Module::Llm) }
+    }
+
+    /// Says which tensors of the folders the model has no place for.
+    pub(crate) fn warn_of_leftovers(&self, llm: &LlmConfig) {
+        for (module, source) in &self.0 {
+            let Source::Folder(source, folder) = source else { continue };
+            let mut left = source.unused();
+            left.retain(|name| *module != Module::Llm || !llm.is_known_leftover(name));
+            if !left.is_empty() {
+                warn!("{}: {} tensors are not used: {}", folder.display(), left.len(), left.join(" "));
+            }
+        }
+    }
+}
+
+/// The modules that this stage leaves as their folder has them; checks that a checkpoint that left
+/// them so meant the same weights.
+pub(crate) fn untouched(
+    plan: &Plan,
+    stored: Option<&Checkpoint>,
+    loaded: &Fingerprints,
+) -> Result<BTreeMap<Module, Untouched>> {
+    let mut untouched = BTreeMap::new();
+    for (module, module_plan) in plan.train.iter() {
+        let Some(ModelSource::From(folder)) = source_of(plan, module) else { continue };
+        if stored.is_some_and(|checkpoint| holds(checkpoint, module)) {
+            continue;
+        }
+        let fingerprint = loaded.of_module(module);
+        let before = stored.and_then(|checkpoint| Some((checkpoint, checkpoint.untouched().get(&module)?)));
+        if let Some((checkpoint, before)) = before.filter(|(_, before)| before.fingerprint != fingerprint) {
+            return Err(Error::usage(
+                format!(
+                    "`model.{module}.from`: `{}` has other weights than `{}`, with which `{}` was trained",
+                    folder.display(),
+                    before.from.display(),
+                    checkpoint.dir().display(),
+                ),
+                "give the same weights, or start without `init.from`",
+            ));
+        }
+        if !module_plan.is_trained() {
+            untouched.insert(module, Untouched { from: folder.clone(), fingerprint });
+        }
+    }
+    Ok(untouched)
+}
+
+/// Where the plan says that a module's weights come from; the projector always starts at random.
+fn source_of(plan: &Plan, module: Module) -> Option<&ModelSource> {
+    match module {
+        Module::Vision => Some(&plan.model.vision.source),
+        Module::Projector => None,
+        Module::Llm => Some(&plan.model.llm.source),
+    }
+}
+
+fn holds(checkpoint: &Checkpoint, module: Module) -> bool {
+    !checkpoint.untouched().contains_key(&module)
+}
+
+/// A module's tensors from a checkpoint.
+struct CheckpointSource<'a> {
+    checkpoint: &'a Checkpoint,
+    module: Module,
+}
+
+impl TensorSource for CheckpointSource<'_> {
+    fn tensor(&self, name: &str, shape: &[i64], _init: Init) -> sail_model::Result<Tensor> {
+        let full = format!("{}.{name}", self.module);
+        let missing = || sail_model::Error::MissingTensor {
+            path: self.checkpoint.dir().to_owned(),
+            name: full.clone(),
+        };
+        let tensor = self.checkpoint.tensor(&full, StateKind::Param).map_err(|_| missing())?;
+        if tensor.size() == shape {
+            return Ok(tensor.to_kind(Kind::Float));
+        }
+        Err(sail_model::Error::Shape {
+            path: self.checkpoint.dir().to_owned(),
+            name: full,
+            found: tensor.size(),
+            expected: shape.to_vec(),
+        })
+    }
+}

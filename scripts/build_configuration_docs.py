@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Writes docs/configuration.md from the doc comments of crates/sail-train/src/config/raw.rs.
+
+    python3 scripts/build_configuration_docs.py           writes the page
+    python3 scripts/build_configuration_docs.py --check   fails when the page is out of date
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "crates/sail-train/src/config/raw.rs"
+PAGE = ROOT / "docs/configuration.md"
+HEAD = """# Configuration
+
+<!-- Made by scripts/build_configuration_docs.py from the doc comments of crates/sail-train/src/config/raw.rs. -->
+
+A file describes one stage, or lists the stage files of a curriculum. `sail-train --config FILE` runs
+it, `--dry-run` prints it with every default filled in, `--set path=value` overrides a value. Unknown
+fields are refused; all mistakes are reported at once, each with its path, its line and a hint. Paths
+are relative to the working folder unless said otherwise.
+"""
+STRUCT = re.compile(r"pub\(super\) struct (\w+) \{")
+FIELD = re.compile(r"    pub\(super\) (\w+): ")
+
+
+def page() -> str:
+    out, comment, inside = [HEAD], [], False
+    for line in SOURCE.read_text().splitlines():
+        text = line.strip()
+        if text.startswith("///"):
+            comment.append(text[3:].strip())
+        elif STRUCT.match(line):
+            title, _, rest = " ".join(comment).partition(". ")
+            heading = title.rstrip(".")
+            body = rest if rest else ""
+            out.append(f"\n## {heading}\n" + (f"\n{body}\n" if body else "") + "\n| field | meaning |\n|---|---|")
+            comment, inside = [], True
+        elif inside and (field := FIELD.match(line)):
+            meaning = " ".join(comment).replace("|", "\\|")
+            out.append(f"| `{field[1]}` | {meaning} |")
+            comment = []
+        elif text.startswith(("#[", "//!")):
+            continue
+        else:
+            inside, comment = inside and text != "}", []
+    return "\n".join(out) + "\n"
+
+
+def main() -> int:
+    if sys.argv[1:] == ["--check"]:
+        if PAGE.read_text() == page():
+            return 0
+        print(f"error: {PAGE.relative_to(ROOT)} is out of date\n\nhint: run python3 {sys.argv[0]}", file=sys.stderr)
+        return 1
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
