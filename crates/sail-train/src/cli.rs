@@ -2,6 +2,7 @@
 //!
 //! 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -109,7 +110,9 @@ pub fn main() -> ExitCode {
     let args = Args::parse();
     let console = Console::new();
     let filter = EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_writer(console.clone()).init();
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_ansi(colour);
+    log.with_writer(console.clone()).init();
     exit_on_panic(console.clone());
     match run(args, &console) {
         Ok(code) => code,

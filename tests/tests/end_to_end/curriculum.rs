@@ -23,6 +23,7 @@ fn three_stages_train_and_export() {
     held_out_loss_falls(dir.path());
     frozen_modules_are_bit_equal(dir.path());
     transformers_loads_the_export(dir.path());
+    a_checkpoint_evaluates_and_exports_again(dir.path());
 
     // Once finished, a second run has nothing to do and says the same.
     let again = run(&args, 0);
@@ -87,4 +88,18 @@ fn transformers_loads_the_export(dir: &Path) {
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     );
+}
+
+fn a_checkpoint_evaluates_and_exports_again(dir: &Path) {
+    let [run_dir, json, again] =
+        ["runs/tiny/stage3", "report.json", "again"].map(|path| dir.join(path).to_str().unwrap().to_owned());
+    run(&["eval", "--checkpoint", &run_dir, "--json", &json], 0);
+    let [report, summary] = [Path::new(&json).to_owned(), dir.join("runs/tiny/stage3/summary.json")]
+        .map(|path| serde_json::from_slice::<serde_json::Value>(&std::fs::read(path).unwrap()).unwrap());
+    assert_eq!(report, summary["after"], "the same weights on the same samples");
+
+    run(&["export", "--checkpoint", &run_dir, "--out", &again], 0);
+    let [first, second] = [dir.join("runs/tiny/stage3/export/vit"), again.into()]
+        .map(|path| std::fs::read(path.join("model.safetensors")).unwrap());
+    assert!(first == second, "the same weights are exported");
 }

@@ -50,7 +50,7 @@ fn a_source_of_bad_samples_stops_the_run_and_names_them() {
     let source = format!("data.sources=[{{name: bad, shards: {}}}]", shard.display());
     let error = stderr(&run(&stage1(&set, &["--set", &source]), 1));
     assert!(error.contains("bad-000000.tar") && error.contains("sample-00"), "{error}");
-    assert!(error.contains("`bad`") && error.contains("max_error_rate"), "{error}");
+    assert!(error.contains("source `bad`") && error.contains("max_error_rate"), "{error}");
 }
 
 /// A tar whose samples each have an annotation that is not JSON.

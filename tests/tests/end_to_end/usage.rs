@@ -35,7 +35,7 @@ fn an_unfinished_predecessor_and_a_changed_plan_are_refused() {
     assert!(error.contains("stopped at step 2 of"), "{error}");
 
     let error = stderr(&run(&[&stage1[..], &["--set", "train.projector.lr=0.5"]].concat(), 2));
-    assert!(error.contains("train.projector.lr: 0.00") && error.contains("-> 0.5"), "{error}");
+    assert!(error.contains("`train.projector.lr`: 0.001 -> 0.5"), "{error}");
 
     let error = stderr(&run(&[&stage1[..], &["--resume", "never"]].concat(), 2));
     assert!(error.contains("--resume never"), "{error}");
