@@ -2,7 +2,7 @@
 # From a bare machine to a refined vision encoder: sets up, builds, trains three stages on real
 # image-text pairs, exports the encoder and has transformers load it.
 #   ./scripts/quickstart.sh          DINOv2 ViT-S/14 + SmolLM2-135M (downloads their weights)
-#   ./scripts/quickstart.sh --tiny   small random models: no weights, a minute after the build
+#   ./scripts/quickstart.sh --tiny   small random models: no weights, two minutes after the build
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,6 +32,10 @@ vit="$runs/stage3/export/vit"
 step "$train" embed --vit "$vit" --image docs/images/sample.png --out "$runs/features.safetensors"
 step .venv/bin/python scripts/check_export.py "$vit" --image docs/images/sample.png \
   --embedding "$runs/features.safetensors"
+
+images=--images
+[ "$size" = demo ] || images= # a minute of random models shows that everything runs, not that it sees
+step python3 scripts/check_learning.py "$runs/stage3" --first "$runs/stage1" $images
 
 printf '\n== summary (also in %s/summary.txt)\n' "$runs"
 cat "$runs/summary.txt"

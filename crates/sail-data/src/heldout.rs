@@ -9,6 +9,14 @@ use crate::spec::DataSpec;
 use crate::tally::Tally;
 use crate::text::TextEncoder;
 
+/// Finds sources whose patterns match nothing or cannot be opened, without reading samples.
+///
+/// # Errors
+/// As [`crate::Loader::new`] for the specification and the patterns.
+pub fn check_sources(spec: &DataSpec) -> Result<()> {
+    Source::open_all(spec).map(drop)
+}
+
 /// Every good sample of the sources, in shard order, once, at most `limit` per source (`None`: all).
 ///
 /// `streams`, `seed`, the buffers and the weights play no part. Bad samples are skipped and logged as in

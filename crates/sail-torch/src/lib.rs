@@ -35,8 +35,8 @@ pub enum Error {
 /// Result with this crate's error.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// One parameter and what AdamW keeps of it. All four tensors of the parameter's shape are fp32 and
-/// on one device; `step` is a 0-dimensional fp32 tensor there, counting the updates so far.
+/// One parameter and what AdamW keeps of it. All four tensors of the parameter's shape are fp32,
+/// contiguous and on one device; `step` is a 0-dimensional fp32 tensor there, counting the updates so far.
 #[derive(Debug)]
 pub struct AdamWSlot {
     /// Updated in place.
@@ -67,7 +67,7 @@ pub struct AdamWOptions {
 /// One AdamW update of all slots (`at::_fused_adamw_`; Loshchilov and Hutter, arXiv 1711.05101).
 ///
 /// # Errors
-/// [`Error::Argument`] when kinds, shapes or devices do not fit.
+/// [`Error::Argument`] when kinds, shapes, layouts or devices do not fit.
 pub fn fused_adamw(slots: &[AdamWSlot], options: AdamWOptions) -> Result<()> {
     const OP: &str = "fused_adamw";
     for slot in slots {
@@ -81,6 +81,7 @@ pub fn fused_adamw(slots: &[AdamWSlot], options: AdamWOptions) -> Result<()> {
         }
         check(OP, slot.step.size().is_empty(), || "`step` must be 0-dimensional".to_owned())?;
         for tensor in [&slot.param, &slot.grad, &slot.exp_avg, &slot.exp_avg_sq, &slot.step] {
+            check(OP, tensor.is_contiguous(), || format!("needs contiguous tensors, got {tensor:?}"))?;
             check(OP, tensor.kind() == Kind::Float && tensor.device() == device, || {
                 format!("needs fp32 on {device:?}, got {:?} on {:?}", tensor.kind(), tensor.device())
             })?;
@@ -96,7 +97,7 @@ pub fn fused_adamw(slots: &[AdamWSlot], options: AdamWOptions) -> Result<()> {
     let exp_avg_sqs = column(|slot| &slot.exp_avg_sq);
     let steps = column(|slot| &slot.step);
     // SAFETY: the five arrays hold `slots.len()` pointers to tensors that `slots` keeps alive for
-    // the call, of the kinds, shapes and devices that `_fused_adamw_` needs, as checked above.
+    // the call, of the kinds, shapes, layout and devices that `_fused_adamw_` needs, as checked above.
     let message = unsafe {
         ffi::sail_fused_adamw(
             params.as_ptr(),
@@ -225,6 +226,13 @@ mod tests {
         let mut wrong = slot(&[1.0], &[0.0]);
         wrong.param = wrong.param.to_kind(Kind::BFloat16);
         assert!(fused_adamw(&[wrong], options).is_err());
+        let mut wrong = slot(&[1.0, 2.0, 3.0, 4.0], &[0.0; 4]);
+        for tensor in [&mut wrong.grad, &mut wrong.exp_avg, &mut wrong.exp_avg_sq] {
+            *tensor = tensor.reshape([2, 2]);
+        }
+        wrong.param = wrong.param.reshape([2, 2]).transpose(0, 1);
+        let error = fused_adamw(&[wrong], options).unwrap_err().to_string();
+        assert!(error.contains("contiguous"), "{error}");
         assert!(global_norm(&[]).is_err());
     }
 

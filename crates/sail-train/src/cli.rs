@@ -12,7 +12,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing_subscriber::EnvFilter;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::config::{self, Config};
 use crate::curriculum;
 use crate::error::{Error, Result};
@@ -66,7 +66,7 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
-    /// Writes a checkpoint's vision encoder as a folder that `transformers` loads
+    /// Writes a checkpoint's vision encoder or language model as a folder that `transformers` loads
     Export {
         /// A run or one of its `step-…` folders
         #[arg(long, value_name = "DIR")]
@@ -97,7 +97,10 @@ enum Command {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum What {
+    /// The vision encoder
     Vit,
+    /// The language model, with its tokenizer
+    Llm,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -138,10 +141,14 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
     match args.command {
         None => train(args.train, console),
         Some(Command::Eval { checkpoint, json }) => eval(&checkpoint, json.as_deref()),
-        Some(Command::Export { checkpoint, what: What::Vit, layout: Layout::Transformers, out }) => {
+        Some(Command::Export { checkpoint, what, layout: Layout::Transformers, out }) => {
             let checkpoint = open_any(&checkpoint)?;
             let session = Session::build(&checkpoint.state().plan, Some(&checkpoint))?;
-            println!("{}", export::vit(&session, &out)?.display());
+            let written = match what {
+                What::Vit => export::vit(&session, &out)?,
+                What::Llm => export::llm(&session, &out)?,
+            };
+            println!("{}", written.display());
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Embed { vit, image, out }) => {
@@ -205,10 +212,7 @@ fn eval(checkpoint: &std::path::Path, json: Option<&std::path::Path>) -> Result<
 
 /// A checkpoint by its own folder, or the newest of a run.
 fn open_any(path: &std::path::Path) -> Result<Checkpoint> {
-    if path.join("manifest.json").exists() {
-        return Checkpoint::open(path);
-    }
-    crate::checkpoint::newest(path)?
+    checkpoint::open_or_newest(path)?
         .ok_or_else(|| Error::checkpoint(path, "is neither a complete checkpoint nor a run that holds one"))
 }
 

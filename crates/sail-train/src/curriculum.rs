@@ -8,6 +8,7 @@ use std::path::Path;
 
 use crate::config::{ModulePlan, Plan};
 use crate::error::Result;
+use crate::session::preflight;
 use crate::stage::FreezeTable;
 use crate::train_loop::{Outcome, RunOptions, StageSummary, run_stage};
 
@@ -20,6 +21,10 @@ pub struct Summary(pub Vec<StageSummary>);
 /// # Errors
 /// Those of [`run_stage`].
 pub fn run<'a>(plans: impl IntoIterator<Item = &'a Plan>, options: &RunOptions) -> Result<Option<Summary>> {
+    let plans: Vec<&Plan> = plans.into_iter().collect();
+    for plan in &plans {
+        preflight(plan)?;
+    }
     let mut stages = Vec::new();
     for plan in plans {
         match run_stage(plan, options)? {
@@ -54,16 +59,23 @@ impl fmt::Display for Summary {
             let image = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
             writeln!(
                 f,
-                "{:<16} {:<24} {:>6} {:>8} {:>11.3} {:>19} {:>11} {:>15}",
+                "{:<16} {:<24} {:>6} {:>8} {:>11} {:>19} {:>11} {:>15}",
                 stage.name,
                 trained(&stage.modules),
                 stage.steps,
                 stage.totals.samples,
-                stage.train_loss,
+                stage.train_loss.map_or("-".to_owned(), |loss| format!("{loss:.3}")),
                 format!("{} -> {}", loss(&stage.before), loss(&stage.after)),
                 image(images.map(|images| images.true_image)),
                 image(images.map(|images| images.shuffled_image)),
             )?;
+        }
+        for stage in &self.0 {
+            for (source, reasons) in &stage.skipped {
+                for (reason, count) in reasons {
+                    writeln!(f, "{}: {count} samples of `{source}` skipped: {reason}", stage.name)?;
+                }
+            }
         }
         let Some(last) = self.0.last() else { return Ok(()) };
         if let Some(report) = last.after.as_ref().filter(|report| !report.generations.is_empty()) {

@@ -64,7 +64,23 @@ pub enum Error {
         /// Its samples, as `shard/key`.
         samples: String,
     },
-    /// A parameter that the stage trains did not change, or one it freezes did.
+    /// A plan names something that is not there or does not fit; nothing was trained.
+    #[error("{run}: {source}")]
+    Preflight {
+        /// `run.name`.
+        run: String,
+        /// What is wrong.
+        source: Box<Error>,
+    },
+    /// The held-out loss is not a number.
+    #[error(
+        "held-out source `{name}`: the loss is not finite\n\nhint: the weights are broken; go back to an earlier checkpoint and lower `train.*.lr`"
+    )]
+    HeldOutNotFinite {
+        /// The source.
+        name: String,
+    },
+    /// A parameter that the stage freezes changed, or one that no module of the plan has.
     #[error("`{name}` {problem}")]
     FreezePlan {
         /// Full parameter name.
@@ -89,7 +105,7 @@ impl Error {
     /// The exit code: 2 for what the user wrote, 1 for what happened afterwards.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Geometry(_) | Self::Usage { .. } => 2,
+            Self::Config(_) | Self::Geometry(_) | Self::Usage { .. } | Self::Preflight { .. } => 2,
             _ => 1,
         }
     }

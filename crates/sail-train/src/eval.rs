@@ -14,7 +14,7 @@ use tch::{Device, Kind, no_grad};
 
 use crate::batch::{to_batch, to_pixels};
 use crate::config::EvalPlan;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Losses of one source, or of all; each is a mean over answer tokens.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -131,6 +131,9 @@ impl Evaluator {
                 let shuffled = self.loss(model, other.iter(), device)?;
                 let mut sum = self.loss(model, rest.into_iter(), device)?;
                 sum.add(true_image);
+                if !(sum.loss.is_finite() && shuffled.loss.is_finite()) {
+                    return Err(Error::HeldOutNotFinite { name: name.clone() });
+                }
                 report.sources.insert(name.clone(), losses(samples.len(), sum, true_image, shuffled));
                 all.add(sum);
                 all_true.add(true_image);

@@ -1,8 +1,9 @@
 //! What a run tells: a progress bar on a terminal, plain lines elsewhere, `metrics.jsonl` always.
 //!
 //! The only place that prints while training. `metrics.jsonl` has one object a line with a `kind`
-//! of `train` or `eval`; after a resume it holds each step once.
+//! of `train` or `eval`; after a resume it holds the line of each training step once.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -76,10 +77,12 @@ pub struct StepReport {
     pub lr_factor: f64,
     /// Samples, tokens and answer tokens of this step.
     pub size: Totals,
-    /// From one step's end to the next.
+    /// From asking for its data to its end; saving and evaluating are not part of it.
     pub step_secs: f64,
     /// Of these, waiting for data.
     pub data_wait_secs: f64,
+    /// Samples skipped since the start of the stage, by source and reason.
+    pub skipped: BTreeMap<String, BTreeMap<String, u64>>,
 }
 
 /// The voice of one run.
@@ -133,6 +136,7 @@ impl Events {
             "samples": report.size.samples, "tokens": report.size.tokens,
             "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
             "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
+            "skipped": report.skipped,
         }))?;
         let (steps, wait) = (self.plan.schedule.steps, 100.0 * report.data_wait_secs / report.step_secs);
         let figures = format!(
@@ -163,7 +167,7 @@ impl Events {
 
     /// The mean training loss over the last tenth of the steps, and the evaluation before the first
     /// one, as the whole run recorded them.
-    pub fn history(&self) -> Result<(f64, Option<EvalReport>)> {
+    pub fn history(&self) -> Result<(Option<f64>, Option<EvalReport>)> {
         let text = fs::read_to_string(&self.metrics).map_err(Error::io(&self.metrics))?;
         let from = self.plan.schedule.steps - self.plan.schedule.steps.div_ceil(10);
         let (mut losses, mut before) = (Vec::new(), None);
@@ -179,7 +183,8 @@ impl Events {
                 _ => {}
             }
         }
-        Ok((losses.iter().sum::<f64>() / losses.len() as f64, before))
+        let mean = losses.iter().sum::<f64>() / losses.len() as f64;
+        Ok(((!losses.is_empty()).then_some(mean), before))
     }
 
     /// Removes the bar.

@@ -1,20 +1,22 @@
-//! Exporting the vision encoder, and using what was exported.
+//! Exporting the vision encoder and the language model, and using what was exported.
 //!
-//! An export is read back and must give the features of the model in memory before its path is
+//! An exported encoder is read back and must give the features of the model in memory before its path is
 //! reported.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use sail_data::{ImageSpec, Tiling, load_image};
 use sail_model::params::{Builder, Params};
 use sail_model::vision::{self, VisionConfig, VisionModel, build_vision};
-use sail_model::weights::{FileSource, read_json, write_safetensors};
+use sail_model::weights::{FileSource, read_json, write_folder, write_safetensors};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::batch::to_pixels;
+use crate::config::Module;
 use crate::error::{Error, Result};
 use crate::session::Session;
 
@@ -23,13 +25,7 @@ use crate::session::Session;
 /// # Errors
 /// [`Error::ExportMismatch`] when what was written gives other features than what is in memory.
 pub fn vit(session: &Session, out: &Path) -> Result<PathBuf> {
-    let params: Params = (session.model.params().iter())
-        .filter(|(name, _)| name.starts_with("vision."))
-        .map(|(name, compute)| {
-            let master = session.optimizer.master(name);
-            (name.clone(), master.map_or_else(|| compute.to_kind(Kind::Float), Tensor::shallow_clone))
-        })
-        .collect();
+    let params = session.exact_params(Module::Vision);
     let plan = &session.plan;
     let [mean, std] = [plan.data.mean, plan.data.std].map(|values| values.map(|value| value as f32));
     let px = plan.model.vision.image_px as i64;
@@ -48,7 +44,27 @@ pub fn vit(session: &Session, out: &Path) -> Result<PathBuf> {
     if difference <= limit {
         return Ok(out.to_owned());
     }
-    Err(Error::ExportMismatch { path: out.to_owned(), difference })
+    // What is at `out` is what verified.
+    let rejected = out.with_extension("rejected");
+    std::fs::rename(out, &rejected).map_err(Error::io(out))?;
+    Err(Error::ExportMismatch { path: rejected, difference })
+}
+
+/// Writes the session's language model to `out` as a Hugging Face folder, its tokenizer included, and
+/// returns `out`.
+///
+/// # Errors
+/// When the folder cannot be written, or exists and is no model folder.
+pub fn llm(session: &Session, out: &Path) -> Result<PathBuf> {
+    let params = session.exact_params(Module::Llm);
+    let tokenizer = read_json(&session.plan.model.llm.tokenizer)?;
+    let local: BTreeMap<String, Tensor> = (params.into_iter())
+        .filter_map(|(name, tensor)| Some((name.strip_prefix("llm.")?.to_owned(), tensor.detach())))
+        .collect();
+    let mut config = session.model.config().llm.to_json();
+    config["dtype"] = "float32".into();
+    write_folder(out, &local, &config, &[("tokenizer.json", &tokenizer)])?;
+    Ok(out.to_owned())
 }
 
 /// Features of image files by an exported encoder, as a safetensors file with `pixel_values` and

@@ -31,6 +31,8 @@ struct Slot {
     grad: Option<Tensor>,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    /// 0-dimensional, the number of updates; the kernel counts it up.
+    step: Tensor,
     peak_lr: f64,
     weight_decay: f64,
 }
@@ -81,6 +83,7 @@ impl Optimizer {
                         grad: None,
                         exp_avg: master.zeros_like(),
                         exp_avg_sq: master.zeros_like(),
+                        step: Tensor::zeros([], (Kind::Float, master.device())),
                         master,
                         peak_lr: lr,
                         weight_decay: decay,
@@ -110,7 +113,7 @@ impl Optimizer {
                 }
                 let fresh_f32 = fresh.to_kind(Kind::Float);
                 match &mut slot.grad {
-                    Some(sum) => drop(sum.f_add_(&fresh_f32)),
+                    Some(sum) => *sum += &fresh_f32,
                     None => slot.grad = Some(fresh_f32),
                 }
                 slot.compute.zero_grad();
@@ -141,7 +144,7 @@ impl Optimizer {
                     grad: slot.accumulated(),
                     exp_avg: slot.exp_avg.shallow_clone(),
                     exp_avg_sq: slot.exp_avg_sq.shallow_clone(),
-                    step: Tensor::from(self.steps as f32).to_device(slot.master.device()),
+                    step: slot.step.shallow_clone(),
                 },
             );
         }
@@ -198,6 +201,7 @@ impl Optimizer {
                     let saved = get(name, kind)?;
                     slot.tensor(kind).shallow_clone().f_copy_(&saved)?;
                 }
+                let _ = slot.step.fill_(steps as f64);
                 slot.refresh_compute();
             }
             Ok::<_, Error>(())
@@ -209,7 +213,8 @@ impl Optimizer {
 
 impl Slot {
     fn accumulated(&self) -> Tensor {
-        self.grad.as_ref().map_or_else(|| self.master.zeros_like(), Tensor::shallow_clone)
+        // The fused kernels walk memory in order.
+        self.grad.as_ref().map_or_else(|| self.master.zeros_like(), Tensor::contiguous)
     }
 
     fn tensor(&self, kind: StateKind) -> &Tensor {

@@ -20,23 +20,37 @@ use crate::stage::Fingerprints;
 
 /// The checkpoint that `init.from` names: itself, or the last one of a finished run.
 pub(crate) fn open_finished(from: &Path) -> Result<Checkpoint> {
-    if from.join("manifest.json").exists() {
-        return Checkpoint::open(from);
-    }
-    let checkpoint = checkpoint::newest(from)?.ok_or_else(|| {
+    let checkpoint = checkpoint::open_or_newest(from)?.ok_or_else(|| {
         Error::usage(
             format!("`init.from`: `{}` holds no complete checkpoint", from.display()),
             "run that stage first, or name one of its `step-…` folders",
         )
     })?;
     let (step, steps) = (checkpoint.state().step, checkpoint.state().plan.schedule.steps);
-    if step < steps {
+    if step < steps && checkpoint.dir() != from {
         return Err(Error::usage(
             format!("`init.from`: the run in `{}` stopped at step {step} of {steps}", from.display()),
             format!("finish it, or name the checkpoint itself: `{}`", checkpoint.dir().display()),
         ));
     }
     Ok(checkpoint)
+}
+
+/// Refuses to go on from `resume` where `init.from` holds other weights now than the run started from;
+/// where they are gone there is nothing to compare.
+pub(crate) fn check_lineage(plan: &Plan, resume: &Checkpoint) -> Result<()> {
+    let (Some(init), Some(then)) = (&plan.init, &resume.state().init) else { return Ok(()) };
+    match checkpoint::open_or_newest(&init.from)? {
+        Some(now) if now.record().seal != then.seal => Err(Error::usage(
+            format!(
+                "`{}` started from other weights than `{}` holds now",
+                plan.run.dir.display(),
+                init.from.display()
+            ),
+            format!("remove `{}` to train this stage anew from them", plan.run.dir.display()),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Where each module's tensors come from.
@@ -102,12 +116,22 @@ pub(crate) fn untouched(
 ) -> Result<BTreeMap<Module, Untouched>> {
     let mut untouched = BTreeMap::new();
     for (module, module_plan) in plan.train.iter() {
-        let Some(ModelSource::From(folder)) = source_of(plan, module) else { continue };
+        let before = stored.and_then(|checkpoint| Some((checkpoint, checkpoint.untouched().get(&module)?)));
+        let Some(ModelSource::From(folder)) = source_of(plan, module) else {
+            let Some((checkpoint, before)) = before else { continue };
+            return Err(Error::usage(
+                format!(
+                    "`{}` was trained with the {module} of `{}`",
+                    checkpoint.dir().display(),
+                    before.from.display()
+                ),
+                format!("give that folder as `model.{module}.from`"),
+            ));
+        };
         if stored.is_some_and(|checkpoint| holds(checkpoint, module)) {
             continue;
         }
         let fingerprint = loaded.of_module(module);
-        let before = stored.and_then(|checkpoint| Some((checkpoint, checkpoint.untouched().get(&module)?)));
         if let Some((checkpoint, before)) = before.filter(|(_, before)| before.fingerprint != fingerprint) {
             return Err(Error::usage(
                 format!(

@@ -8,14 +8,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sail_data::{DataSpec, Loaded, Loader, TextEncoder};
+use sail_data::{DataSpec, Loader, Pack, TextEncoder};
 use sail_model::llm::LlmConfig;
+use sail_model::params::Params;
 use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Vlm, VlmConfig};
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::batch::to_batch;
-use crate::checkpoint::{Checkpoint, DataState, Piece, RunState, Snapshot, Totals, Untouched};
+use crate::checkpoint::{Checkpoint, DataState, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
 use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
@@ -44,13 +45,16 @@ pub struct Session {
     /// What was trained on so far.
     pub totals: Totals,
     loader: Loader,
+    init: Option<InitRecord>,
     untouched: BTreeMap<Module, Untouched>,
+    /// fp32 weights of frozen modules, where the model computes in another type.
+    exact: Params,
     started_from: Fingerprints,
 }
 
 /// The packs of one optimizer step.
 pub struct Step {
-    packs: Vec<Loaded>,
+    packs: Vec<Pack>,
     /// Sum of the loss weights of all packs: the one normaliser of the step.
     pub weight: f64,
     /// What the packs hold.
@@ -80,15 +84,19 @@ impl Session {
         sources.warn_of_leftovers(&config.llm);
         let mut started_from = Fingerprints::new(model.params());
         let untouched = untouched(plan, stored, &started_from)?;
+        let exact =
+            if precision == Kind::Float { Params::new() } else { exact_frozen(&model, plan, &untouched)? };
         let mut optimizer = Optimizer::new(model.params(), &plan.train, plan.optimizer.clone(), precision)?;
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
         }
         let (mut step, mut totals, mut data) = (0, Totals::default(), None);
+        let mut init_record = init.as_ref().map(Checkpoint::record);
         if let Some(checkpoint) = resume {
             optimizer.restore(checkpoint.optimizer_steps(), |name, kind| checkpoint.tensor(name, kind))?;
             let state = checkpoint.state();
             (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
+            init_record.clone_from(&state.init);
         }
         let evaluator = match (&plan.eval, plan.eval_spec(config.vision.patch_size() as usize)?) {
             (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
@@ -108,7 +116,9 @@ impl Session {
             step,
             totals,
             loader,
+            init: init_record,
             untouched,
+            exact,
             started_from,
         })
     }
@@ -123,23 +133,16 @@ impl Session {
         let started = Instant::now();
         let mut packs = Vec::with_capacity(self.plan.batch.packs_per_step);
         for _ in 0..self.plan.batch.packs_per_step {
-            packs.push(self.loader.next_pack()?);
+            packs.push(self.loader.next_pack()?.pack);
         }
-        let weight = packs.iter().map(|loaded| loaded.pack.weight_sum()).sum();
-        let mut size = Totals::default();
-        for Loaded { pack, .. } in &packs {
-            size.samples += pack.samples.len() as u64;
-            size.tokens += pack.ids.len() as u64;
-            size.answer_tokens += pack.answer_tokens() as u64;
-        }
-        Ok(Step { packs, weight, size, data_wait_secs: started.elapsed().as_secs_f64() })
+        Ok(Step::new(packs, started.elapsed().as_secs_f64()))
     }
 
     /// Forward and backward of every pack, gradients summed in the optimizer; the step's mean loss,
     /// a 0-dimensional tensor.
     pub fn accumulate(&mut self, step: &Step) -> Result<Tensor> {
         let mut total = Tensor::zeros([], (Kind::Float, self.device));
-        for Loaded { pack, .. } in &step.packs {
+        for pack in &step.packs {
             let loss = self.model.loss_sum(&to_batch(pack, self.device))? / step.weight;
             // A pack of text alone reaches nothing that is trained before the language model.
             if loss.requires_grad() {
@@ -169,7 +172,8 @@ impl Session {
         let mut pieces = Vec::new();
         for (name, tensor) in self.model.params() {
             if self.optimizer.master(name).is_none() && !self.untouched.contains_key(&module_of(name)?) {
-                pieces.push(Piece { name, kind: StateKind::Param.name(), tensor: tensor.shallow_clone() });
+                let tensor = self.exact.get(name).unwrap_or(tensor).shallow_clone();
+                pieces.push(Piece { name, kind: StateKind::Param.name(), tensor });
             }
         }
         for (name, kind, tensor) in self.optimizer.state() {
@@ -181,12 +185,25 @@ impl Session {
                 step: self.step,
                 totals: self.totals,
                 data: DataState { next_stream, streams },
+                init: self.init.clone(),
                 plan: self.plan.clone(),
             },
             optimizer_steps: self.optimizer.steps(),
             pieces,
             untouched: self.untouched.clone(),
         })
+    }
+
+    /// The parameters of a module in fp32, by full name: masters where it is trained.
+    pub fn exact_params(&self, module: Module) -> Params {
+        let prefix = format!("{module}.");
+        let of_module = self.model.params().iter().filter(|(name, _)| name.starts_with(&prefix));
+        of_module
+            .map(|(name, compute)| {
+                let exact = self.optimizer.master(name).or_else(|| self.exact.get(name));
+                (name.clone(), exact.map_or_else(|| compute.to_kind(Kind::Float), Tensor::shallow_clone))
+            })
+            .collect()
     }
 
     /// Checks that no frozen parameter changed since the session was built.
@@ -199,11 +216,54 @@ impl Session {
 }
 
 impl Step {
+    /// These packs as one step.
+    pub fn new(packs: Vec<Pack>, data_wait_secs: f64) -> Self {
+        let weight = packs.iter().map(Pack::weight_sum).sum();
+        let mut size = Totals::default();
+        for pack in &packs {
+            size.samples += pack.samples.len() as u64;
+            size.tokens += pack.ids.len() as u64;
+            size.answer_tokens += pack.answer_tokens() as u64;
+        }
+        Self { packs, weight, size, data_wait_secs }
+    }
+
     /// Its samples as `source/shard/key`, for messages.
     pub fn sample_names(&self) -> String {
-        let ids = self.packs.iter().flat_map(|loaded| &loaded.pack.samples);
+        let ids = self.packs.iter().flat_map(|pack| &pack.samples);
         ids.map(ToString::to_string).collect::<Vec<_>>().join(" ")
     }
+}
+
+/// Finds what a plan names that is not there or does not fit, without loading weights or training: so
+/// that a mistake in a curriculum's last stage does not wait for the first ones.
+///
+/// # Errors
+/// [`Error::Preflight`] with the first thing that is wrong.
+pub fn preflight(plan: &Plan) -> Result<()> {
+    let check = || -> Result<()> {
+        choose_device(plan.run.device)?;
+        let config = model_config(plan)?;
+        let patch = config.vision.patch_size() as usize;
+        let spec = plan.data_spec(patch)?;
+        encoder(plan, &spec, &config.llm)?;
+        sail_data::check_sources(&spec)?;
+        plan.eval_spec(patch)?.map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
+    };
+    check().map_err(|source| Error::Preflight { run: plan.run.name.clone(), source: Box::new(source) })
+}
+
+/// fp32 copies, on the CPU, of the frozen weights that checkpoints store or an export writes.
+fn exact_frozen(model: &Vlm, plan: &Plan, untouched: &BTreeMap<Module, Untouched>) -> Result<Params> {
+    let mut exact = Params::new();
+    for (name, tensor) in model.params() {
+        let module = module_of(name)?;
+        let wanted = module == Module::Vision || !untouched.contains_key(&module);
+        if wanted && !plan.train.get(module).is_trained() {
+            exact.insert(name.clone(), tensor.detach().to_device(Device::Cpu));
+        }
+    }
+    Ok(exact)
 }
 
 /// The configurations of the three modules, read or taken from the plan.

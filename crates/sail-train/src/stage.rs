@@ -95,8 +95,8 @@ fn grouped(number: u64) -> String {
     out
 }
 
-/// Remembers the weights at the start of a run, so that its end can tell that what is frozen stayed
-/// and what is trained moved.
+/// Remembers the weights at the start of a run, so that every checkpoint can tell that what is frozen
+/// stayed as it was.
 ///
 /// Keeps a 64-bit sum per parameter instead of a copy: the bit patterns, each multiplied by an odd
 /// number that depends on its position, so that a changed or moved value changes the sum.

@@ -1,5 +1,6 @@
 //! One stage from its first step to its export, read top to bottom.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::events::{Console, Events, StepReport};
 use crate::export;
+use crate::origin::check_lineage;
 use crate::schedule::{factor, is_due};
 use crate::session::{self, Session, Step};
 use crate::stage::FreezeTable;
@@ -71,8 +73,10 @@ pub struct StageSummary {
     pub steps: u64,
     /// What it was trained on.
     pub totals: Totals,
-    /// Mean training loss of the last tenth of the steps.
-    pub train_loss: f64,
+    /// Samples that were skipped, by source and reason.
+    pub skipped: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Mean training loss of the last tenth of the steps; `None` when its record is gone.
+    pub train_loss: Option<f64>,
     /// Held out, before the first step.
     pub before: Option<EvalReport>,
     /// Held out, after the last step.
@@ -88,6 +92,9 @@ pub struct StageSummary {
 pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
     let _lock = session::lock(&plan.run.dir)?;
     let resume = find_resume(plan, &options.resume)?;
+    if let Some(checkpoint) = &resume {
+        check_lineage(plan, checkpoint)?;
+    }
     if let Some(summary) = finished(plan, resume.as_ref())? {
         options.console.line(format!("{}: already finished", plan.run.name));
         return Ok(Outcome::Finished(Box::new(summary)));
@@ -99,8 +106,8 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
     if session.step == 0 {
         evaluate(&session, &mut events)?;
     }
-    let mut last = Instant::now();
     while session.step < plan.schedule.steps {
+        let started = Instant::now();
         let step = session.next_step()?;
         let loss = session.accumulate(&step)?;
         let norm = session.optimizer.clip()?;
@@ -109,17 +116,17 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
         session.optimizer.step(lr_factor)?;
         session.advance(&step);
 
-        let step_secs = last.elapsed().as_secs_f64();
-        last = Instant::now();
-        let (size, data_wait_secs) = (step.size, step.data_wait_secs);
+        let (step_secs, data_wait_secs) = (started.elapsed().as_secs_f64(), step.data_wait_secs);
+        let (step, size, skipped) = (session.step, step.size, session.skipped());
         events.step(&StepReport {
-            step: session.step,
+            step,
             loss,
             grad_norm,
             lr_factor,
             size,
             step_secs,
             data_wait_secs,
+            skipped,
         })?;
 
         let done = session.step == plan.schedule.steps;
@@ -135,7 +142,6 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
         }
         if !done && plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step)) {
             evaluate(&session, &mut events)?;
-            last = Instant::now();
         }
     }
     finish(&session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
@@ -196,7 +202,8 @@ fn finished(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Option<StageSumm
     let text = fs::read(&path).map_err(Error::io(&path))?;
     let summary: StageSummary =
         serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&path, error.to_string()))?;
-    Ok(Some(summary))
+    let export_is_there = summary.export.as_ref().is_none_or(|export| export.exists());
+    Ok((export_is_there && plan.export.is_some() == summary.export.is_some()).then_some(summary))
 }
 
 fn write_plan(plan: &Plan) -> Result<()> {
@@ -230,14 +237,14 @@ fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>
 }
 
 fn save(session: &Session) -> Result<()> {
+    session.check_frozen()?;
     let dir = &session.plan.run.dir;
     checkpoint::save(dir, &session.snapshot()?)?;
-    checkpoint::keep_last(dir, session.plan.checkpoint.keep_last)
+    checkpoint::keep_last(dir, session.step, session.plan.checkpoint.keep_last)
 }
 
-/// After the last step: evaluation, the freeze plan's proof, export and summary.
+/// After the last step: evaluation, export and summary.
 fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
-    session.check_frozen()?;
     let after = evaluate(session, events)?;
     let export = match &session.plan.export {
         Some(_) => Some(export::vit(session, &session.plan.run.dir.join("export/vit"))?),
@@ -252,6 +259,7 @@ fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
         modules: session.freeze_table()?,
         steps: session.step,
         totals: session.totals,
+        skipped: session.skipped(),
         train_loss,
         before,
         after,

@@ -34,6 +34,38 @@ fn damaged_checkpoints_are_passed_over_with_a_reason() {
     assert!(error.contains("`manifest.json` does not match"), "{error}");
 }
 
+/// A run that resumes before its newest checkpoint leaves that course: what it saves must survive, be
+/// the newest, and be what `--resume auto` finds.
+#[test]
+fn resuming_from_an_older_checkpoint_keeps_what_it_saves() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    run(&stage1(&set, &["--stop-at", "4"]), 3);
+    let step = |n: u64| dir.path().join(format!("runs/tiny/stage1/step-{n:08}"));
+    let older = step(2).to_str().unwrap().to_owned();
+    let keep_one = ["--set", "checkpoint.keep_last=1"];
+    run(&stage1(&set, &[&["--resume", &older, "--stop-at", "3"], &keep_one[..]].concat()), 3);
+    assert!(step(3).join("COMPLETE").exists() && !step(4).exists() && !step(2).exists());
+    let error = stderr(&run(&stage1(&set, &["--stop-at", "4"]), 3));
+    assert!(error.contains("resumes after step 3"), "{error}");
+}
+
+#[test]
+fn a_stage_notices_that_its_predecessor_was_trained_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let short = ["--set", "schedule.steps=2", "--set", "schedule.warmup=1", "--set", "eval.samples=2"];
+    let stage = |file: &'static str| [&["--config", file, "--set", &set][..], &short].concat();
+    let [first, second] = ["configs/tiny/stage1.yaml", "configs/tiny/stage2.yaml"].map(stage);
+    run(&first, 0);
+    run(&second, 0);
+    fs::remove_dir_all(dir.path().join("runs/tiny/stage1")).unwrap();
+    run(&second, 0);
+    run(&[&first[..], &["--set", "train.projector.lr=2e-3"]].concat(), 0);
+    let error = stderr(&run(&second, 2));
+    assert!(error.contains("started from other weights") && error.contains("hint: remove"), "{error}");
+}
+
 fn flip_a_byte(path: &Path) {
     let mut bytes = fs::read(path).unwrap();
     let middle = bytes.len() / 2;

@@ -40,8 +40,25 @@ pub struct RunState {
     pub totals: Totals,
     /// Position in the training data.
     pub data: DataState,
+    /// Which checkpoint the run started from, where it continues another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<InitRecord>,
     /// The plan the run follows.
     pub plan: Plan,
+}
+
+/// The checkpoint that a run started from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InitRecord {
+    /// Its folder.
+    pub dir: PathBuf,
+    /// What its `COMPLETE` holds: a checksum over everything in it.
+    pub seal: String,
+}
+
+/// The checkpoint in `path` itself, or the newest of a run that verifies.
+pub fn open_or_newest(path: &Path) -> Result<Option<Checkpoint>> {
+    if path.join(MANIFEST).exists() { Checkpoint::open(path).map(Some) } else { newest(path) }
 }
 
 /// What a stage has seen so far.

@@ -11,7 +11,7 @@ use tch::Tensor;
 use tracing::warn;
 
 use super::write::checksum;
-use super::{COMPLETE, FORMAT, MANIFEST, Manifest, RunState, STATE, Untouched};
+use super::{COMPLETE, FORMAT, InitRecord, MANIFEST, Manifest, RunState, STATE, Untouched};
 use crate::config::Module;
 use crate::error::{Error, Result};
 use crate::optim::StateKind;
@@ -19,6 +19,7 @@ use crate::optim::StateKind;
 /// A complete and verified checkpoint.
 pub struct Checkpoint {
     dir: PathBuf,
+    seal: String,
     manifest: Manifest,
     state: RunState,
     files: BTreeMap<String, FileSource>,
@@ -78,12 +79,17 @@ impl Checkpoint {
             places.insert((piece.name.clone(), piece.kind.clone()), i);
         }
         let state = read_json(&dir.join(STATE))?;
-        Ok(Self { dir: dir.to_owned(), manifest, state, files, places })
+        Ok(Self { dir: dir.to_owned(), seal: marker.trim().to_owned(), manifest, state, files, places })
     }
 
     /// Its folder.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Names exactly this content, see [`InitRecord`].
+    pub fn record(&self) -> InitRecord {
+        InitRecord { dir: self.dir.clone(), seal: self.seal.clone() }
     }
 
     /// Step, counters, data position and plan.

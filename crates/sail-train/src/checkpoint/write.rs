@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use sail_model::weights;
 use serde::Serialize;
 use tch::Tensor;
+use tracing::warn;
 
 use super::{COMPLETE, FORMAT, FileRecord, MANIFEST, Manifest, PieceRecord, RunState, STATE, Untouched};
 use crate::config::Module;
@@ -61,10 +62,17 @@ pub fn save(run_dir: &Path, snapshot: &Snapshot) -> Result<PathBuf> {
     Ok(target)
 }
 
-/// Removes all but the newest `keep` checkpoints.
-pub fn keep_last(run_dir: &Path, keep: usize) -> Result<()> {
-    let found = super::list(run_dir)?;
-    for (_, path) in &found[..found.len().saturating_sub(keep)] {
+/// After the checkpoint of `step` was written: removes all but the newest `keep` up to it, and those of
+/// later steps, which belong to a course that this run has left (it resumed before them).
+pub fn keep_last(run_dir: &Path, step: u64, keep: usize) -> Result<()> {
+    let (current, abandoned): (Vec<_>, Vec<_>) =
+        super::list(run_dir)?.into_iter().partition(|(found, _)| *found <= step);
+    if !abandoned.is_empty() {
+        let names: Vec<String> = abandoned.iter().map(|(_, path)| path.display().to_string()).collect();
+        warn!("removing checkpoints of later steps, which this run does not continue: {}", names.join(" "));
+    }
+    let old = &current[..current.len().saturating_sub(keep)];
+    for (_, path) in old.iter().chain(&abandoned) {
         // Without its marker a half-removed folder is no checkpoint.
         let marker = path.join(COMPLETE);
         if marker.exists() {
