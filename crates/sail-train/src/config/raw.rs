@@ -212,7 +212,7 @@ pub(super) struct RawData {
     /// Logical streams the data order is cut into; fixes the order and is never the number of threads or devices.
     /// A multiple or a divisor of `batch.packs_per_step`. Default: 1.
     pub(super) streams: usize,
-    /// Threads that decode ahead. They do not change the order. Default: 1.
+    /// Threads that decode ahead, at most 512. They do not change the order. Default: 1.
     pub(super) threads: usize,
     /// Samples in the shuffle buffer, per stream and source. Default: 256.
     pub(super) shuffle_buffer: usize,

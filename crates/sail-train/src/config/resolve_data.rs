@@ -10,6 +10,8 @@ use super::raw::{RawData, RawEval, RawImageTokens, RawSource, RawTiling};
 use super::raw_values::RawShards;
 use super::resolve::every;
 
+const MAX_THREADS: usize = 512;
+
 /// Resolves `data`; `batch` is `None` where it failed itself.
 pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&BatchPlan>) -> Option<DataPlan> {
     for (path, count) in [
@@ -20,6 +22,8 @@ pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&Batch
     ] {
         checker.expect(count >= 1, path, "must be at least 1", count);
     }
+    // Beyond the machine's cores threads only take turns; thousands of them starve it.
+    checker.expect(raw.threads <= MAX_THREADS, "data.threads", "must be at most 512", raw.threads);
     if let Some(batch) = batch {
         streams_fit(checker, raw.streams, batch.packs_per_step);
     }
