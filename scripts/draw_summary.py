@@ -99,7 +99,10 @@ def main():
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(sheet)
     draw_losses(draw, stages)
-    generations = (stages[-1]["summary"]["after"] or {}).get("generations", [])
+    generations = stages[-1]["summary"]["after"]["generations"]
+    images = stages[-1]["summary"]["after"]["total"]["images"]
+    verdict = f"held-out loss with the true image {images['true_image']:.3f}, with another image {images['shuffled_image']:.3f}"
+    draw.text((PLOT, HEIGHT - 40), verdict, INK, font(15))
     draw_answers(sheet, draw, generations, sorted(args.shards.glob("*-heldout-*.tar")))
     sheet.save(args.out, optimize=True)
 

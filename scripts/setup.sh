@@ -73,4 +73,4 @@ if [ "$reference" = yes ]; then
   install requirements.txt # transformers computes with this torch even when the build uses another libtorch
   install requirements-reference.txt
 fi
-echo "set-up complete; next: cargo build --release"
+echo "set-up complete"

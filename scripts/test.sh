@@ -18,6 +18,7 @@ done
 step() { printf '\n== %s\n' "$*"; "$@"; }
 
 step ./scripts/setup.sh --reference
+./scripts/quickstart.sh --help >/dev/null # the README's first command must start
 step cargo fmt --all --check
 step python3 scripts/build_configuration_docs.py --check
 # One profile throughout, so that libtorch's bindings are compiled once.

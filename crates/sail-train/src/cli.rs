@@ -2,7 +2,7 @@
 //!
 //! 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -21,13 +21,25 @@ use crate::export;
 use crate::session::Session;
 use crate::train_loop::{Resume, RunOptions};
 
+const AFTER_HELP: &str = "\
+Examples:
+  sail-train --config configs/tiny/curriculum.yaml
+  sail-train --config stage2.yaml --set train.projector.lr=1e-4 --set run.dir=runs/try
+  sail-train eval --checkpoint runs/demo/stage3
+
+Ctrl-C or SIGTERM saves after the step and exits with 3; the same command resumes. A second one ends
+it at once, with 130.
+Exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
+SAIL_LOG=debug shows more of the log, SAIL_LOG=error less.";
+
 /// Trains the vision encoder of a multimodal LLM stage by stage.
 #[derive(Debug, Parser)]
 #[command(
     name = "sail-train",
     version,
     args_conflicts_with_subcommands = true,
-    arg_required_else_help = true
+    arg_required_else_help = true,
+    after_help = AFTER_HELP
 )]
 pub struct Args {
     #[command(flatten)]
@@ -48,7 +60,7 @@ struct TrainArgs {
     #[arg(long, value_name = "auto|never|DIR", default_value = "auto")]
     resume: String,
     /// Saves and stops (exit code 3) once this step of the running stage is done
-    #[arg(long, value_name = "STEP")]
+    #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
     stop_at: Option<u64>,
     /// Prints the resolved plan and trains nothing
     #[arg(long)]
@@ -122,9 +134,34 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // A configuration's errors print themselves, one `error:` each.
             let prefix = if matches!(error, Error::Config(_)) { "" } else { "error: " };
-            console.line(format!("{prefix}{error}"));
+            console.line(format!("{prefix}{}", with_causes(&error)));
             ExitCode::from(error.exit_code())
         }
+    }
+}
+
+/// The error's message, with what lies behind it where the message does not say so itself.
+fn with_causes(error: &Error) -> String {
+    let mut message = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        let text = inner.to_string();
+        if !message.contains(&text) {
+            message = format!("{message}: {text}");
+        }
+        cause = inner.source();
+    }
+    message
+}
+
+/// Prints a result on standard output. A reader that has gone (`| head`) has seen what it wanted.
+fn print(text: impl std::fmt::Display) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match write!(out, "{text}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::io("standard output".as_ref())(error))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -148,12 +185,12 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
                 What::Vit => export::vit(&session, &out)?,
                 What::Llm => export::llm(&session, &out)?,
             };
-            println!("{}", written.display());
+            print(format_args!("{}\n", written.display()))?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Embed { vit, image, out }) => {
             export::embed(&vit, &image, &out)?;
-            println!("{}", out.display());
+            print(format_args!("{}\n", out.display()))?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -163,7 +200,7 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     let file = args.config.expect("invariant: clap requires --config");
     let config = config::load(&file, &args.set)?;
     if args.dry_run {
-        print!("{}", config.to_yaml());
+        print(config.to_yaml())?;
         return Ok(ExitCode::SUCCESS);
     }
     let options = RunOptions {
@@ -184,7 +221,7 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     }
     match curriculum::run(config.plans(), &options)? {
         Some(summary) => {
-            println!("\n{summary}");
+            print(format_args!("\n{summary}\n"))?;
             Ok(ExitCode::SUCCESS)
         }
         None => Ok(ExitCode::from(3)),
@@ -198,9 +235,10 @@ fn eval(checkpoint: &std::path::Path, json: Option<&std::path::Path>) -> Result<
         return Err(Error::usage("the plan of this checkpoint has no `eval`", "train with `eval.sources`"));
     };
     let report = evaluator.run(&session.model, &session.encoder, session.device)?;
-    print!("{report}");
+    print(&report)?;
     for generation in &report.generations {
-        println!("{}\n  truth  {}\n  model  {}", generation.sample, generation.truth, generation.answer);
+        let (sample, truth) = (&generation.sample, &generation.truth);
+        print(format_args!("{sample}\n  truth  {truth}\n  model  {}\n", generation.answer))?;
     }
     if let Some(path) = json {
         let text =

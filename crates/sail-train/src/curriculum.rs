@@ -85,7 +85,8 @@ impl fmt::Display for Summary {
                 writeln!(f, "  {}", generation.sample)?;
                 writeln!(f, "    asked  {}", question.trim())?;
                 writeln!(f, "    truth  {}", generation.truth)?;
-                writeln!(f, "    model  {}", generation.answer)?;
+                let answer = if generation.answer.is_empty() { "(empty)" } else { &generation.answer };
+                writeln!(f, "    model  {answer}")?;
             }
         }
         if let Some(export) = &last.export {

@@ -72,6 +72,14 @@ pub enum Error {
         /// What is wrong.
         source: Box<Error>,
     },
+    /// The update of a step broke the weights; nothing was saved after it.
+    #[error(
+        "step {step}: the updated weights are not finite; nothing was saved\n\nhint: resume from the checkpoint before, with a lower `train.*.lr`"
+    )]
+    WeightsNotFinite {
+        /// The step.
+        step: u64,
+    },
     /// The held-out loss is not a number.
     #[error(
         "held-out source `{name}`: the loss is not finite\n\nhint: the weights are broken; go back to an earlier checkpoint and lower `train.*.lr`"

@@ -40,9 +40,10 @@ impl Console {
         Self { bars: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()) }
     }
 
-    /// Prints lines above the bar.
+    /// Prints lines above the bar. A closed or full standard error is no reason to stop training, and
+    /// there is nowhere to report it.
     pub fn line(&self, text: impl std::fmt::Display) {
-        self.bars.suspend(|| eprintln!("{text}"));
+        self.bars.suspend(|| drop(writeln!(io::stderr(), "{text}")));
     }
 }
 

@@ -95,7 +95,10 @@ fn image_spec(file: &Path) -> Result<ImageSpec> {
         height: usize,
         width: usize,
     }
-    let invalid = |reason: String| sail_model::Error::File { path: file.to_owned(), reason };
+    let invalid = |reason: String| {
+        let reason = format!("{reason}\n\nhint: only folders that `sail-train` exported can be read here");
+        sail_model::Error::File { path: file.to_owned(), reason }
+    };
     let Preprocessor { size, image_mean, image_std } =
         serde_json::from_value(read_json(file)?).map_err(|error| invalid(error.to_string()))?;
     if size.height != size.width {

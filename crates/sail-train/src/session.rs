@@ -206,6 +206,17 @@ impl Session {
             .collect()
     }
 
+    /// Checks that every trained parameter and moment is a number.
+    ///
+    /// # Errors
+    /// [`Error::WeightsNotFinite`].
+    pub fn check_finite(&self) -> Result<()> {
+        let tensors: Vec<Tensor> =
+            self.optimizer.state().map(|(_, _, tensor)| tensor.shallow_clone()).collect();
+        let norm = sail_torch::global_norm(&tensors)?.double_value(&[]);
+        if norm.is_finite() { Ok(()) } else { Err(Error::WeightsNotFinite { step: self.step }) }
+    }
+
     /// Checks that no frozen parameter changed since the session was built.
     ///
     /// # Errors

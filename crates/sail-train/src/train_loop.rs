@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
+use tracing::warn;
 
 use crate::checkpoint::{self, Checkpoint, Totals};
 use crate::config::Plan;
@@ -137,7 +138,10 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
         }
         if stop && !done {
             events.close();
-            events.note(format!("{}: saved at step {} and stopped", plan.run.name, session.step));
+            events.note(format!(
+                "{}: saved at step {} and stopped; the same command resumes",
+                plan.run.name, session.step
+            ));
             return Ok(Outcome::Interrupted { step: session.step });
         }
         if !done && plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step)) {
@@ -200,8 +204,10 @@ fn finished(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Option<StageSumm
         return Ok(None);
     }
     let text = fs::read(&path).map_err(Error::io(&path))?;
-    let summary: StageSummary =
-        serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&path, error.to_string()))?;
+    let Ok(summary) = serde_json::from_slice::<StageSummary>(&text) else {
+        warn!("{}: cannot be read; the end of the stage is done again", path.display());
+        return Ok(None);
+    };
     let export_is_there = summary.export.as_ref().is_none_or(|export| export.exists());
     Ok((export_is_there && plan.export.is_some() == summary.export.is_some()).then_some(summary))
 }
@@ -220,10 +226,13 @@ fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> 
         None => "starts".to_owned(),
     };
     events.note(format!(
-        "\n{}: {} steps, {:?}, {position}\n{}",
+        "\n{}: {} steps on {}, {position}\n{}",
         plan.run.name,
         plan.schedule.steps,
-        session.device,
+        match session.device {
+            Device::Cuda(index) => format!("CUDA device {index}"),
+            _ => "the CPU".to_owned(),
+        },
         session.freeze_table()?
     ));
     Ok(())
@@ -231,6 +240,7 @@ fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> 
 
 fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>> {
     let Some(evaluator) = &session.evaluator else { return Ok(None) };
+    events.note(format!("{}: measuring the held-out loss", session.plan.run.name));
     let report = evaluator.run(&session.model, &session.encoder, session.device)?;
     events.evaluation(session.step, &report)?;
     Ok(Some(report))
@@ -238,6 +248,7 @@ fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>
 
 fn save(session: &Session) -> Result<()> {
     session.check_frozen()?;
+    session.check_finite()?;
     let dir = &session.plan.run.dir;
     checkpoint::save(dir, &session.snapshot()?)?;
     checkpoint::keep_last(dir, session.step, session.plan.checkpoint.keep_last)
@@ -268,6 +279,7 @@ fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
     let path = plan.run.dir.join(SUMMARY);
     let text =
         serde_json::to_vec_pretty(&summary).map_err(|error| Error::checkpoint(&path, error.to_string()))?;
-    fs::write(&path, text).map_err(Error::io(&path))?;
+    let temporary = path.with_extension("tmp");
+    fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, &path)).map_err(Error::io(&path))?;
     Ok(summary)
 }

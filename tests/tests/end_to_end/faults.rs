@@ -50,6 +50,29 @@ fn resuming_from_an_older_checkpoint_keeps_what_it_saves() {
     assert!(error.contains("resumes after step 3"), "{error}");
 }
 
+/// What a kill while the summary is written leaves behind is mended by running again; a step that breaks
+/// the weights is not saved.
+#[test]
+fn a_cut_summary_is_written_again_and_broken_weights_are_not_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    run(&stage1(&set, &[]), 0);
+    let summary = dir.path().join("runs/tiny/stage1/summary.json");
+    let whole = fs::read(&summary).unwrap();
+    fs::write(&summary, &whole[..40]).unwrap();
+    let error = stderr(&run(&stage1(&set, &[]), 0));
+    assert!(error.contains("the end of the stage is done again"), "{error}");
+    assert!(fs::read(&summary).unwrap() == whole);
+
+    let broken = tempfile::tempdir().unwrap();
+    let set = under(broken.path());
+    let error = stderr(&run(&stage1(&set, &["--set", "train.projector.lr=1e38"]), 1));
+    assert!(error.contains("not finite") && error.contains("hint:"), "{error}");
+    let checkpoints = fs::read_dir(broken.path().join("runs/tiny/stage1")).unwrap();
+    let saved = checkpoints.filter(|entry| entry.as_ref().unwrap().path().join("COMPLETE").exists());
+    assert_eq!(saved.count(), 0);
+}
+
 #[test]
 fn a_stage_notices_that_its_predecessor_was_trained_anew() {
     let dir = tempfile::tempdir().unwrap();

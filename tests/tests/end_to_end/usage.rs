@@ -41,6 +41,30 @@ fn an_unfinished_predecessor_and_a_changed_plan_are_refused() {
     assert!(error.contains("--resume never"), "{error}");
 }
 
+/// A reader that goes away must not turn into a panic or a hang.
+#[test]
+fn closed_output_is_not_a_failure() {
+    let mut child = crate::sail_train(&["--config", "configs/tiny/stage1.yaml", "--dry-run"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut to_full = crate::sail_train(&["--config", "configs/tiny/stage1.yaml", "--set", "nonsense"]);
+    assert_eq!(to_full.stderr(full()).status().unwrap().code(), Some(2));
+}
+
+#[test]
+fn numbers_far_out_of_range_are_refused() {
+    for set in ["data.threads=100000", "data.streams=1000000000", "model.vision.image_px=9223372036854775800"]
+    {
+        let error = stderr(&run(&["--config", "configs/tiny/stage1.yaml", "--set", set], 2));
+        assert!(error.contains("must be") && error.contains(set.split('=').next().unwrap()), "{error}");
+    }
+}
+
 #[test]
 fn a_dry_run_prints_a_plan_that_loads_again() {
     let dir = tempfile::tempdir().unwrap();

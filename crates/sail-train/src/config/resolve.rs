@@ -112,7 +112,12 @@ fn vision(checker: &mut Checker<'_>, raw: RawVision) -> Option<VisionPlan> {
     let source = source(checker, "model.vision", raw.from, raw.random);
     let image_px = checker.required("model.vision.image_px", raw.image_px);
     if let Some(image_px) = image_px {
-        checker.expect(image_px >= 1, "model.vision.image_px", "must be at least 1", image_px);
+        checker.expect(
+            (1..=16_384).contains(&image_px),
+            "model.vision.image_px",
+            "must be from 1 to 16384",
+            image_px,
+        );
     }
     Some(VisionPlan { source: source?, image_px: image_px? })
 }

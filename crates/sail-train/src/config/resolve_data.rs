@@ -10,20 +10,18 @@ use super::raw::{RawData, RawEval, RawImageTokens, RawSource, RawTiling};
 use super::raw_values::RawShards;
 use super::resolve::every;
 
-const MAX_THREADS: usize = 512;
-
 /// Resolves `data`; `batch` is `None` where it failed itself.
 pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&BatchPlan>) -> Option<DataPlan> {
-    for (path, count) in [
-        ("data.streams", raw.streams),
-        ("data.threads", raw.threads),
-        ("data.shuffle_buffer", raw.shuffle_buffer),
-        ("data.pack_buffer", raw.pack_buffer),
+    // The upper ends are far above any use; beyond them a slip of the pen takes the machine down.
+    for (path, count, most) in [
+        ("data.streams", raw.streams, 65_536),
+        ("data.threads", raw.threads, 512),
+        ("data.shuffle_buffer", raw.shuffle_buffer, 10_000_000),
+        ("data.pack_buffer", raw.pack_buffer, 100_000),
     ] {
         checker.expect(count >= 1, path, "must be at least 1", count);
+        checker.expect(count <= most, path, &format!("must be at most {most}"), count);
     }
-    // Beyond the machine's cores threads only take turns; thousands of them starve it.
-    checker.expect(raw.threads <= MAX_THREADS, "data.threads", "must be at most 512", raw.threads);
     if let Some(batch) = batch {
         streams_fit(checker, raw.streams, batch.packs_per_step);
     }
@@ -83,6 +81,7 @@ fn tiling(checker: &mut Checker<'_>, raw: &RawTiling) -> Tiling {
     checker.expect(raw.min >= 1, "data.tiling.min", "must be at least 1", raw.min);
     let must = format!("must be at least `data.tiling.min`, {}", raw.min);
     checker.expect(raw.max >= raw.min, "data.tiling.max", &must, raw.max);
+    checker.expect(raw.max <= 1_024, "data.tiling.max", "must be at most 1024", raw.max);
     Tiling { min: raw.min, max: raw.max, thumbnail: raw.thumbnail }
 }
 
