@@ -1,6 +1,6 @@
 //! Everything a stage needs, built from its plan: model, optimizer, data, position.
 //!
-//! Where its weights come from is [`crate::origin`]'s matter; the loop over it is [`crate::train_loop`].
+//! Where its weights come from is `origin.rs`'s matter; the loop over it is [`crate::train_loop`].
 
 use std::collections::BTreeMap;
 use std::fs::File;
