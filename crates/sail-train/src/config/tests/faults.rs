@@ -269,7 +269,7 @@ fn values_that_make_no_sense() {
     error: `run.dir`: must not be empty
       --> stage.yaml:1
 
-    error: `model.vision.image_px`: must be at least 1, found 0
+    error: `model.vision.image_px`: must be from 1 to 16384, found 0
       --> stage.yaml:3
 
     error: `model.projector.merge`: must be at least 1, found 0
