@@ -108,10 +108,12 @@ impl Optimizer {
                 }
                 // In fp32 autograd's own buffer is the sum: it adds to `.grad` where there is one.
                 if slot.compute.kind() == Kind::Float {
-                    slot.grad = Some(fresh);
+                    // The fused kernels walk memory in order. A copy is made here, not where clipping or the
+                    // update reads it, so that both see the same tensor.
+                    slot.grad = Some(fresh.contiguous());
                     continue;
                 }
-                let fresh_f32 = fresh.to_kind(Kind::Float);
+                let fresh_f32 = fresh.to_kind(Kind::Float).contiguous();
                 match &mut slot.grad {
                     Some(sum) => *sum += &fresh_f32,
                     None => slot.grad = Some(fresh_f32),
@@ -213,8 +215,7 @@ impl Optimizer {
 
 impl Slot {
     fn accumulated(&self) -> Tensor {
-        // The fused kernels walk memory in order.
-        self.grad.as_ref().map_or_else(|| self.master.zeros_like(), Tensor::contiguous)
+        self.grad.as_ref().map_or_else(|| self.master.zeros_like(), Tensor::shallow_clone)
     }
 
     fn tensor(&self, kind: StateKind) -> &Tensor {
@@ -320,5 +321,25 @@ mod tests {
         assert!((norm - 5.0).abs() < 1e-6);
         let clipped = gradient(&optimizer, "projector.3.weight");
         assert!((clipped[0] - 0.6).abs() < 1e-5 && (clipped[1] - 0.8).abs() < 1e-5, "{clipped:?}");
+    }
+
+    /// A gradient in another memory layout than its parameter's is clipped before it is used.
+    #[test]
+    fn clipping_reaches_transposed_gradients() {
+        let params: Params =
+            [("projector.1.weight".to_owned(), Tensor::zeros([2, 2], (Kind::Float, tch::Device::Cpu)))]
+                .into();
+        let plan = OptimizerPlan { clip_norm: Some(1.0), ..PLAN };
+        let mut optimizer = Optimizer::new(&params, &TRAIN, plan, Kind::Float).unwrap();
+        let transposed = Tensor::from_slice(&[0f32, 3.0, 4.0, 0.0]).reshape([2, 2]).transpose(0, 1);
+        for slot in optimizer.slots.values_mut() {
+            (&slot.compute * 1.0).sum(Kind::Float).backward();
+            slot.compute.grad().set_data(&transposed);
+        }
+        optimizer.accumulate();
+        let _ = optimizer.clip().unwrap();
+        let norm = sail_torch::global_norm(&[optimizer.slots["projector.1.weight"].accumulated()]).unwrap();
+        assert!((norm.double_value(&[]) - 1.0).abs() < 1e-5);
+        optimizer.step(1.0).unwrap();
     }
 }
