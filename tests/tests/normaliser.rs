@@ -26,7 +26,7 @@ fn unequal_packs_give_what_one_pack_gives() {
         panic!("a stage");
     };
     let mut session = Session::build(&plan, None).unwrap();
-    let spec = plan.eval_spec(14).unwrap().unwrap();
+    let spec = plan.eval_spec(16).unwrap();
     let mut samples = read_samples(&spec, &session.encoder, Some(6)).unwrap();
     samples.sort_by_key(Sample::answer_tokens);
 

@@ -31,11 +31,11 @@ struct Case {
 impl Case {
     fn read(name: &str) -> Self {
         let folder: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(name);
-        let source = FileSource::open(&folder).unwrap();
+        let config = LlmConfig::read(&folder).unwrap();
+        let source = FileSource::open(&folder).unwrap().with(config.naming());
         let params = Rc::new(RefCell::new(Params::new()));
-        let builder = Builder::new(params.clone(), "llm", &source, Device::Cpu);
-        let llm = Llm::new(&LlmConfig::read(&folder).unwrap(), &builder).unwrap();
-        assert_eq!(source.unused(), [""; 0]);
+        let builder = Builder::new(params.clone(), "llm", &source, (Kind::Float, Device::Cpu));
+        let llm = Llm::new(&config, &builder).unwrap();
         let golden = Tensor::read_safetensors(folder.join("golden.safetensors")).unwrap();
         Self { llm, params: params.take(), golden: golden.into_iter().collect() }
     }

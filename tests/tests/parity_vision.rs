@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use sail_model::params::{Builder, Params};
-use sail_model::projector::{Projector, visual_tokens};
-use sail_model::vision::{VisionConfig, build_vision, export};
-use sail_model::weights::FileSource;
+use sail_model::projector::{Projector, ProjectorConfig, ProjectorKind};
+use sail_model::vision::{Features, Vision, VisionConfig, VisionExport, VitLayout, export};
+use sail_model::weights::{FileSource, Folder};
 use tch::{Device, Kind, Tensor};
 
 const FORWARD_TOLERANCE: f64 = 1e-5;
@@ -77,32 +77,37 @@ fn track_gradients(params: &mut Params) {
     }
 }
 
+/// A golden's model; its parameters under their full names. Every tensor of the file has its place.
+fn load(name: &str) -> (VisionConfig, Vision, Params) {
+    let config = VisionConfig::read(&folder(name)).unwrap();
+    let source = FileSource::open(&folder(name)).unwrap().with(config.naming());
+    let params = Rc::new(RefCell::new(Params::new()));
+    let builder = Builder::new(params.clone(), "vision", &source, (Kind::Float, Device::Cpu));
+    let model = Vision::new(&config, &builder).unwrap();
+    (config, model, params.take())
+}
+
 /// Forward and gradients for each size of images in the golden; returns the number of sizes.
 fn check_vision(name: &str) -> usize {
-    let (config, source) =
-        (VisionConfig::read(&folder(name)).unwrap(), FileSource::open(&folder(name)).unwrap());
-    let params = Rc::new(RefCell::new(Params::new()));
-    let model = build_vision(&config, &Builder::new(params.clone(), "vision", &source, Device::Cpu)).unwrap();
-    assert_eq!(source.unused(), [""; 0]);
-    let mut params = params.take();
+    let (config, model, mut params) = load(name);
     let golden = read(&folder(name).join("golden.safetensors"));
     let cases = golden.keys().filter(|key| key.starts_with("pixels.")).count();
     for i in 0..cases {
         // A gradient of an earlier case must not stand in for one that is missing here.
         track_gradients(&mut params);
         let pixels = golden[&format!("pixels.{i}")].shallow_clone().set_requires_grad(true);
-        let output = model.last_hidden_state(&pixels);
+        let output = model.last_hidden_state(&pixels).unwrap();
         assert_close(
             &format!("{name} {i}"),
             &output,
             &golden[&format!("last_hidden_state.{i}")],
             FORWARD_TOLERANCE,
         );
-        let features = model.forward(&pixels);
-        let tokens = features.size()[1];
-        let patches = output.narrow(1, output.size()[1] - tokens, tokens);
-        assert!(features.equal(&patches), "{name} {i}: features are not the last tokens");
-        assert_eq!(tokens, pixels.size()[2] * pixels.size()[3] / config.patch_size().pow(2));
+        let features = model.features(&[pixels.shallow_clone()]).unwrap();
+        let (h, w) = (pixels.size()[2] / config.patch_size(), pixels.size()[3] / config.patch_size());
+        assert_eq!(features.grids, [(h, w), (h, w)]);
+        let patches = output.narrow(1, output.size()[1] - h * w, h * w).flatten(0, 1);
+        assert!(features.x_td.equal(&patches), "{name} {i}: features are not the last tokens");
 
         (output * &golden[&format!("weight.{i}")]).sum(Kind::Float).backward();
         let prefix = format!("grad.{i}.");
@@ -131,13 +136,12 @@ fn dinov2_is_that_of_transformers() {
 #[test]
 fn reading_and_writing_changes_no_bit_and_no_key() {
     for name in ["aimv2", "dinov2"] {
-        let (config, source) =
-            (VisionConfig::read(&folder(name)).unwrap(), FileSource::open(&folder(name)).unwrap());
-        let params = Rc::new(RefCell::new(Params::new()));
-        build_vision(&config, &Builder::new(params.clone(), "vision", &source, Device::Cpu)).unwrap();
+        let (config, _, params) = load(name);
         let out = tempfile::TempDir::new().unwrap();
-        let px = config.image_size();
-        export(&config, &params.take(), px, [0.5; 3], [0.5; 3]).unwrap().write(out.path()).unwrap();
+        let local = params.into_iter().map(|(name, tensor)| (name["vision.".len()..].to_owned(), tensor));
+        let VisionExport { tensors, config: json } =
+            export(&config, local.collect(), config.image_size(), VitLayout::Transformers, "").unwrap();
+        Folder::new(tensors).json("config.json", &json).write(out.path()).unwrap();
 
         let (before, after) =
             (read(&folder(name).join("model.safetensors")), read(&out.path().join("model.safetensors")));
@@ -156,14 +160,16 @@ fn projector_is_the_published_one() {
     let golden = read(&folder("projector").join("golden.safetensors"));
     let (features, output) = (&golden["features"], &golden["output"]);
     let params = Rc::new(RefCell::new(Params::new()));
-    let builder = Builder::new(params.clone(), "projector", &source, Device::Cpu);
-    let projector = Projector::new(features.size()[2], output.size()[2], 2, &builder).unwrap();
-    assert_eq!(source.unused(), [""; 0]);
+    let builder = Builder::new(params.clone(), "projector", &source, (Kind::Float, Device::Cpu));
+    let config = ProjectorConfig { kind: ProjectorKind::PixelShuffle, merge: 2 };
+    let projector = Projector::new(config, features.size()[2], output.size()[2], &builder).unwrap();
     let mut params = params.take();
     track_gradients(&mut params);
     let features = features.shallow_clone().set_requires_grad(true);
-    let found = projector.forward(&features);
-    assert_eq!(found.size()[1], visual_tokens(4, 2).unwrap());
+    let grids = vec![(4, 4); features.size()[0] as usize];
+    assert_eq!(config.visual_tokens(grids[0]).unwrap(), output.size()[1]);
+    let found = projector.forward(&Features { x_td: features.flatten(0, 1), grids }).unwrap();
+    let found = found.view_as(output);
     assert_close("output", &found, output, FORWARD_TOLERANCE);
     (found * &golden["weight"]).sum(Kind::Float).backward();
     assert_close("features", &features.grad(), &golden["grad.features"], GRADIENT_TOLERANCE);

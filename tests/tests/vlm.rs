@@ -7,6 +7,7 @@ use sail_model::Error;
 use sail_model::attention::Segments;
 use sail_model::llm::LlmConfig;
 use sail_model::params::{Init, Params, RandomSource, TensorSource};
+use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Batch, IGNORE, Prompt, Vlm, VlmConfig, VlmSources};
 use serde_json::json;
@@ -35,12 +36,12 @@ fn model_training(prefixes: &[&str]) -> Vlm {
     });
     let config = VlmConfig {
         vision: VisionConfig::from_keys(&vision).unwrap(),
-        merge: 2,
+        projector: ProjectorConfig { kind: ProjectorKind::PixelShuffle, merge: 2 },
         llm: LlmConfig::from_keys(&llm).unwrap(),
     };
     let sources = ["vision", "projector", "llm"].map(|module| RandomSource::new(5, module));
     let [vision, projector, llm] = &sources;
-    let vlm = Vlm::new(&config, VlmSources { vision, projector, llm }, Device::Cpu).unwrap();
+    let vlm = Vlm::new(&config, VlmSources { vision, projector, llm }, (Kind::Float, Device::Cpu)).unwrap();
     for (name, param) in vlm.params() {
         if name.starts_with("projector.") {
             param.shallow_clone().copy_(&random(name, &param.size(), 0.3));
@@ -84,7 +85,8 @@ fn batch(samples: &[&Sample]) -> Batch {
         image_rows.extend(sample.image_rows.iter().map(|row| start + row));
         cu_seqlens.push(start + sample.ids.len() as i64);
     }
-    let tiles: Vec<&Tensor> = samples.iter().filter_map(|sample| sample.tiles.as_ref()).collect();
+    let images = samples.iter().filter_map(|sample| sample.tiles.as_ref().map(Tensor::shallow_clone));
+    let count = |sample: &&Sample| sample.tiles.as_ref().map_or(0, |tiles| tiles.size()[0] as usize);
     let all = |field: fn(&Sample) -> &Vec<i64>| -> Tensor {
         Tensor::from_slice(&samples.iter().flat_map(|sample| field(sample).clone()).collect::<Vec<_>>())
     };
@@ -94,8 +96,10 @@ fn batch(samples: &[&Sample]) -> Batch {
         ids_t: all(|sample| &sample.ids),
         positions_t: Tensor::from_slice(&positions),
         cu_seqlens,
-        pixels_nchw: (!tiles.is_empty()).then(|| Tensor::cat(&tiles, 0)),
-        image_rows_v: Tensor::from_slice(&image_rows),
+        images: images.collect(),
+        images_per_sequence: samples.iter().map(count).collect(),
+        image_rows,
+        names: (0..samples.len()).map(|i| format!("sample {i}")).collect(),
         targets_t: all(|sample| &sample.targets),
         weights_t: Tensor::from_slice(&weights),
     }
@@ -126,7 +130,7 @@ fn assert_same_gradients(found: &Params, expected: &Params, tolerance: f64) {
 /// The loss written plainly: embeddings chosen row by row, every row through the head.
 fn plain_loss(vlm: &Vlm, sample: &Sample) -> Tensor {
     let embedded = vlm.llm().embed(&Tensor::from_slice(&sample.ids));
-    let visual = sample.tiles.as_ref().map(|tiles| vlm.image_features(tiles).unwrap());
+    let visual = sample.tiles.as_ref().map(|tiles| vlm.image_features(&[tiles.shallow_clone()]).unwrap().0);
     let row = |t: i64| match (sample.image_rows.iter().position(|row| *row == t), &visual) {
         (Some(v), Some(visual)) => visual.get(v as i64),
         _ => embedded.get(t),
@@ -230,12 +234,14 @@ fn a_batch_without_targets_weighs_nothing() {
 fn parts_that_do_not_fit_are_named() {
     let vlm = model_training(&[]);
     let mut wrong = batch(&[&sample(1, 12, 2, 1)]);
-    wrong.image_rows_v = wrong.image_rows_v.narrow(0, 0, 3);
+    wrong.image_rows.pop();
     let error = vlm.loss_sum(&wrong).unwrap_err();
-    assert!(matches!(error, Error::ImageRows { rows: 3, features: 4 }), "{error}");
-    wrong.pixels_nchw = None;
+    assert!(matches!(error, Error::ImageRows { rows: 3, features: 4, .. }), "{error}");
+    wrong.images.clear();
+    wrong.images_per_sequence = vec![0];
     let error = vlm.loss_sum(&wrong).unwrap_err();
-    assert!(matches!(error, Error::ImageRows { rows: 3, features: 0 }), "{error}");
+    assert!(matches!(error, Error::ImageRows { rows: 3, features: 0, .. }), "{error}");
+    assert!(error.to_string().starts_with("sample 0: "), "{error}");
     wrong.weights_t = wrong.weights_t.narrow(0, 0, 5);
     let error = vlm.loss_sum(&wrong).unwrap_err();
     assert!(matches!(error, Error::BatchShape { field: "weights_t", .. }), "{error}");
@@ -243,9 +249,9 @@ fn parts_that_do_not_fit_are_named() {
     wrong.cu_seqlens = vec![0, 11];
     let error = vlm.loss_sum(&wrong).unwrap_err();
     assert!(matches!(error, Error::Segments { rows: 12, .. }), "{error}");
-    for shape in [[1, 3, 30, 30], [1, 3, 28, 42], [1, 1, 28, 28], [1, 3, 21, 21]] {
+    for shape in [[1, 3, 30, 30], [1, 1, 28, 28], [1, 3, 21, 21], [0, 3, 28, 28]] {
         let pixels = Tensor::zeros(shape, (Kind::Float, Device::Cpu));
-        assert!(vlm.image_features(&pixels).is_err(), "{shape:?}");
+        assert!(vlm.image_features(&[pixels]).is_err(), "{shape:?}");
     }
     assert!(matches!(vlm.module_params("visoin"), Err(Error::UnknownModule { .. })));
 }
@@ -256,7 +262,7 @@ fn answers_are_the_likeliest_tokens() {
     for sample in &samples() {
         let prompt = |ids: &[i64]| Prompt {
             ids: ids.to_vec(),
-            pixels_nchw: sample.tiles.as_ref().map(Tensor::shallow_clone),
+            images: sample.tiles.iter().map(Tensor::shallow_clone).collect(),
             image_rows: sample.image_rows.clone(),
         };
         let answer = vlm.generate(&prompt(&sample.ids), 6, &[]).unwrap();
@@ -270,8 +276,8 @@ fn answers_are_the_likeliest_tokens() {
         let end = answer.iter().position(|id| *id == stop).unwrap();
         assert_eq!(vlm.generate(&prompt(&sample.ids), 6, &[stop]).unwrap(), answer[..=end]);
     }
-    let without = Prompt { ids: vec![1, 2, 3], pixels_nchw: None, image_rows: vec![1] };
-    assert!(matches!(vlm.generate(&without, 1, &[]), Err(Error::ImageRows { rows: 1, features: 0 })));
+    let without = Prompt { ids: vec![1, 2, 3], images: vec![], image_rows: vec![1] };
+    assert!(matches!(vlm.generate(&without, 1, &[]), Err(Error::ImageRows { rows: 1, features: 0, .. })));
 }
 
 #[test]
@@ -286,9 +292,7 @@ fn bf16_parameters_give_nearly_the_same_loss() {
     assert_eq!(bf16.kind(), Kind::Float);
     assert_close("bf16", &bf16, &fp32, 0.05);
     assert_eq!(
-        vlm.generate(&Prompt { ids: vec![1, 2], pixels_nchw: None, image_rows: vec![] }, 3, &[])
-            .unwrap()
-            .len(),
+        vlm.generate(&Prompt { ids: vec![1, 2], images: vec![], image_rows: vec![] }, 3, &[]).unwrap().len(),
         3
     );
 }
@@ -304,5 +308,5 @@ fn modules_and_configuration_are_whole() {
     assert!(modules[2].contains_key("lm_head.weight"));
     let json = serde_json::to_value(vlm.config()).unwrap();
     assert_eq!(&serde_json::from_value::<VlmConfig>(json).unwrap(), vlm.config());
-    assert_eq!(vlm.config().tokens_per_tile(TILE_PX).unwrap(), TOKENS_PER_TILE);
+    assert_eq!(vlm.config().visual_tokens(TILE_PX, TILE_PX).unwrap(), TOKENS_PER_TILE);
 }

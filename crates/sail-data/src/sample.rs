@@ -140,6 +140,8 @@ pub struct Pack {
     pub cu_seqlens: Vec<i64>,
     /// All tiles, in the order of `image_rows`.
     pub tiles: Tiles,
+    /// How many of the tiles belong to each sample.
+    pub tiles_per_sample: Vec<usize>,
     /// Indices into the pack's `ids` that stand for visual tokens, in tile order.
     pub image_rows: Vec<i64>,
     /// The samples, in order.
@@ -160,6 +162,7 @@ impl Pack {
             positions: Vec::with_capacity(tokens),
             cu_seqlens: vec![0],
             tiles: Tiles { n: 0, px, pixels: Vec::with_capacity(pixels) },
+            tiles_per_sample: Vec::with_capacity(samples.len()),
             image_rows: Vec::new(),
             samples: Vec::with_capacity(samples.len()),
         };
@@ -172,6 +175,7 @@ impl Pack {
             pack.cu_seqlens.push(pack.ids.len() as i64);
             pack.image_rows.extend(sample.image_rows.iter().map(|row| row + start));
             pack.tiles.extend(&sample.tiles);
+            pack.tiles_per_sample.push(sample.tiles.n);
             pack.samples.push(sample.id.clone());
         }
         pack
@@ -223,6 +227,7 @@ mod tests {
             pack.tiles,
             Tiles { n: 3, px: 1, pixels: vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 5.0] }
         );
+        assert_eq!(pack.tiles_per_sample, [2, 1]);
         assert_eq!(pack.samples[1].key, "b");
     }
 

@@ -1,12 +1,12 @@
 //! Attention over packed sequences: rows of many sequences one after the other, each row seeing
 //! only its own sequence.
 //!
-//! A loop over the segments, each through libtorch's fused attention, so that neither memory nor
-//! time grows with the square of the pack. Not a module: no parameters, no rotation. Called by the
-//! language models' blocks; a vision model whose images are of one size batches them instead.
+//! Neighbouring segments of one length go through libtorch's fused attention as one batch, so that
+//! neither memory nor time grows with the square of the pack, and tiles of one size cost one call. Not a
+//! module: no parameters, no rotation. Called by the blocks of the language and the vision models.
 //!
 //! Dimension letters: t rows of the pack, n query heads, m key and value heads, h head width, c
-//! rows held by a cache.
+//! rows held by a cache, b segments of one length l.
 
 use tch::{Kind, Tensor};
 
@@ -33,6 +33,21 @@ impl Segments {
             (_, Some(last)) if *last != rows => wrong("they must end at the number of rows"),
             _ => Ok(Self { lengths }),
         }
+    }
+
+    /// Sequences of these lengths, one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Segments`] when there is none, or one is empty.
+    pub fn of_lengths(lengths: Vec<i64>) -> Result<Self> {
+        if !lengths.is_empty() && lengths.iter().all(|length| *length > 0) {
+            return Ok(Self { lengths });
+        }
+        let mut cu_seqlens = vec![0];
+        for length in lengths {
+            cu_seqlens.push(cu_seqlens[cu_seqlens.len() - 1] + length);
+        }
+        Self::new(&cu_seqlens, cu_seqlens[cu_seqlens.len() - 1])
     }
 
     /// One sequence of `rows` rows.
@@ -69,17 +84,20 @@ pub fn packed_attention(
     segments: &Segments,
     visibility: Visibility,
 ) -> Tensor {
+    let batches: Vec<&[i64]> = segments.lengths().chunk_by(|a, b| a == b).collect();
+    let rows: Vec<i64> = batches.iter().map(|lengths| lengths.iter().sum()).collect();
     // One split, so that backward is one concatenation and not a padded sum per segment.
-    let split = |x: &Tensor| x.split_with_sizes(segments.lengths(), 0);
-    let outputs: Vec<Tensor> = (split(q_tnh).iter().zip(split(k_tmh)).zip(split(v_tmh)))
-        .map(|((q, k), v)| {
-            let heads_first = |x: &Tensor| x.transpose(0, 1).unsqueeze(0);
+    let split = |x: &Tensor| x.split_with_sizes(&rows[..], 0);
+    let parts = split(q_tnh).into_iter().zip(split(k_tmh)).zip(split(v_tmh));
+    let outputs: Vec<Tensor> = (parts.zip(&batches))
+        .map(|(((q, k), v), lengths)| {
+            let heads_first = |x: &Tensor| x.unflatten(0, [lengths.len() as i64, lengths[0]]).transpose(1, 2);
             let causal = visibility == Visibility::Causal;
-            let out = fused(&heads_first(q), &heads_first(&k), &heads_first(&v), None, causal);
-            out.squeeze_dim(0).transpose(0, 1)
+            let out_bnlh = fused(&heads_first(&q), &heads_first(&k), &heads_first(&v), None, causal);
+            out_bnlh.transpose(1, 2).flatten(0, 1)
         })
         .collect();
-    Tensor::cat(&outputs, 0)
+    if let [one] = &outputs[..] { one.shallow_clone() } else { Tensor::cat(&outputs, 0) }
 }
 
 /// Causal attention of the last `t` rows of one sequence to all its `c` rows.
@@ -95,7 +113,7 @@ pub fn cached_attention(q_tnh: &Tensor, k_1mch: &Tensor, v_1mch: &Tensor) -> Ten
     out.squeeze_dim(0).transpose(0, 1)
 }
 
-/// `[1, n, t, h]` and `[1, m, c, h]` -> `[1, n, t, h]`.
+/// `[b, n, t, h]` and `[b, m, c, h]` -> `[b, n, t, h]`.
 fn fused(q: &Tensor, k: &Tensor, v: &Tensor, visible: Option<&Tensor>, causal: bool) -> Tensor {
     let grouped = q.size()[1] != k.size()[1];
     Tensor::scaled_dot_product_attention(q, k, v, visible, 0.0, causal, None, grouped)
@@ -132,7 +150,7 @@ mod tests {
 
     #[test]
     fn segments_do_not_see_each_other() {
-        let cu = [0, 3, 4, 10];
+        let cu = [0, 2, 4, 5, 10];
         for (heads, visibility) in
             [(4, Visibility::Causal), (2, Visibility::Causal), (1, Visibility::Full), (4, Visibility::Full)]
         {
@@ -167,6 +185,8 @@ mod tests {
     #[test]
     fn boundaries_are_checked() {
         assert_eq!(Segments::new(&[0, 2, 5], 5).unwrap().lengths(), [2, 3]);
+        assert_eq!(Segments::of_lengths(vec![2, 3]).unwrap().lengths(), [2, 3]);
+        assert!(Segments::of_lengths(vec![]).is_err() && Segments::of_lengths(vec![2, 0]).is_err());
         let cases: [(&[i64], i64, &str); 6] = [
             (&[1, 5], 5, "begin at 0"),
             (&[0], 0, "at least one"),

@@ -1,5 +1,6 @@
 //! The error of this crate.
 
+use std::fmt;
 use std::path::PathBuf;
 
 /// What can go wrong while a model is described, loaded, saved or fed.
@@ -17,6 +18,20 @@ pub enum Error {
     MissingTensor {
         /// The file or folder read.
         path: PathBuf,
+        /// Name in the file.
+        name: String,
+    },
+    /// The weights of a file or folder and the model do not fit together.
+    #[error("{}: the weights do not fit the model{misfits}", path.display())]
+    Weights {
+        /// The file or folder read.
+        path: PathBuf,
+        /// Every tensor that does not fit.
+        misfits: Misfits,
+    },
+    /// Two layouts of one model contradict each other.
+    #[error("tensor `{name}` cannot be put together: its pieces leave a gap or overlap")]
+    Layout {
         /// Name in the file.
         name: String,
     },
@@ -71,8 +86,10 @@ pub enum Error {
         expected: Vec<i64>,
     },
     /// Places for visual tokens and visual tokens differ in number.
-    #[error("the text has {rows} image positions, the images give {features} visual tokens")]
+    #[error("{sample}: the text has {rows} image positions, its images give {features} visual tokens")]
     ImageRows {
+        /// The sample.
+        sample: String,
         /// Image positions in the text.
         rows: i64,
         /// Visual tokens from the projector.
@@ -84,15 +101,39 @@ pub enum Error {
         /// The name asked for.
         name: String,
     },
-    /// There is nothing to export.
-    #[error("no `{module}` parameter")]
-    MissingParameters {
-        /// `vision`, `projector` or `llm`.
-        module: &'static str,
-    },
     /// libtorch reported an error.
     #[error(transparent)]
     Torch(#[from] tch::TchError),
+}
+
+/// Tensors that keep weights and a model from fitting together, by their names in the file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Misfits {
+    /// The model needs them and they are not there.
+    pub missing: Vec<String>,
+    /// Name, shape in the file, shape that the model needs.
+    pub shapes: Vec<(String, Vec<i64>, Vec<i64>)>,
+    /// They are there and the model has no place for them.
+    pub unexpected: Vec<String>,
+}
+
+impl fmt::Display for Misfits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.missing.is_empty() {
+            write!(f, "\n  missing ({}): {}", self.missing.len(), self.missing.join(" "))?;
+        }
+        if !self.shapes.is_empty() {
+            write!(f, "\n  of another shape ({}):", self.shapes.len())?;
+            for (name, found, expected) in &self.shapes {
+                write!(f, "\n    {name} has shape {found:?}, the model needs {expected:?}")?;
+            }
+        }
+        if !self.unexpected.is_empty() {
+            let names = self.unexpected.join(" ");
+            write!(f, "\n  the model has no place for ({}): {names}", self.unexpected.len())?;
+        }
+        Ok(())
+    }
 }
 
 /// Result with this crate's error.

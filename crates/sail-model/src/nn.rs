@@ -93,7 +93,7 @@ mod tests {
     use crate::params::{Params, RandomSource};
 
     fn builder(source: &RandomSource) -> Builder<'_> {
-        Builder::new(Rc::new(RefCell::new(Params::new())), "llm", source, Device::Cpu)
+        Builder::new(Rc::new(RefCell::new(Params::new())), "llm", source, (Kind::Float, Device::Cpu))
     }
 
     #[test]

@@ -38,12 +38,36 @@ pub enum Init {
 
 /// Gives the tensors of one module under construction, by the name the module itself uses.
 pub trait TensorSource {
-    /// The tensor `name` in fp32 on the CPU. `shape` is what the module needs.
+    /// Fills `target`, a contiguous tensor of any float type and on any device, with the parameter `name`.
+    ///
+    /// A source may put off reporting that it lacks a tensor until [`TensorSource::finish`], so that
+    /// all that is wrong is reported together.
     ///
     /// # Errors
-    /// When the source cannot give the tensor, or its shape is another one.
-    fn tensor(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor>;
+    /// When the source cannot give the tensor.
+    fn fill(&self, name: &str, target: &Tensor, init: Init) -> Result<()>;
+
+    /// Called when the module is complete.
+    ///
+    /// # Errors
+    /// Everything that did not fit, together.
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The parameter `name` as a new fp32 tensor on the CPU.
+    ///
+    /// # Errors
+    /// As [`TensorSource::fill`].
+    fn tensor(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        let target = Tensor::f_empty(shape, (Kind::Float, Device::Cpu))?;
+        self.fill(name, &target, init)?;
+        Ok(target)
+    }
 }
+
+/// Most elements that a source holds beside the tensor it fills.
+pub(crate) const CHUNK: i64 = 1 << 20;
 
 /// Random initialisation. Each tensor has its own generator, seeded by the run's seed and the
 /// tensor's full name, so that values do not depend on the order of construction.
@@ -57,29 +81,35 @@ impl RandomSource {
     pub fn new(seed: u64, module: impl Into<String>) -> Self {
         Self { seed, module: module.into() }
     }
+
+    /// Normal values with mean 0, redrawn outside `bound` deviations.
+    fn normal(&self, name: &str, target: &Tensor, std: f64, bound: f64) -> Result<()> {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed ^ fnv1a(&format!("{}.{name}", self.module)));
+        let mut draw = || loop {
+            let z: f64 = StandardNormal.sample(&mut rng);
+            if z.abs() <= bound {
+                return (z * std) as f32;
+            }
+        };
+        for mut chunk in target.f_view(-1)?.split(CHUNK, 0) {
+            let values: Vec<f32> = (0..chunk.numel()).map(|_| draw()).collect();
+            chunk.f_copy_(&Tensor::from_slice(&values))?;
+        }
+        Ok(())
+    }
 }
 
 impl TensorSource for RandomSource {
-    fn tensor(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
-        let numel = shape.iter().product::<i64>() as usize;
-        let mut rng = ChaCha8Rng::seed_from_u64(self.seed ^ fnv1a(&format!("{}.{name}", self.module)));
-        let mut normal = |std: f64, bound: f64| -> Vec<f32> {
-            let draw = |rng: &mut ChaCha8Rng| loop {
-                let z: f64 = StandardNormal.sample(rng);
-                if z.abs() <= bound {
-                    return (z * std) as f32;
-                }
-            };
-            (0..numel).map(|_| draw(&mut rng)).collect()
-        };
-        let values = match init {
-            Init::Zeros => vec![0.0; numel],
-            Init::Ones => vec![1.0; numel],
-            Init::Constant(value) => vec![value; numel],
-            Init::Normal(std) => normal(std, f64::INFINITY),
-            Init::TruncNormal(std) => normal(std, 2.0),
-        };
-        Ok(Tensor::from_slice(&values).reshape(shape))
+    fn fill(&self, name: &str, target: &Tensor, init: Init) -> Result<()> {
+        let mut constant = target.shallow_clone();
+        match init {
+            Init::Zeros => drop(constant.f_zero_()?),
+            Init::Ones => drop(constant.f_fill_(1.0)?),
+            Init::Constant(value) => drop(constant.f_fill_(f64::from(value))?),
+            Init::Normal(std) => self.normal(name, target, std, f64::INFINITY)?,
+            Init::TruncNormal(std) => self.normal(name, target, std, 2.0)?,
+        }
+        Ok(())
     }
 }
 
@@ -94,7 +124,7 @@ fn fnv1a(text: &str) -> u64 {
 pub struct Builder<'a> {
     params: Rc<RefCell<Params>>,
     source: &'a dyn TensorSource,
-    device: Device,
+    to: (Kind, Device),
     /// `vision`, `projector` or `llm`.
     module: String,
     /// Path inside the module, with a trailing dot unless empty.
@@ -107,9 +137,9 @@ impl<'a> Builder<'a> {
         params: Rc<RefCell<Params>>,
         module: impl Into<String>,
         source: &'a dyn TensorSource,
-        device: Device,
+        to: (Kind, Device),
     ) -> Self {
-        Self { params, source, device, module: module.into(), prefix: String::new() }
+        Self { params, source, to, module: module.into(), prefix: String::new() }
     }
 
     /// The builder one level down: `b.sub("layers").sub(3)`.
@@ -118,20 +148,27 @@ impl<'a> Builder<'a> {
         Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
     }
 
-    /// The parameter `name` here, fp32, on the builder's device, requiring no gradient.
+    /// The parameter `name` here, of the builder's type and on its device, requiring no gradient.
     ///
     /// # Errors
     /// What the source reports, and [`Error::DuplicateParameter`].
     pub fn param(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let local = format!("{}{name}", self.prefix);
-        let tensor = self.source.tensor(&local, shape, init)?;
-        debug_assert_eq!(tensor.kind(), Kind::Float);
-        let tensor = tensor.to_device(self.device);
+        let tensor = Tensor::f_empty(shape, self.to)?;
+        tch::no_grad(|| self.source.fill(&local, &tensor, init))?;
         let full = format!("{}.{local}", self.module);
         match self.params.borrow_mut().insert(full.clone(), tensor.shallow_clone()) {
             None => Ok(tensor),
             Some(_) => Err(Error::DuplicateParameter { name: full }),
         }
+    }
+
+    /// To be called when the module is complete: the source reports what did not fit.
+    ///
+    /// # Errors
+    /// As [`TensorSource::finish`].
+    pub fn finish(&self) -> Result<()> {
+        self.source.finish()
     }
 }
 
@@ -155,7 +192,7 @@ mod tests {
     fn names_are_full_and_tensors_shared() {
         let params = Rc::new(RefCell::new(Params::new()));
         let source = RandomSource::new(0, "llm");
-        let builder = Builder::new(params.clone(), "llm", &source, Device::Cpu);
+        let builder = Builder::new(params.clone(), "llm", &source, (Kind::Float, Device::Cpu));
         let mut held = builder.sub("layers").sub(0).param("weight", &[2, 3], Init::Ones).unwrap();
         let _ = held.fill_(5.0);
         let sum = params.borrow()["llm.layers.0.weight"].sum(Kind::Float).double_value(&[]);

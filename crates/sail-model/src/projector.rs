@@ -1,88 +1,149 @@
 //! From patch features to the language model's visual tokens.
 //!
 //! Pixel shuffle, version 2 of the `InternVL` and SAIL-VL code (`ps_version: v2`), then their `mlp1`:
-//! layer norm, linear, exact GELU, linear. Knows neither of the models it connects.
-//! Called by `vlm`.
+//! layer norm, linear, exact GELU, linear; or LLaVA's connectors without a shuffle. Knows neither of the
+//! models it connects. Called by `vlm`.
 //!
-//! Dimension letters: n tiles, h and w the grid of patches, c features of a patch.
+//! Dimension letters: t patches of all images, v visual tokens, n images, h and w the grid of patches, c
+//! features of a patch.
 
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::nn::{LayerNorm, Linear};
 use crate::params::{Builder, Init};
+use crate::vision::Features;
 
 /// `torch.nn.LayerNorm`'s default, which `mlp1` has.
 const EPS: f64 = 1e-5;
 /// Standard deviation of new matrices, the `initializer_range` of the published configurations.
 const INIT_STD: f64 = 0.02;
 
-/// Merges `merge` x `merge` neighbouring patches into one token of the language model's width.
+/// What a projector is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProjectorKind {
+    /// Pixel shuffle, layer norm, linear, GELU, linear: `0`, `1` and `3` of `mlp1`.
+    PixelShuffle,
+    /// Linear, GELU, linear (LLaVA 1.5's `mlp2x_gelu`): `0` and `2`.
+    Mlp,
+    /// One linear map (LLaVA 1.0's).
+    Linear,
+}
+
+/// The description of a projector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProjectorConfig {
+    /// What it is made of.
+    pub kind: ProjectorKind,
+    /// `merge` x `merge` neighbouring patches become one visual token; 1 without a pixel shuffle.
+    pub merge: i64,
+}
+
+impl ProjectorConfig {
+    /// Visual tokens of an image of `h` x `w` patches.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when `merge` does not divide both.
+    pub fn visual_tokens(&self, (h, w): (i64, i64)) -> Result<i64> {
+        let merge = self.merge;
+        if merge >= 1 && h % merge == 0 && w % merge == 0 {
+            return Ok((h / merge) * (w / merge));
+        }
+        Err(refuse(format!("{merge} does not divide a grid of {h} x {w} patches")))
+    }
+
+    /// Checks that the fields fit together.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn validate(&self) -> Result<()> {
+        match (self.kind, self.merge) {
+            (_, merge) if merge < 1 => Err(refuse(format!("must be at least 1, is {merge}"))),
+            (ProjectorKind::PixelShuffle, _) | (_, 1) => Ok(()),
+            (kind, merge) => Err(refuse(format!("{kind:?} does not merge patches: must be 1, is {merge}"))),
+        }
+    }
+}
+
+/// Makes visual tokens of the language model's width.
 ///
-/// Parameters are `0.{weight,bias}` (norm), `1.{weight,bias}` and `3.{weight,bias}` (linear maps; 2 is
-/// the GELU). New ones are normal with deviation 0.02 and zero bias, ones and zeros for the norm.
+/// New parameters are normal with deviation 0.02 and zero bias, ones and zeros for the norm.
 pub struct Projector {
-    merge: i64,
-    norm: LayerNorm,
+    config: ProjectorConfig,
+    norm: Option<LayerNorm>,
     linear_1: Linear,
-    linear_3: Linear,
+    linear_2: Option<Linear>,
 }
 
 impl Projector {
     /// From features of width `vision_hidden` to tokens of width `llm_hidden`.
     ///
     /// # Errors
-    /// [`Error::Config`] when `merge` is below 1, and what the builder's source reports.
-    pub fn new(vision_hidden: i64, llm_hidden: i64, merge: i64, builder: &Builder) -> Result<Self> {
-        if merge < 1 {
-            return Err(refuse(format!("must be at least 1, is {merge}")));
-        }
-        let merged = merge * merge * vision_hidden;
-        let init = Init::Normal(INIT_STD);
-        Ok(Self {
-            merge,
-            norm: LayerNorm::new(&builder.sub(0), merged, EPS)?,
-            linear_1: Linear::new(&builder.sub(1), merged, llm_hidden, true, init)?,
-            linear_3: Linear::new(&builder.sub(3), llm_hidden, llm_hidden, true, init)?,
-        })
+    /// As [`ProjectorConfig::validate`], and what the builder's source reports.
+    pub fn new(
+        config: ProjectorConfig,
+        vision_hidden: i64,
+        llm_hidden: i64,
+        builder: &Builder,
+    ) -> Result<Self> {
+        config.validate()?;
+        let merged = config.merge * config.merge * vision_hidden;
+        let linear = |builder: &Builder, inputs| {
+            Linear::new(builder, inputs, llm_hidden, true, Init::Normal(INIT_STD))
+        };
+        let (norm, linear_1, linear_2) = match config.kind {
+            ProjectorKind::PixelShuffle => (
+                Some(LayerNorm::new(&builder.sub(0), merged, EPS)?),
+                linear(&builder.sub(1), merged)?,
+                Some(linear(&builder.sub(3), llm_hidden)?),
+            ),
+            ProjectorKind::Mlp => {
+                (None, linear(&builder.sub(0), merged)?, Some(linear(&builder.sub(2), llm_hidden)?))
+            }
+            ProjectorKind::Linear => (None, linear(builder, merged)?, None),
+        };
+        builder.finish()?;
+        Ok(Self { config, norm, linear_1, linear_2 })
     }
 
-    /// Features of square grids `[n, h * h, c]` -> `[n, (h / merge)^2, llm_hidden]`, rows first.
+    /// Features `[t, c]` -> visual tokens `[v, llm_hidden]`, each image's row by row of its merged grid.
     ///
-    /// # Panics
-    /// When the grid is not square or its side not a multiple of `merge`; see [`visual_tokens`].
-    pub fn forward(&self, features_npc: &Tensor) -> Tensor {
-        let x = self.norm.forward(&pixel_shuffle(features_npc, self.merge));
-        self.linear_3.forward(&self.linear_1.forward(&x).gelu("none"))
+    /// # Errors
+    /// As [`ProjectorConfig::visual_tokens`].
+    pub fn forward(&self, features: &Features) -> Result<Tensor> {
+        let x_vc = pixel_shuffle(features, &self.config)?;
+        let x_vc = self.norm.as_ref().map_or_else(|| x_vc.shallow_clone(), |norm| norm.forward(&x_vc));
+        let x_vd = self.linear_1.forward(&x_vc);
+        Ok(self
+            .linear_2
+            .as_ref()
+            .map_or_else(|| x_vd.shallow_clone(), |last| last.forward(&x_vd.gelu("none"))))
     }
 }
 
-/// Visual tokens of one tile whose grid has `grid_side` patches along each side.
-///
-/// # Errors
-/// [`Error::Config`] when `merge` does not divide the side.
-pub fn visual_tokens(grid_side: i64, merge: i64) -> Result<i64> {
-    if merge < 1 || grid_side % merge != 0 {
-        return Err(refuse(format!("{merge} does not divide a grid of {grid_side} x {grid_side} patches")));
+/// `[t, c]` -> `[v, merge^2 * c]`, image by image. A token holds, in order of their rows and then columns,
+/// the features of the patches that it merges.
+fn pixel_shuffle(features: &Features, config: &ProjectorConfig) -> Result<Tensor> {
+    let merge = config.merge;
+    for grid in &features.grids {
+        config.visual_tokens(*grid)?;
     }
-    Ok((grid_side / merge).pow(2))
-}
-
-/// `[n, h * h, c]` -> `[n, (h / merge)^2, merge^2 * c]`. A token holds, in order of their rows and
-/// then columns, the features of the patches that it merges.
-fn pixel_shuffle(x_npc: &Tensor, merge: i64) -> Tensor {
-    let (n, patches, c) = x_npc.size3().expect("invariant: features are [n, patches, c]");
-    let side = patches.isqrt();
-    assert!(
-        side * side == patches && side % merge == 0,
-        "{patches} patches are not a square grid that {merge} divides"
-    );
-    let half = side / merge;
-    x_npc.reshape([n, half, merge, half, merge, c]).permute([0, 1, 3, 2, 4, 5]).reshape([
-        n,
-        half * half,
-        merge * merge * c,
-    ])
+    if merge == 1 {
+        return Ok(features.x_td.shallow_clone());
+    }
+    let c = features.x_td.size()[1];
+    let batches: Vec<&[(i64, i64)]> = features.grids.chunk_by(|a, b| a == b).collect();
+    let rows = |grids: &&[(i64, i64)]| grids.iter().map(|(h, w)| h * w).sum();
+    let parts = features.x_td.f_split_with_sizes(batches.iter().map(rows).collect::<Vec<i64>>(), 0)?;
+    let shuffle = |(x_tc, grids): (&Tensor, &&[(i64, i64)])| {
+        let (n, (h, w)) = (grids.len() as i64, grids[0]);
+        let x = x_tc.reshape([n, h / merge, merge, w / merge, merge, c]);
+        x.permute([0, 1, 3, 2, 4, 5]).reshape([-1, merge * merge * c])
+    };
+    let shuffled: Vec<Tensor> = parts.iter().zip(&batches).map(shuffle).collect();
+    if let [one] = &shuffled[..] { Ok(one.shallow_clone()) } else { Ok(Tensor::f_cat(&shuffled, 0)?) }
 }
 
 fn refuse(reason: String) -> Error {
@@ -99,24 +160,46 @@ mod tests {
     use super::*;
     use crate::params::{Params, RandomSource};
 
+    fn config(merge: i64) -> ProjectorConfig {
+        ProjectorConfig { kind: ProjectorKind::PixelShuffle, merge }
+    }
+
     #[test]
-    fn neighbours_are_merged_row_by_row() {
-        let x = Tensor::arange(16, (Kind::Int64, Device::Cpu)).reshape([1, 16, 1]);
-        let merged = pixel_shuffle(&x, 2);
+    fn neighbours_are_merged_row_by_row_within_each_image() {
+        let x_td = Tensor::arange(24, (Kind::Int64, Device::Cpu)).reshape([24, 1]);
+        let features = Features { x_td, grids: vec![(4, 4), (2, 4)] };
+        let merged = pixel_shuffle(&features, &config(2)).unwrap();
         assert_eq!(
             Vec::<i64>::try_from(merged.flatten(0, -1)).unwrap(),
-            [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+            [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 16, 17, 20, 21, 18, 19, 22, 23]
         );
-        assert!(pixel_shuffle(&x, 1).equal(&x));
+        assert!(pixel_shuffle(&features, &config(1)).unwrap().equal(&features.x_td));
+        assert!(pixel_shuffle(&features, &config(4)).is_err());
+    }
+
+    #[test]
+    fn kinds_have_the_published_names() {
+        let names = |kind, merge| {
+            let source = RandomSource::new(0, "projector");
+            let params = Rc::new(RefCell::new(Params::new()));
+            let builder = Builder::new(params.clone(), "projector", &source, (Kind::Float, Device::Cpu));
+            let projector = Projector::new(ProjectorConfig { kind, merge }, 6, 10, &builder).unwrap();
+            let x_td = Tensor::ones([8, 6], (Kind::Float, Device::Cpu));
+            let out = projector.forward(&Features { x_td, grids: vec![(4, 2)] }).unwrap();
+            assert_eq!(out.size(), [8 / (merge * merge), 10]);
+            params.take().into_keys().collect::<Vec<_>>().join(" ").replace("projector.", "")
+        };
+        assert_eq!(names(ProjectorKind::PixelShuffle, 2), "0.bias 0.weight 1.bias 1.weight 3.bias 3.weight");
+        assert_eq!(names(ProjectorKind::Mlp, 1), "0.bias 0.weight 2.bias 2.weight");
+        assert_eq!(names(ProjectorKind::Linear, 1), "bias weight");
     }
 
     #[test]
     fn grids_that_do_not_merge_are_refused() {
-        assert_eq!(visual_tokens(32, 2).unwrap(), 256);
-        let message = visual_tokens(37, 2).unwrap_err().to_string();
-        assert!(message.contains("2 does not divide a grid of 37 x 37"), "{message}");
-        let source = RandomSource::new(0, "projector");
-        let builder = Builder::new(Rc::new(RefCell::new(Params::new())), "projector", &source, Device::Cpu);
-        assert!(Projector::new(8, 8, 0, &builder).is_err());
+        assert_eq!(config(2).visual_tokens((32, 16)).unwrap(), 128);
+        let message = config(2).visual_tokens((36, 37)).unwrap_err().to_string();
+        assert!(message.contains("2 does not divide a grid of 36 x 37"), "{message}");
+        assert!(config(0).validate().is_err());
+        assert!(ProjectorConfig { kind: ProjectorKind::Mlp, merge: 2 }.validate().is_err());
     }
 }

@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 use crate::generate::greedy_from_embeddings;
 use crate::llm::{Llm, LlmConfig};
 use crate::params::{Builder, Params, TensorSource};
-use crate::projector::{Projector, visual_tokens};
-use crate::vision::{VisionConfig, VisionModel, build_vision};
+use crate::projector::{Projector, ProjectorConfig};
+use crate::vision::{Vision, VisionConfig};
 
 /// The target of a row that predicts nothing.
 pub const IGNORE: i64 = -100;
@@ -32,19 +32,19 @@ pub const MODULES: [&str; 3] = ["vision", "projector", "llm"];
 pub struct VlmConfig {
     /// The vision transformer.
     pub vision: VisionConfig,
-    /// The projector merges `merge` x `merge` patches into one visual token.
-    pub merge: i64,
+    /// What makes visual tokens of its features.
+    pub projector: ProjectorConfig,
     /// The language model.
     pub llm: LlmConfig,
 }
 
 impl VlmConfig {
-    /// Visual tokens of a tile of `px` x `px` pixels.
+    /// Visual tokens of an image of `height` x `width` pixels.
     ///
     /// # Errors
-    /// [`Error::Config`] when patches do not divide the tile, or `merge` the grid of patches.
-    pub fn tokens_per_tile(&self, px: i64) -> Result<i64> {
-        visual_tokens(self.vision.grid_side(px)?, self.merge)
+    /// [`Error::Config`] when patches do not divide the image, or `merge` the grid of patches.
+    pub fn visual_tokens(&self, height: i64, width: i64) -> Result<i64> {
+        self.projector.visual_tokens(self.vision.grid(height, width)?)
     }
 }
 
@@ -68,10 +68,14 @@ pub struct Batch {
     pub positions_t: Tensor,
     /// Where each sequence ends: `[0, l0, l0 + l1, .., t]`.
     pub cu_seqlens: Vec<i64>,
-    /// Normalised tiles `[n, 3, px, px]`; None for a pack of text alone.
-    pub pixels_nchw: Option<Tensor>,
-    /// Rows `[v]` int64 that the visual tokens replace, without repetition, in the order of tiles.
-    pub image_rows_v: Tensor,
+    /// Batches of normalised images of one size each, `[n, 3, height, width]`; none for text alone.
+    pub images: Vec<Tensor>,
+    /// How many of the images belong to each sequence, in order.
+    pub images_per_sequence: Vec<usize>,
+    /// Rows `[v]` that the visual tokens replace, without repetition, in the order of the images.
+    pub image_rows: Vec<i64>,
+    /// What each sequence is called in messages.
+    pub names: Vec<String>,
     /// The token that each row predicts `[t]` int64, or [`IGNORE`].
     pub targets_t: Tensor,
     /// Weight of each row's loss `[t]` fp32.
@@ -83,9 +87,9 @@ pub struct Batch {
 pub struct Prompt {
     /// Token ids up to the place of the answer.
     pub ids: Vec<i64>,
-    /// Normalised tiles `[n, 3, px, px]`; None without an image.
-    pub pixels_nchw: Option<Tensor>,
-    /// Places in `ids` that the visual tokens replace, in the order of tiles.
+    /// Batches of normalised images of one size each, `[n, 3, height, width]`; none without an image.
+    pub images: Vec<Tensor>,
+    /// Places in `ids` that the visual tokens replace, in the order of the images.
     pub image_rows: Vec<i64>,
 }
 
@@ -93,7 +97,7 @@ pub struct Prompt {
 /// gradients set on one are seen by the other.
 pub struct Vlm {
     config: VlmConfig,
-    vision: Box<dyn VisionModel + Send>,
+    vision: Vision,
     projector: Projector,
     llm: Llm,
     params: Params,
@@ -101,18 +105,19 @@ pub struct Vlm {
 }
 
 impl Vlm {
-    /// Builds the three modules on `device`, in fp32 and without gradients.
+    /// Builds the three modules, with parameters of this type on this device, and without gradients.
     ///
     /// # Errors
     /// [`Error::Config`] for a configuration that does not fit, and what the sources report.
-    pub fn new(config: &VlmConfig, sources: VlmSources, device: Device) -> Result<Self> {
+    pub fn new(config: &VlmConfig, sources: VlmSources, to: (Kind, Device)) -> Result<Self> {
         let params = Rc::new(RefCell::new(Params::new()));
-        let builder = |module, source| Builder::new(params.clone(), module, source, device);
-        let vision = build_vision(&config.vision, &builder("vision", sources.vision))?;
-        let (from, to) = (config.vision.hidden_size(), config.llm.hidden_size());
-        let projector = Projector::new(from, to, config.merge, &builder("projector", sources.projector))?;
+        let builder = |module, source| Builder::new(params.clone(), module, source, to);
+        let vision = Vision::new(&config.vision, &builder("vision", sources.vision))?;
+        let (from, llm_hidden) = (config.vision.hidden_size(), config.llm.hidden_size());
+        let projector = builder("projector", sources.projector);
+        let projector = Projector::new(config.projector, from, llm_hidden, &projector)?;
         let llm = Llm::new(&config.llm, &builder("llm", sources.llm))?;
-        Ok(Self { config: config.clone(), vision, projector, llm, params: params.take(), device })
+        Ok(Self { config: config.clone(), vision, projector, llm, params: params.take(), device: to.1 })
     }
 
     /// The description it was built from.
@@ -139,8 +144,8 @@ impl Vlm {
     }
 
     /// The vision transformer.
-    pub fn vision(&self) -> &dyn VisionModel {
-        &*self.vision
+    pub fn vision(&self) -> &Vision {
+        &self.vision
     }
 
     /// The language model.
@@ -148,22 +153,17 @@ impl Vlm {
         &self.llm
     }
 
-    /// Tiles `[n, 3, px, px]` -> visual tokens `[v, d]`, all tokens of the first tile first.
+    /// Batches of images `[n, 3, height, width]` -> visual tokens `[v, d]`, all tokens of the first image
+    /// first, and how many there are of each image.
     ///
     /// # Errors
-    /// [`Error::Config`] when the tiles' sides do not divide into patches and merged patches,
-    /// [`Error::BatchShape`] when the tiles are not square images of three channels.
-    pub fn image_features(&self, pixels_nchw: &Tensor) -> Result<Tensor> {
-        let found = pixels_nchw.size();
-        match found[..] {
-            [_, 3, height, width] if height == width => self.config.tokens_per_tile(width)?,
-            _ => {
-                let (images, px) = (found.first().copied().unwrap_or(0), self.config.vision.image_size());
-                let expected = vec![images, 3, px, px];
-                return Err(Error::BatchShape { field: "pixels_nchw", found, expected });
-            }
-        };
-        Ok(self.projector.forward(&self.vision.forward(pixels_nchw)).flatten(0, 1))
+    /// [`Error::Config`] when the sides do not divide into patches and merged patches,
+    /// [`Error::BatchShape`] when a batch is not one of images.
+    pub fn image_features(&self, images: &[Tensor]) -> Result<(Tensor, Vec<i64>)> {
+        let features = self.vision.features(images)?;
+        let tokens = features.grids.iter().map(|grid| self.config.projector.visual_tokens(*grid));
+        let tokens = tokens.collect::<Result<Vec<i64>>>()?;
+        Ok((self.projector.forward(&features)?, tokens))
     }
 
     /// Sum over rows of weight times cross-entropy: a 0-dimensional fp32 tensor. Only rows with a
@@ -190,8 +190,8 @@ impl Vlm {
     }
 
     fn losses_of(&self, batch: &Batch, rows_r: &Tensor) -> Result<Tensor> {
-        let segments = batch.check()?;
-        let x_td = self.embed(&batch.ids_t, batch.pixels_nchw.as_ref(), &batch.image_rows_v)?;
+        let segments = batch.check(&self.config)?;
+        let x_td = self.embed(&batch.ids_t, &batch.images, &batch.image_rows)?;
         let x_td = self.llm.trunk(&x_td, &batch.positions_t, &segments, None);
         let x_rd = self.llm.final_norm(&x_td.index_select(0, rows_r));
         let logits_rv = self.llm.logits(&x_rd).to_kind(Kind::Float);
@@ -200,21 +200,16 @@ impl Vlm {
         Ok(logits_rv.f_cross_entropy_loss(&targets_r, no_class_weights, Reduction::None, IGNORE, 0.0)?)
     }
 
-    /// Embeddings `[t, d]` with visual tokens in the rows `image_rows_v`. Those rows' own embeddings
-    /// get no gradient.
-    fn embed(&self, ids_t: &Tensor, pixels_nchw: Option<&Tensor>, image_rows_v: &Tensor) -> Result<Tensor> {
+    /// Embeddings `[t, d]` with visual tokens in `image_rows`, which were checked to be as many. Those
+    /// rows' own embeddings get no gradient.
+    fn embed(&self, ids_t: &Tensor, images: &[Tensor], image_rows: &[i64]) -> Result<Tensor> {
         let x_td = self.llm.embed(ids_t);
-        let tiles = pixels_nchw.filter(|pixels| pixels.numel() > 0);
-        let features_vd = tiles.map(|pixels| self.image_features(pixels)).transpose()?;
-        let features = features_vd.as_ref().map_or(0, |x| x.size()[0]);
-        let rows = image_rows_v.numel() as i64;
-        if rows != features {
-            return Err(Error::ImageRows { rows, features });
+        if images.is_empty() {
+            return Ok(x_td);
         }
-        match features_vd {
-            None => Ok(x_td),
-            Some(x_vd) => Ok(x_td.f_index_copy(0, image_rows_v, &x_vd.to_kind(x_td.kind()))?),
-        }
+        let (x_vd, _) = self.image_features(images)?;
+        let rows_v = Tensor::from_slice(image_rows).to_device(self.device);
+        Ok(x_td.f_index_copy(0, &rows_v, &x_vd.to_kind(x_td.kind()))?)
     }
 
     /// Answers greedily, without a graph: at most `max_new_tokens` ids, of which the last is one of
@@ -224,18 +219,21 @@ impl Vlm {
     /// [`Error::ImageRows`], and [`Error::Segments`] for an empty prompt.
     pub fn generate(&self, prompt: &Prompt, max_new_tokens: usize, stop_ids: &[i64]) -> Result<Vec<i64>> {
         tch::no_grad(|| {
-            let on_device = |ids: &[i64]| Tensor::from_slice(ids).to_device(self.device);
-            let pixels_nchw = prompt.pixels_nchw.as_ref().map(|pixels| pixels.to_device(self.device));
-            let (ids_t, rows_v) = (on_device(&prompt.ids), on_device(&prompt.image_rows));
-            let x_td = self.embed(&ids_t, pixels_nchw.as_ref(), &rows_v)?;
+            let ids_t = Tensor::from_slice(&prompt.ids).to_device(self.device);
+            let images: Vec<Tensor> =
+                prompt.images.iter().map(|batch| batch.to_device(self.device)).collect();
+            let tokens = image_tokens(&self.config, &images)?.iter().sum();
+            check_rows("the prompt", prompt.image_rows.len() as i64, tokens)?;
+            let x_td = self.embed(&ids_t, &images, &prompt.image_rows)?;
             greedy_from_embeddings(&self.llm, &x_td, max_new_tokens, stop_ids)
         })
     }
 }
 
 impl Batch {
-    /// Checks that there is one entry for each token, and gives the sequences' boundaries.
-    fn check(&self) -> Result<Segments> {
+    /// Checks that there is one entry for each token and one visual token for each image position, and
+    /// gives the sequences' boundaries.
+    fn check(&self, config: &VlmConfig) -> Result<Segments> {
         let expected = vec![self.ids_t.numel() as i64];
         let fields = [
             ("ids_t", &self.ids_t),
@@ -243,11 +241,51 @@ impl Batch {
             ("targets_t", &self.targets_t),
             ("weights_t", &self.weights_t),
         ];
-        match fields.into_iter().find(|(_, tensor)| tensor.size() != expected) {
-            None => Segments::new(&self.cu_seqlens, expected[0]),
-            Some((field, tensor)) => Err(Error::BatchShape { field, found: tensor.size(), expected }),
+        if let Some((field, tensor)) = fields.into_iter().find(|(_, tensor)| tensor.size() != expected) {
+            return Err(Error::BatchShape { field, found: tensor.size(), expected });
         }
+        let segments = Segments::new(&self.cu_seqlens, expected[0])?;
+        let sequences = segments.lengths().len();
+        let images = self.images_per_sequence.iter().sum::<usize>();
+        let tokens = image_tokens(config, &self.images)?;
+        for (field, found, expected) in [
+            ("images_per_sequence", self.images_per_sequence.len(), sequences),
+            ("names", self.names.len(), sequences),
+            ("images", tokens.len(), images),
+        ] {
+            if found != expected {
+                let [found, expected] = [found, expected].map(|count| vec![count as i64]);
+                return Err(Error::BatchShape { field, found, expected });
+            }
+        }
+        let mut tokens = tokens.into_iter();
+        for (sequence, ends) in self.cu_seqlens.windows(2).enumerate() {
+            let inside = |row: &&i64| (ends[0]..ends[1]).contains(*row);
+            let rows = self.image_rows.iter().filter(inside).count() as i64;
+            let features = tokens.by_ref().take(self.images_per_sequence[sequence]).sum();
+            check_rows(&self.names[sequence], rows, features)?;
+        }
+        Ok(segments)
     }
+}
+
+/// Visual tokens of each image of these batches.
+fn image_tokens(config: &VlmConfig, images: &[Tensor]) -> Result<Vec<i64>> {
+    let mut tokens = Vec::new();
+    for batch in images {
+        let found = batch.size();
+        let [n, 3, height, width] = found[..] else {
+            let px = config.vision.image_size();
+            let expected = vec![found.first().copied().unwrap_or(1), 3, px, px];
+            return Err(Error::BatchShape { field: "images", found, expected });
+        };
+        tokens.extend(std::iter::repeat_n(config.visual_tokens(height, width)?, n as usize));
+    }
+    Ok(tokens)
+}
+
+fn check_rows(name: &str, rows: i64, features: i64) -> Result<()> {
+    if rows == features { Ok(()) } else { Err(Error::ImageRows { sample: name.to_owned(), rows, features }) }
 }
 
 /// Indices `[r]` of the rows whose target is a token.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::config::{ConfigErrors, GeometryError};
+use crate::config::ConfigErrors;
 
 /// What can end a run.
 #[derive(Debug, thiserror::Error)]
@@ -11,9 +11,6 @@ pub enum Error {
     /// The configuration file has errors; all of them are listed.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
-    /// The tile, the patch and the merge factor do not fit together.
-    #[error(transparent)]
-    Geometry(#[from] GeometryError),
     /// What was asked for cannot be done with what is there; the message says what to do instead.
     #[error("{message}\n\nhint: {hint}")]
     Usage {
@@ -113,7 +110,7 @@ impl Error {
     /// The exit code: 2 for what the user wrote, 1 for what happened afterwards.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Geometry(_) | Self::Usage { .. } | Self::Preflight { .. } => 2,
+            Self::Config(_) | Self::Usage { .. } | Self::Preflight { .. } => 2,
             _ => 1,
         }
     }

@@ -12,7 +12,7 @@ use sail_model::vlm::{Prompt, Vlm};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, no_grad};
 
-use crate::batch::{to_batch, to_pixels};
+use crate::batch::{to_batch, to_images};
 use crate::config::EvalPlan;
 use crate::error::{Error, Result};
 
@@ -187,7 +187,7 @@ impl Evaluator {
         let asked = sample.prompt();
         let prompt = Prompt {
             ids: asked.prompt.ids,
-            pixels_nchw: to_pixels(&asked.tiles, device),
+            images: to_images(&asked.tiles, device),
             image_rows: asked.prompt.image_rows,
         };
         let ids = model.generate(&prompt, self.plan.max_new_tokens, &[encoder.end_of_turn()])?;

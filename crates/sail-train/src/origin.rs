@@ -3,14 +3,12 @@
 //! Called by [`crate::session`] while it builds the model.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use sail_model::llm::LlmConfig;
 use sail_model::params::{Init, RandomSource, TensorSource};
-use sail_model::vlm::VlmSources;
-use sail_model::weights::FileSource;
-use tch::{Kind, Tensor};
-use tracing::warn;
+use sail_model::vlm::{VlmConfig, VlmSources};
+use sail_model::weights::{FileSource, Naming};
+use tch::Tensor;
 
 use crate::checkpoint::{self, Checkpoint, Untouched};
 use crate::config::{ModelSource, Module, Plan};
@@ -58,20 +56,25 @@ pub(crate) struct Sources<'a>(BTreeMap<Module, Source<'a>>);
 
 enum Source<'a> {
     Checkpoint(CheckpointSource<'a>),
-    Folder(FileSource, PathBuf),
+    Folder(Box<FileSource>),
     Random(RandomSource),
 }
 
 impl<'a> Sources<'a> {
     /// Opens what the plan names; `stored` goes before it for the modules that it holds.
-    pub(crate) fn open(plan: &Plan, stored: Option<&'a Checkpoint>) -> Result<Self> {
+    pub(crate) fn open(plan: &Plan, config: &VlmConfig, stored: Option<&'a Checkpoint>) -> Result<Self> {
         let mut sources = BTreeMap::new();
         for module in Module::ALL {
             let in_checkpoint = stored.filter(|checkpoint| holds(checkpoint, module));
             let source = match (in_checkpoint, source_of(plan, module)) {
                 (Some(checkpoint), _) => Source::Checkpoint(CheckpointSource { checkpoint, module }),
                 (None, Some(ModelSource::From(folder))) => {
-                    Source::Folder(FileSource::open(folder)?, folder.clone())
+                    let naming = match module {
+                        Module::Vision => config.vision.naming(),
+                        Module::Projector => Naming::default(),
+                        Module::Llm => config.llm.naming(),
+                    };
+                    Source::Folder(Box::new(FileSource::open(folder)?.with(naming)))
                 }
                 (None, Some(ModelSource::Random(_)) | None) => {
                     Source::Random(RandomSource::new(plan.run.seed, module.name()))
@@ -87,23 +90,11 @@ impl<'a> Sources<'a> {
         let get = |module| -> &dyn TensorSource {
             match &self.0[&module] {
                 Source::Checkpoint(source) => source,
-                Source::Folder(source, _) => source,
+                Source::Folder(source) => &**source,
                 Source::Random(source) => source,
             }
         };
         VlmSources { vision: get(Module::Vision), projector: get(Module::Projector), llm: get(Module::Llm) }
-    }
-
-    /// Says which tensors of the folders the model has no place for.
-    pub(crate) fn warn_of_leftovers(&self, llm: &LlmConfig) {
-        for (module, source) in &self.0 {
-            let Source::Folder(source, folder) = source else { continue };
-            let mut left = source.unused();
-            left.retain(|name| *module != Module::Llm || !llm.is_known_leftover(name));
-            if !left.is_empty() {
-                warn!("{}: {} tensors are not used: {}", folder.display(), left.len(), left.join(" "));
-            }
-        }
     }
 }
 
@@ -170,21 +161,22 @@ struct CheckpointSource<'a> {
 }
 
 impl TensorSource for CheckpointSource<'_> {
-    fn tensor(&self, name: &str, shape: &[i64], _init: Init) -> sail_model::Result<Tensor> {
+    fn fill(&self, name: &str, target: &Tensor, _init: Init) -> sail_model::Result<()> {
         let full = format!("{}.{name}", self.module);
         let missing = || sail_model::Error::MissingTensor {
             path: self.checkpoint.dir().to_owned(),
             name: full.clone(),
         };
         let tensor = self.checkpoint.tensor(&full, StateKind::Param).map_err(|_| missing())?;
-        if tensor.size() == shape {
-            return Ok(tensor.to_kind(Kind::Float));
+        if tensor.size() == target.size() {
+            target.shallow_clone().f_copy_(&tensor)?;
+            return Ok(());
         }
         Err(sail_model::Error::Shape {
             path: self.checkpoint.dir().to_owned(),
             name: full,
             found: tensor.size(),
-            expected: shape.to_vec(),
+            expected: target.size(),
         })
     }
 }

@@ -72,16 +72,16 @@ impl Session {
         let device = choose_device(plan.run.device)?;
         let precision = choose_precision(plan.run.precision, device);
         let config = model_config(plan)?;
-        let spec = plan.data_spec(config.vision.patch_size() as usize)?;
+        let tokens_per_tile = tokens_per_tile(plan, &config)?;
+        let spec = plan.data_spec(tokens_per_tile);
         let encoder = Arc::new(encoder(plan, &spec, &config.llm)?);
         let init = match (resume, &plan.init) {
             (None, Some(init)) => Some(open_finished(&init.from)?),
             _ => None,
         };
         let stored = resume.or(init.as_ref());
-        let sources = Sources::open(plan, stored)?;
-        let model = Vlm::new(&config, sources.for_model(), device)?;
-        sources.warn_of_leftovers(&config.llm);
+        let sources = Sources::open(plan, &config, stored)?;
+        let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
         let mut started_from = Fingerprints::new(model.params());
         let untouched = untouched(plan, stored, &started_from)?;
         let exact =
@@ -98,7 +98,7 @@ impl Session {
             (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
             init_record.clone_from(&state.init);
         }
-        let evaluator = match (&plan.eval, plan.eval_spec(config.vision.patch_size() as usize)?) {
+        let evaluator = match (&plan.eval, plan.eval_spec(tokens_per_tile)) {
             (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
             _ => None,
         };
@@ -255,11 +255,11 @@ pub fn preflight(plan: &Plan) -> Result<()> {
     let check = || -> Result<()> {
         choose_device(plan.run.device)?;
         let config = model_config(plan)?;
-        let patch = config.vision.patch_size() as usize;
-        let spec = plan.data_spec(patch)?;
+        let tokens_per_tile = tokens_per_tile(plan, &config)?;
+        let spec = plan.data_spec(tokens_per_tile);
         encoder(plan, &spec, &config.llm)?;
         sail_data::check_sources(&spec)?;
-        plan.eval_spec(patch)?.map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
+        plan.eval_spec(tokens_per_tile).map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
     };
     check().map_err(|source| Error::Preflight { run: plan.run.name.clone(), source: Box::new(source) })
 }
@@ -287,7 +287,23 @@ fn model_config(plan: &Plan) -> Result<VlmConfig> {
         ModelSource::From(folder) => LlmConfig::read(folder)?,
         ModelSource::Random(value) => LlmConfig::from_keys(value)?,
     };
-    Ok(VlmConfig { vision, merge: plan.model.projector.merge as i64, llm })
+    Ok(VlmConfig { vision, projector: plan.model.projector, llm })
+}
+
+/// Visual tokens of one tile.
+fn tokens_per_tile(plan: &Plan, config: &VlmConfig) -> Result<usize> {
+    let px = plan.model.vision.image_px as i64;
+    let unit = config.vision.patch_size() * config.projector.merge;
+    config.visual_tokens(px, px).map(|tokens| tokens as usize).map_err(|_| {
+        Error::usage(
+            format!(
+                "`model.vision.image_px` {px} is not a multiple of {unit} (patch size {} x merge {})",
+                config.vision.patch_size(),
+                config.projector.merge
+            ),
+            format!("choose {} or {}", (px / unit).max(1) * unit, (px / unit + 1) * unit),
+        )
+    })
 }
 
 fn encoder(plan: &Plan, spec: &DataSpec, llm: &LlmConfig) -> Result<TextEncoder> {

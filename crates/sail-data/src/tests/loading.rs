@@ -60,7 +60,17 @@ fn packs_are_well_formed() {
     let mut loader = loader(&spec, 2);
     for (index, Loaded { pack, stream, .. }) in take(&mut loader, 30).into_iter().enumerate() {
         assert_eq!(stream, index % 3);
-        let Pack { ids, targets, weights, positions, cu_seqlens, tiles, image_rows, samples } = pack;
+        let Pack {
+            ids,
+            targets,
+            weights,
+            positions,
+            cu_seqlens,
+            tiles,
+            tiles_per_sample,
+            image_rows,
+            samples,
+        } = pack;
         assert!(!samples.is_empty() && ids.len() <= spec.tokens_per_pack);
         assert_eq!([targets.len(), weights.len(), positions.len()], [ids.len(); 3]);
         assert_eq!((cu_seqlens.len(), cu_seqlens.last()), (samples.len() + 1, Some(&(ids.len() as i64))));
@@ -68,6 +78,7 @@ fn packs_are_well_formed() {
             assert_eq!(positions[bounds[0] as usize], 0);
             assert_eq!(positions[bounds[1] as usize - 1], bounds[1] - bounds[0] - 1);
         }
+        assert_eq!((tiles_per_sample.len(), tiles_per_sample.iter().sum()), (samples.len(), tiles.n));
         assert_eq!(image_rows.len(), tiles.n * spec.image.tokens_per_tile);
         assert_eq!(tiles.pixels.len(), tiles.n * 3 * 8 * 8);
         assert!(image_rows.iter().all(|&row| ids[row as usize] == 259));

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::resolve::{UnknownKeys, config_error, resolve};
 use crate::error::{Error, Result};
-use crate::weights::read_json;
+use crate::weights::{Naming, read_json};
 
 /// A language model's description: one variant per family, named by config.json's `model_type`.
 ///
@@ -188,11 +188,14 @@ impl LlmConfig {
         self.decoder().vocab_size
     }
 
-    /// A tensor that a file of this model may hold although the model has no such parameter: the
-    /// head of a tied model, and the rotary frequencies that early Llama files store.
-    pub fn is_known_leftover(&self, name: &str) -> bool {
-        (self.decoder().tie_word_embeddings && name == "lm_head.weight")
-            || name.ends_with(".rotary_emb.inv_freq")
+    /// How files name its tensors. They may hold the head of a tied model, and the rotary frequencies that
+    /// early Llama files store.
+    pub fn naming(&self) -> Naming {
+        let mut ignored = vec![".rotary_emb.inv_freq"];
+        if self.decoder().tie_word_embeddings {
+            ignored.push("lm_head.weight");
+        }
+        Naming { prefixes: vec!["", "language_model."], ignored, ..Naming::default() }
     }
 
     /// Checks that the fields fit together and ask for nothing that is not built.

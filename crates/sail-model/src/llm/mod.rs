@@ -55,6 +55,7 @@ impl Llm {
         };
         let device = embed_tokens_vd.device();
         let rotary = Rotary::new(decoder.head_dim, decoder.rope_parameters.rope_theta, device);
+        builder.finish()?;
         Ok(Self { config: config.clone(), embed_tokens_vd, blocks, norm, lm_head_vd, rotary })
     }
 

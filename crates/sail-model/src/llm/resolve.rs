@@ -204,13 +204,4 @@ mod tests {
         file["rope_scaling"] = json!({ "rope_type": "llama3" });
         assert!(LlmConfig::from_json(&file).is_err());
     }
-
-    #[test]
-    fn a_tied_head_is_a_known_leftover() {
-        let config =
-            |tied| LlmConfig::from_keys(&json!({ "model_type": "llama", "tie_word_embeddings": tied }));
-        assert!(config(true).unwrap().is_known_leftover("lm_head.weight"));
-        assert!(!config(false).unwrap().is_known_leftover("lm_head.weight"));
-        assert!(!config(true).unwrap().is_known_leftover("model.norm.weight"));
-    }
 }

@@ -1,54 +1,59 @@
-//! `AIMv2` (Fini et al. 2024) in transformers' layout, `Aimv2VisionModel` without its head.
+//! `AIMv2` (Fini et al. 2024, arXiv 2411.14402), which SAILViT is: transformers' `Aimv2VisionModel`
+//! without its head. Files of Apple's and SAIL's own code are read by [`original_names`].
 //!
-//! Patches -> `RMSNorm` -> + learned positions; pre-norm blocks of attention and `SwiGLU`; final
-//! `RMSNorm`. No class token. Called by [`super::build_vision`].
+//! Patches -> `RMSNorm` -> + positions; pre-norm blocks of attention and `SwiGLU`; final `RMSNorm`. No
+//! class token. Called by [`super::Vision`].
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind, Tensor};
 
-use super::config::{Common, Refusal, side};
-use super::{VisionModel, attend, patchify, resize_positions};
+use super::config::UnknownKeys;
+use super::family::{Geometry, Refusal, VisionFamily, VisionModel};
+use super::parts::{Common, attend, check_activation, patchify, resize_positions, side};
+use crate::attention::Segments;
 use crate::error::Result;
 use crate::nn::{Linear, RmsNorm};
 use crate::params::{Builder, Init};
+use crate::weights::{Layout, Piece, own_names};
 
 /// Fields of transformers' `Aimv2VisionConfig`, with its defaults but for `use_head`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[expect(clippy::struct_excessive_bools, reason = "the fields are those of the published config.json")]
-pub struct Aimv2Config {
+pub(super) struct Aimv2Config {
     /// Width of the residual stream.
-    pub hidden_size: i64,
+    pub(super) hidden_size: i64,
     /// Inner width of the `SwiGLU`.
-    pub intermediate_size: i64,
+    pub(super) intermediate_size: i64,
     /// Transformer blocks.
-    pub num_hidden_layers: i64,
+    pub(super) num_hidden_layers: i64,
     /// Attention heads.
-    pub num_attention_heads: i64,
+    pub(super) num_attention_heads: i64,
     /// Colour channels; only 3 is built.
-    pub num_channels: i64,
+    pub(super) num_channels: i64,
     /// Side in pixels of the images of the position table.
     #[serde(deserialize_with = "side")]
-    pub image_size: i64,
+    pub(super) image_size: i64,
     /// Side of a patch in pixels.
     #[serde(deserialize_with = "side")]
-    pub patch_size: i64,
+    pub(super) patch_size: i64,
     /// Gate of the `SwiGLU`; only `silu` is built.
-    pub hidden_act: String,
+    pub(super) hidden_act: String,
     /// Only 0 is built.
-    pub attention_dropout: f64,
+    pub(super) attention_dropout: f64,
     /// Added to the mean square in every `RMSNorm`.
-    pub rms_norm_eps: f64,
+    pub(super) rms_norm_eps: f64,
     /// Bias in all four projections of the attention.
-    pub qkv_bias: bool,
+    pub(super) qkv_bias: bool,
     /// Bias in the `SwiGLU`.
-    pub mlp_bias: bool,
+    pub(super) mlp_bias: bool,
     /// Standard deviation of randomly initialised matrices.
-    pub initializer_range: f64,
+    pub(super) initializer_range: f64,
     /// Attention pooling behind the final norm; only false is built.
-    pub use_head: bool,
-    /// Computed sine and cosine positions in place of a table; only false is built.
-    pub is_native: bool,
+    pub(super) use_head: bool,
+    /// Computed sine and cosine positions in place of a table.
+    pub(super) is_native: bool,
 }
 
 impl Default for Aimv2Config {
@@ -73,10 +78,28 @@ impl Default for Aimv2Config {
     }
 }
 
-impl Aimv2Config {
-    pub(super) const MODEL_TYPE: &str = "aimv2_vision_model";
+impl VisionFamily for Aimv2Config {
+    const MODEL_TYPE: &'static str = "aimv2_vision_model";
+    const ARCHITECTURE: &'static str = "Aimv2VisionModel";
+    const LAYOUTS: &'static [Layout] = &[own_names, original_names];
+    // The pooling head of the contrastive variants.
+    const IGNORED: &'static [&'static str] = &["head."];
+    const FIXED_POSITIONS: Option<&'static str> = Some("embeddings.position_embedding.weight");
 
-    pub(super) fn check(&self) -> std::result::Result<(), Refusal> {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            hidden_size: self.hidden_size,
+            num_layers: self.num_hidden_layers,
+            image_size: self.image_size,
+            patch_size: self.patch_size,
+        }
+    }
+
+    fn set_image_size(&mut self, px: i64) {
+        self.image_size = px;
+    }
+
+    fn check(&self) -> std::result::Result<(), Refusal> {
         let common = Common {
             positive: vec![
                 ("hidden_size", self.hidden_size),
@@ -100,15 +123,91 @@ impl Aimv2Config {
             let reason = "the pooling head is not supported; set false to use the features before it";
             return Err(("use_head", reason.into()));
         }
-        if self.is_native {
-            return Err(("is_native", "only false, the learned position table, is supported".into()));
+        if self.is_native && self.hidden_size % 4 != 0 {
+            let reason = format!("computed positions need a multiple of 4, is {}", self.hidden_size);
+            return Err(("hidden_size", reason));
         }
-        if self.hidden_act != "silu" {
-            return Err(("hidden_act", format!("only `silu` is supported, is `{}`", self.hidden_act)));
-        }
-        Ok(())
+        check_activation("hidden_act", &self.hidden_act, &["silu"])
     }
 
+    fn build(&self, builder: &Builder) -> Result<Box<dyn VisionModel + Send>> {
+        Ok(Box::new(Aimv2::new(self, builder)?))
+    }
+
+    /// `aimv2` of Apple's code and `sailvit` of SAIL's, which name the biases otherwise.
+    fn from_alias(model_type: &str, keys: &Map<String, Value>) -> Option<Map<String, Value>> {
+        if !matches!(model_type, "aimv2" | "sailvit") {
+            return None;
+        }
+        let mut keys = keys.clone();
+        let bias = keys.remove("use_bias").unwrap_or(false.into());
+        keys.insert("mlp_bias".into(), bias);
+        keys.insert("use_head".into(), false.into());
+        Some(keys)
+    }
+
+    /// transformers' own default is a head, so a file that leaves the key out has one.
+    fn complete(keys: &mut Map<String, Value>, written_by: UnknownKeys) {
+        keys.entry("use_head").or_insert((written_by == UnknownKeys::Skip).into());
+    }
+
+    fn sail_layout(&self) -> Option<(Layout, Value)> {
+        // SAIL's code has one bias for queries, keys and values, and one for all else.
+        let config = json!({
+            "architectures": ["SAILViTModel"], "model_type": "sailvit",
+            "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers, "num_attention_heads": self.num_attention_heads,
+            "num_channels": self.num_channels, "image_size": self.image_size,
+            "patch_size": self.patch_size, "rms_norm_eps": self.rms_norm_eps,
+            "attention_dropout": 0.0, "projection_dropout": 0.0,
+            "qkv_bias": self.qkv_bias, "use_bias": self.mlp_bias,
+        });
+        (!self.is_native && self.qkv_bias == self.mlp_bias).then_some((original_names as Layout, config))
+    }
+}
+
+/// Names in the files of Apple's and SAIL's code: queries, keys and values in one matrix, `[1, p, d]`
+/// positions.
+fn original_names(name: &str, shape: &[i64]) -> Vec<Piece> {
+    const EMBEDDINGS: [(&str, &str); 3] = [
+        ("embeddings.patch_embed.", "preprocessor.patchifier.proj."),
+        ("embeddings.rms_norm.", "preprocessor.patchifier.norm."),
+        ("rms_norm.", "trunk.post_trunk_norm."),
+    ];
+    const BLOCK: [(&str, &str); 6] = [
+        ("attention.out_proj.", "attn.proj."),
+        ("ffn.gate_proj.", "mlp.fc1."),
+        ("ffn.up_proj.", "mlp.fc3."),
+        ("ffn.down_proj.", "mlp.fc2."),
+        ("rms_norm1.", "norm_1."),
+        ("rms_norm2.", "norm_2."),
+    ];
+    let renamed = |name: &str, table: &[(&str, &str)]| {
+        table.iter().find_map(|(ours, theirs)| Some(format!("{theirs}{}", name.strip_prefix(ours)?)))
+    };
+    if name == "embeddings.position_embedding.weight" {
+        return vec![Piece::whole("preprocessor.pos_embed", &[&[1], shape].concat())];
+    }
+    if let Some(name) = renamed(name, &EMBEDDINGS) {
+        return vec![Piece::whole(name, shape)];
+    }
+    let in_block = name.strip_prefix("encoder.layers.").and_then(|rest| rest.split_once('.'));
+    let Some((block, rest)) = in_block else { return own_names(name, shape) };
+    for (index, ours) in ["attention.q_proj.", "attention.k_proj.", "attention.v_proj."].iter().enumerate() {
+        if let Some(kind) = rest.strip_prefix(ours) {
+            return vec![Piece::part(
+                format!("trunk.blocks.{block}.attn.qkv.{kind}"),
+                shape,
+                index as i64,
+                3,
+            )];
+        }
+    }
+    let rest = renamed(rest, &BLOCK).unwrap_or(rest.to_owned());
+    vec![Piece::whole(format!("trunk.blocks.{block}.{rest}"), shape)]
+}
+
+impl Aimv2Config {
     fn init(&self) -> Init {
         Init::TruncNormal(self.initializer_range)
     }
@@ -123,29 +222,29 @@ impl Aimv2Config {
 }
 
 /// The model.
-pub(super) struct Aimv2 {
+struct Aimv2 {
     patch_weight: Tensor,
     patch_bias: Tensor,
-    patch_size: i64,
     patch_norm: RmsNorm,
-    positions_pd: Tensor,
+    /// None: computed.
+    positions_pd: Option<Tensor>,
     blocks: Vec<Block>,
     norm: RmsNorm,
 }
 
 impl Aimv2 {
-    pub(super) fn new(config: &Aimv2Config, builder: &Builder) -> Result<Self> {
+    fn new(config: &Aimv2Config, builder: &Builder) -> Result<Self> {
         let (d, patch) = (config.hidden_size, config.patch_size);
         let rows = (config.image_size / patch).pow(2);
         let embeddings = builder.sub("embeddings");
         let convolution = embeddings.sub("patch_embed");
         let layers = builder.sub("encoder").sub("layers");
+        let table = || embeddings.sub("position_embedding").param("weight", &[rows, d], config.init());
         Ok(Self {
             patch_weight: convolution.param("weight", &[d, 3, patch, patch], config.init())?,
             patch_bias: convolution.param("bias", &[d], Init::Zeros)?,
-            patch_size: patch,
             patch_norm: config.norm(&embeddings.sub("rms_norm"))?,
-            positions_pd: embeddings.sub("position_embedding").param("weight", &[rows, d], config.init())?,
+            positions_pd: if config.is_native { None } else { Some(table()?) },
             blocks: (0..config.num_hidden_layers)
                 .map(|i| Block::new(config, &layers.sub(i)))
                 .collect::<Result<_>>()?,
@@ -155,18 +254,34 @@ impl Aimv2 {
 }
 
 impl VisionModel for Aimv2 {
-    fn forward(&self, pixels_nchw: &Tensor) -> Tensor {
-        let patches_ndhw = patchify(pixels_nchw, &self.patch_weight, &self.patch_bias, self.patch_size);
-        let (_, _, h, w) = patches_ndhw.size4().expect("invariant: a convolution gives [n, d, h, w]");
-        let x_ntd = self.patch_norm.forward(&patches_ndhw.flatten(2, 3).transpose(1, 2));
-        let x_ntd = x_ntd + resize_positions(&self.positions_pd, h, w);
-        let x_ntd = self.blocks.iter().fold(x_ntd, |x_ntd, block| block.forward(&x_ntd));
-        self.norm.forward(&x_ntd)
+    fn embed(&self, pixels_nchw: &Tensor) -> Tensor {
+        let (patches_nsd, grid) = patchify(pixels_nchw, &self.patch_weight, &self.patch_bias);
+        let x_nsd = self.patch_norm.forward(&patches_nsd);
+        let positions_sd = match &self.positions_pd {
+            Some(table_pd) => resize_positions(table_pd, grid),
+            None => sincos_positions(grid, x_nsd.size()[2], x_nsd.device()).to_kind(x_nsd.kind()),
+        };
+        x_nsd + positions_sd
     }
 
-    fn last_hidden_state(&self, pixels_nchw: &Tensor) -> Tensor {
-        self.forward(pixels_nchw)
+    fn encode(&self, x_td: &Tensor, images: &Segments) -> Tensor {
+        let x_td = x_td.shallow_clone();
+        let x_td = self.blocks.iter().fold(x_td, |x_td, block| block.forward(&x_td, images));
+        self.norm.forward(&x_td)
     }
+}
+
+/// `[h * w, d]`: sine and cosine of the row in the first half of the width, of the column in the second,
+/// with frequencies `10000^(-4i/d)` (transformers' `build_2d_sinusoidal_position_embedding`); fp32,
+/// computed in fp64.
+fn sincos_positions((h, w): (i64, i64), d: i64, device: Device) -> Tensor {
+    let exact = (Kind::Double, device);
+    let exponents = Tensor::arange(d / 4, exact) / (d / 4) as f64;
+    let omega = Tensor::pow_scalar(10000.0, &exponents).reciprocal();
+    let angles = |places: Tensor| places.outer(&omega);
+    let rows = angles(Tensor::arange(h, exact).repeat_interleave_self_int(w, 0, None));
+    let columns = angles(Tensor::arange(w, exact).repeat([h]));
+    Tensor::cat(&[rows.sin(), rows.cos(), columns.sin(), columns.cos()], 1).to_kind(Kind::Float)
 }
 
 /// `x += attention(norm1(x)); x += ffn(norm2(x))`
@@ -202,12 +317,61 @@ impl Block {
         })
     }
 
-    fn forward(&self, x_ntd: &Tensor) -> Tensor {
-        let normed = self.norm1.forward(x_ntd);
+    fn forward(&self, x_td: &Tensor, images: &Segments) -> Tensor {
+        let normed = self.norm1.forward(x_td);
         let (q, k, v) = (self.q.forward(&normed), self.k.forward(&normed), self.v.forward(&normed));
-        let x_ntd = x_ntd + self.out.forward(&attend(&q, &k, &v, self.heads));
-        let normed = self.norm2.forward(&x_ntd);
+        let x_td = x_td + self.out.forward(&attend(&q, &k, &v, self.heads, images));
+        let normed = self.norm2.forward(&x_td);
         let inner = self.gate.forward(&normed).silu() * self.up.forward(&normed);
-        x_ntd + self.down.forward(&inner)
+        x_td + self.down.forward(&inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_has_its_place_in_the_original_layout() {
+        let at = |name: &str| {
+            let pieces = original_names(name, &[6, 4]);
+            let [piece] = &pieces[..] else { panic!("{name}: {pieces:?}") };
+            (piece.name.clone(), piece.shape.clone(), piece.elements.clone())
+        };
+        let whole = |name: &str| (name.to_owned(), vec![6, 4], 0..24);
+        let block = "encoder.layers.11.";
+        let cases = [
+            ("embeddings.patch_embed.weight", whole("preprocessor.patchifier.proj.weight")),
+            ("embeddings.patch_embed.bias", whole("preprocessor.patchifier.proj.bias")),
+            ("embeddings.rms_norm.weight", whole("preprocessor.patchifier.norm.weight")),
+            ("embeddings.position_embedding.weight", ("preprocessor.pos_embed".into(), vec![1, 6, 4], 0..24)),
+            ("rms_norm.weight", whole("trunk.post_trunk_norm.weight")),
+            ("attention.q_proj.weight", ("trunk.blocks.11.attn.qkv.weight".into(), vec![18, 4], 0..24)),
+            ("attention.k_proj.weight", ("trunk.blocks.11.attn.qkv.weight".into(), vec![18, 4], 24..48)),
+            ("attention.v_proj.bias", ("trunk.blocks.11.attn.qkv.bias".into(), vec![18, 4], 48..72)),
+            ("attention.out_proj.weight", whole("trunk.blocks.11.attn.proj.weight")),
+            ("ffn.gate_proj.weight", whole("trunk.blocks.11.mlp.fc1.weight")),
+            ("ffn.up_proj.weight", whole("trunk.blocks.11.mlp.fc3.weight")),
+            ("ffn.down_proj.bias", whole("trunk.blocks.11.mlp.fc2.bias")),
+            ("rms_norm1.weight", whole("trunk.blocks.11.norm_1.weight")),
+            ("rms_norm2.weight", whole("trunk.blocks.11.norm_2.weight")),
+        ];
+        for (name, expected) in cases {
+            let in_block = !(name.starts_with("embeddings.") || name.starts_with("rms_norm."));
+            let name = if in_block { format!("{block}{name}") } else { name.to_owned() };
+            assert_eq!(at(&name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn computed_positions_follow_the_formula() {
+        let positions = sincos_positions((2, 3), 8, Device::Cpu);
+        assert_eq!(positions.size(), [6, 8]);
+        // Row 1, column 2 is patch 5; frequencies 1 and 1/100.
+        let expected = [1f64, 0.01].map(f64::sin).into_iter().chain([1f64, 0.01].map(f64::cos));
+        let expected = expected.chain([2f64, 0.02].map(f64::sin)).chain([2f64, 0.02].map(f64::cos));
+        for (i, expected) in expected.enumerate() {
+            assert!((positions.double_value(&[5, i as i64]) - expected).abs() < 1e-6, "{i}");
+        }
     }
 }

@@ -1,13 +1,14 @@
-//! `DINOv2` (Oquab et al. 2023) in transformers' layout, `Dinov2Model`.
+//! `DINOv2` (Oquab et al. 2023, arXiv 2304.07193): transformers' `Dinov2Model`.
 //!
 //! Patches behind a class token, + learned positions resampled to the grid in use; pre-norm blocks of
-//! attention and GELU MLP with a scale per channel; final layer norm. Called by [`super::build_vision`].
+//! attention and GELU MLP with a scale per channel; final layer norm. Called by [`super::Vision`].
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::config::{Common, Refusal, side};
-use super::{VisionModel, attend, patchify, resize_positions};
+use super::family::{Geometry, Refusal, VisionFamily, VisionModel};
+use super::parts::{Common, attend, check_activation, patchify, resize_positions, side};
+use crate::attention::Segments;
 use crate::error::Result;
 use crate::nn::{LayerNorm, Linear};
 use crate::params::{Builder, Init};
@@ -16,47 +17,47 @@ use crate::params::{Builder, Init};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[expect(clippy::struct_excessive_bools, reason = "the fields are those of the published config.json")]
-pub struct Dinov2Config {
+pub(super) struct Dinov2Config {
     /// Width of the residual stream.
-    pub hidden_size: i64,
+    pub(super) hidden_size: i64,
     /// Transformer blocks.
-    pub num_hidden_layers: i64,
+    pub(super) num_hidden_layers: i64,
     /// Attention heads.
-    pub num_attention_heads: i64,
+    pub(super) num_attention_heads: i64,
     /// Inner width of the MLP in widths of the stream.
-    pub mlp_ratio: i64,
+    pub(super) mlp_ratio: i64,
     /// Only `gelu`, the exact one, is built.
-    pub hidden_act: String,
+    pub(super) hidden_act: String,
     /// Only 0 is built.
-    pub hidden_dropout_prob: f64,
+    pub(super) hidden_dropout_prob: f64,
     /// Only 0 is built.
-    pub attention_probs_dropout_prob: f64,
+    pub(super) attention_probs_dropout_prob: f64,
     /// Standard deviation of randomly initialised matrices.
-    pub initializer_range: f64,
+    pub(super) initializer_range: f64,
     /// Added to the variance in every layer norm.
-    pub layer_norm_eps: f64,
+    pub(super) layer_norm_eps: f64,
     /// Side in pixels of the images of the position table.
     #[serde(deserialize_with = "side")]
-    pub image_size: i64,
+    pub(super) image_size: i64,
     /// Side of a patch in pixels.
     #[serde(deserialize_with = "side")]
-    pub patch_size: i64,
+    pub(super) patch_size: i64,
     /// Colour channels; only 3 is built.
-    pub num_channels: i64,
+    pub(super) num_channels: i64,
     /// Bias in the projections to queries, keys and values.
-    pub qkv_bias: bool,
+    pub(super) qkv_bias: bool,
     /// What the scales per channel start at.
-    pub layerscale_value: f64,
+    pub(super) layerscale_value: f64,
     /// Only 0 is built.
-    pub drop_path_rate: f64,
+    pub(super) drop_path_rate: f64,
     /// `SwiGLU` in place of the MLP; only false is built.
-    pub use_swiglu_ffn: bool,
+    pub(super) use_swiglu_ffn: bool,
     /// Of transformers' backbone interface; read and written, without effect.
-    pub apply_layernorm: bool,
+    pub(super) apply_layernorm: bool,
     /// Of transformers' backbone interface; read and written, without effect.
-    pub reshape_hidden_states: bool,
+    pub(super) reshape_hidden_states: bool,
     /// There is an `embeddings.mask_token`, which pre-training used and features do not.
-    pub use_mask_token: bool,
+    pub(super) use_mask_token: bool,
 }
 
 impl Default for Dinov2Config {
@@ -85,10 +86,26 @@ impl Default for Dinov2Config {
     }
 }
 
-impl Dinov2Config {
-    pub(super) const MODEL_TYPE: &str = "dinov2";
+impl VisionFamily for Dinov2Config {
+    const MODEL_TYPE: &'static str = "dinov2";
+    const ARCHITECTURE: &'static str = "Dinov2Model";
+    const PREFIXES: &'static [&'static str] = &["", "dinov2.", "vision_model.", "vision_tower."];
+    const IGNORED: &'static [&'static str] = &["classifier."];
 
-    pub(super) fn check(&self) -> std::result::Result<(), Refusal> {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            hidden_size: self.hidden_size,
+            num_layers: self.num_hidden_layers,
+            image_size: self.image_size,
+            patch_size: self.patch_size,
+        }
+    }
+
+    fn set_image_size(&mut self, px: i64) {
+        self.image_size = px;
+    }
+
+    fn check(&self) -> std::result::Result<(), Refusal> {
         let common = Common {
             positive: vec![
                 ("hidden_size", self.hidden_size),
@@ -115,12 +132,19 @@ impl Dinov2Config {
         if self.use_swiglu_ffn {
             return Err(("use_swiglu_ffn", "only false, the GELU MLP, is supported".into()));
         }
-        if self.hidden_act != "gelu" {
-            return Err(("hidden_act", format!("only `gelu` is supported, is `{}`", self.hidden_act)));
-        }
-        Ok(())
+        check_activation("hidden_act", &self.hidden_act, &["gelu"])
     }
 
+    fn build(&self, builder: &Builder) -> Result<Box<dyn VisionModel + Send>> {
+        Ok(Box::new(Dinov2::new(self, builder)?))
+    }
+
+    fn without_gradient(&self) -> &'static [&'static str] {
+        if self.use_mask_token { &["embeddings.mask_token"] } else { &[] }
+    }
+}
+
+impl Dinov2Config {
     fn init(&self) -> Init {
         Init::TruncNormal(self.initializer_range)
     }
@@ -135,10 +159,9 @@ impl Dinov2Config {
 }
 
 /// The model.
-pub(super) struct Dinov2 {
+struct Dinov2 {
     patch_weight: Tensor,
     patch_bias: Tensor,
-    patch_size: i64,
     class_11d: Tensor,
     /// The class token's row first.
     positions_1pd: Tensor,
@@ -147,7 +170,7 @@ pub(super) struct Dinov2 {
 }
 
 impl Dinov2 {
-    pub(super) fn new(config: &Dinov2Config, builder: &Builder) -> Result<Self> {
+    fn new(config: &Dinov2Config, builder: &Builder) -> Result<Self> {
         let (d, patch) = (config.hidden_size, config.patch_size);
         let rows = (config.image_size / patch).pow(2) + 1;
         let embeddings = builder.sub("embeddings");
@@ -160,7 +183,6 @@ impl Dinov2 {
         Ok(Self {
             patch_weight: convolution.param("weight", &[d, 3, patch, patch], config.init())?,
             patch_bias: convolution.param("bias", &[d], Init::Zeros)?,
-            patch_size: patch,
             class_11d: embeddings.param("cls_token", &[1, 1, d], config.init())?,
             positions_1pd: embeddings.param("position_embeddings", &[1, rows, d], config.init())?,
             blocks: (0..config.num_hidden_layers)
@@ -170,29 +192,30 @@ impl Dinov2 {
         })
     }
 
-    /// The class token's position and those of an `h` x `w` grid `[1, 1 + h * w, d]`.
-    fn positions(&self, h: i64, w: i64) -> Tensor {
-        let rows = self.positions_1pd.size()[1];
-        let class_11d = self.positions_1pd.narrow(1, 0, 1);
-        let table_pd = self.positions_1pd.narrow(1, 1, rows - 1).squeeze_dim(0);
-        Tensor::cat(&[class_11d, resize_positions(&table_pd, h, w).unsqueeze(0)], 1)
+    /// The class token's position and those of a grid `[1 + h * w, d]`.
+    fn positions(&self, grid: (i64, i64)) -> Tensor {
+        let table_pd = self.positions_1pd.squeeze_dim(0);
+        let rows = table_pd.size()[0];
+        let patches_pd = resize_positions(&table_pd.narrow(0, 1, rows - 1), grid);
+        Tensor::cat(&[table_pd.narrow(0, 0, 1), patches_pd], 0)
     }
 }
 
 impl VisionModel for Dinov2 {
-    fn forward(&self, pixels_nchw: &Tensor) -> Tensor {
-        let x_ntd = self.last_hidden_state(pixels_nchw);
-        x_ntd.narrow(1, 1, x_ntd.size()[1] - 1)
+    fn prefix(&self) -> i64 {
+        1
     }
 
-    fn last_hidden_state(&self, pixels_nchw: &Tensor) -> Tensor {
-        let patches_ndhw = patchify(pixels_nchw, &self.patch_weight, &self.patch_bias, self.patch_size);
-        let (n, _, h, w) = patches_ndhw.size4().expect("invariant: a convolution gives [n, d, h, w]");
-        let class_n1d = self.class_11d.expand([n, -1, -1], false);
-        let x_ntd = Tensor::cat(&[class_n1d, patches_ndhw.flatten(2, 3).transpose(1, 2)], 1);
-        let x_ntd = x_ntd + self.positions(h, w);
-        let x_ntd = self.blocks.iter().fold(x_ntd, |x_ntd, block| block.forward(&x_ntd));
-        self.norm.forward(&x_ntd)
+    fn embed(&self, pixels_nchw: &Tensor) -> Tensor {
+        let (patches_nsd, grid) = patchify(pixels_nchw, &self.patch_weight, &self.patch_bias);
+        let class_n1d = self.class_11d.expand([patches_nsd.size()[0], -1, -1], false);
+        Tensor::cat(&[class_n1d, patches_nsd], 1) + self.positions(grid)
+    }
+
+    fn encode(&self, x_td: &Tensor, images: &Segments) -> Tensor {
+        let x_td = x_td.shallow_clone();
+        let x_td = self.blocks.iter().fold(x_td, |x_td, block| block.forward(&x_td, images));
+        self.norm.forward(&x_td)
     }
 }
 
@@ -235,11 +258,12 @@ impl Block {
         })
     }
 
-    fn forward(&self, x_ntd: &Tensor) -> Tensor {
-        let normed = self.norm1.forward(x_ntd);
+    fn forward(&self, x_td: &Tensor, images: &Segments) -> Tensor {
+        let normed = self.norm1.forward(x_td);
         let (q, k, v) = (self.q.forward(&normed), self.k.forward(&normed), self.v.forward(&normed));
-        let x_ntd = x_ntd + self.out.forward(&attend(&q, &k, &v, self.heads)) * &self.scale1_d;
-        let inner = self.fc1.forward(&self.norm2.forward(&x_ntd)).gelu("none");
-        x_ntd + self.fc2.forward(&inner) * &self.scale2_d
+        let attended = attend(&q, &k, &v, self.heads, images);
+        let x_td = x_td + self.out.forward(&attended) * &self.scale1_d;
+        let inner = self.fc1.forward(&self.norm2.forward(&x_td)).gelu("none");
+        x_td + self.fc2.forward(&inner) * &self.scale2_d
     }
 }

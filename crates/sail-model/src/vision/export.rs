@@ -1,68 +1,70 @@
-//! A trained vision transformer as transformers reads it.
+//! A trained vision transformer as transformers or SAIL's code reads it.
 //!
 //! Says what goes in the folder; `weights` writes it. Called by the trainer's export.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use super::{VisionConfig, resize_positions};
+use super::VisionConfig;
+use super::parts::resize_positions;
 use crate::error::{Error, Result};
-use crate::params::Params;
-use crate::weights::write_folder;
+use crate::weights::{Layout, Stored, arrange, own_names};
 
-/// Where `AIMv2`'s position table lies inside the module.
-const AIMV2_POSITIONS: &str = "embeddings.position_embedding.weight";
+/// The names and the config.json of an exported vision transformer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VitLayout {
+    /// Those of transformers' own class.
+    Transformers,
+    /// Those of SAIL's code, which is exported with them.
+    Sail,
+}
 
-/// The contents of a folder that `AutoModel` and `AutoImageProcessor` of transformers read.
+/// What a folder of a vision transformer holds.
+#[derive(Debug)]
 pub struct VisionExport {
-    /// `model.safetensors`, by transformers' names, in the types that the parameters have.
-    pub tensors: BTreeMap<String, Tensor>,
-    /// `config.json`.
+    /// The tensors of `model.safetensors`.
+    pub tensors: BTreeMap<String, Stored>,
+    /// `config.json`, of fp32 weights.
     pub config: Value,
-    /// `preprocessor_config.json`.
-    pub preprocessor: Value,
 }
 
-impl VisionExport {
-    /// Writes the folder, see [`write_folder`].
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        write_folder(dir, &self.tensors, &self.config, &[("preprocessor_config.json", &self.preprocessor)])
-    }
-}
-
-/// Takes the `vision.` parameters out of `params`, for images of `px` x `px` pixels.
+/// The module's parameters `tensors`, by its own names, for images of `px` x `px` pixels, every name with
+/// `prefix` in front.
 ///
-/// `DINOv2` keeps its position table and `image_size`, since transformers resamples it. For `AIMv2`
-/// transformers does not, so that the table is written as it is used, resampled to `px`, and
-/// `image_size` is `px`.
+/// A family whose position table transformers resamples keeps its table and `image_size`. Of another
+/// the table is written as it is used, resampled to `px`, and `image_size` is `px`.
 ///
 /// # Errors
-/// [`Error::Config`] when `px` does not divide into patches, or when the parameters have several
-/// types; [`Error::MissingParameters`] when `params` has no vision parameter.
+/// [`Error::Config`] when `px` does not divide into patches or the family has no such layout.
 pub fn export(
     config: &VisionConfig,
-    params: &Params,
+    mut tensors: BTreeMap<String, Tensor>,
     px: i64,
-    mean: [f32; 3],
-    std: [f32; 3],
+    layout: VitLayout,
+    prefix: &str,
 ) -> Result<VisionExport> {
-    let side = config.grid_side(px)?;
-    let local = |(name, tensor): (&String, &Tensor)| {
-        name.strip_prefix("vision.").map(|name| (name.to_owned(), tensor.detach()))
-    };
-    let mut tensors: BTreeMap<String, Tensor> = params.iter().filter_map(local).collect();
-    let mut config_json = config.to_json();
-    config_json["dtype"] = dtype_name(config, &tensors)?.into();
-    if let VisionConfig::Aimv2(_) = config {
-        let table_pd =
-            tensors.get_mut(AIMV2_POSITIONS).ok_or(Error::MissingParameters { module: "vision" })?;
-        *table_pd = resize_positions(table_pd, side, side);
-        config_json["image_size"] = px.into();
+    let grid = config.grid(px, px)?;
+    let mut config = config.clone();
+    let table = config.fixed_positions().and_then(|name| tensors.get_mut(name));
+    if let Some(table_pd) = table {
+        *table_pd = tch::no_grad(|| resize_positions(table_pd, grid));
     }
-    Ok(VisionExport { tensors, config: config_json, preprocessor: preprocessor_json(px, mean, std) })
+    if config.fixed_positions().is_some() || layout == VitLayout::Sail {
+        config = config.with_image_size(px);
+    }
+    let (names, json): (Layout, Value) = match layout {
+        VitLayout::Transformers => (own_names, config.to_json()),
+        VitLayout::Sail => config.sail_layout().ok_or_else(|| Error::Config {
+            family: config.model_type().into(),
+            key: "layout".into(),
+            reason:
+                "`sail` is for AIMv2 with learned positions and one setting of biases; use `transformers`"
+                    .into(),
+        })?,
+    };
+    Ok(VisionExport { tensors: arrange(&tensors, names, prefix)?, config: json })
 }
 
 /// `preprocessor_config.json`: RGB, bicubic to exactly `px` x `px` without a crop, / 255, then
@@ -88,19 +90,12 @@ fn shortest(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-fn dtype_name(config: &VisionConfig, tensors: &BTreeMap<String, Tensor>) -> Result<&'static str> {
-    let kind = tensors.values().next().ok_or(Error::MissingParameters { module: "vision" })?.kind();
-    let refuse = |reason: String| {
-        Err(Error::Config { family: config.model_type().into(), key: "dtype".into(), reason })
-    };
-    if let Some((name, other)) = tensors.iter().find(|(_, tensor)| tensor.kind() != kind) {
-        return refuse(format!("parameters are {kind:?}, but `{name}` is {:?}", other.kind()));
-    }
+/// `dtype` of a config.json for weights of this type.
+pub fn dtype_name(kind: Kind) -> &'static str {
     match kind {
-        Kind::Float => Ok("float32"),
-        Kind::BFloat16 => Ok("bfloat16"),
-        Kind::Half => Ok("float16"),
-        other => refuse(format!("parameters are {other:?}, which is not exported")),
+        Kind::BFloat16 => "bfloat16",
+        Kind::Half => "float16",
+        _ => "float32",
     }
 }
 
@@ -113,12 +108,11 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::params::{Builder, RandomSource, TensorSource};
-    use crate::vision::{VisionModel, build_vision};
-    use crate::weights::FileSource;
+    use crate::params::{Builder, Params, RandomSource, TensorSource};
+    use crate::vision::Vision;
+    use crate::weights::{FileSource, Folder};
 
-    const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
-    const STD: [f32; 3] = [0.229, 0.224, 0.225];
+    const AIMV2: &str = "aimv2_vision_model";
 
     fn config(model_type: &str) -> VisionConfig {
         VisionConfig::from_keys(&json!({
@@ -128,66 +122,79 @@ mod tests {
         .unwrap()
     }
 
-    fn build(config: &VisionConfig, source: &dyn TensorSource) -> (Box<dyn VisionModel + Send>, Params) {
+    /// The model, and its parameters by its own names.
+    fn build(config: &VisionConfig, source: &dyn TensorSource) -> (Vision, Params) {
         let params = Rc::new(RefCell::new(Params::new()));
-        let model =
-            build_vision(config, &Builder::new(params.clone(), "vision", source, Device::Cpu)).unwrap();
-        let params = params.take();
-        (model, params)
+        let builder = Builder::new(params.clone(), "vision", source, (Kind::Float, Device::Cpu));
+        let model = Vision::new(config, &builder).unwrap();
+        let params = params.take().into_iter();
+        (model, params.map(|(name, tensor)| (name["vision.".len()..].to_owned(), tensor)).collect())
+    }
+
+    fn copies(params: &Params) -> Params {
+        params.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
     }
 
     #[test]
     fn an_export_gives_the_same_features_at_the_size_it_was_used() {
-        for (model_type, image_size) in [("aimv2_vision_model", 42), ("dinov2", 28)] {
+        let (ours, sail) = (VitLayout::Transformers, VitLayout::Sail);
+        for (model_type, layout, image_size) in [(AIMV2, ours, 42), (AIMV2, sail, 42), ("dinov2", ours, 28)] {
             let config = config(model_type);
             let (model, params) = build(&config, &RandomSource::new(3, "vision"));
             let dir = TempDir::new().unwrap();
-            export(&config, &params, 42, MEAN, STD).unwrap().write(dir.path()).unwrap();
+            let VisionExport { tensors, config } = export(&config, copies(&params), 42, layout, "").unwrap();
+            Folder::new(tensors).json("config.json", &config).write(dir.path()).unwrap();
 
             let read = VisionConfig::read(dir.path()).unwrap();
             assert_eq!(read.image_size(), image_size);
-            let source = FileSource::open(dir.path()).unwrap();
-            let (again, _) = build(&read, &source);
-            assert!(source.unused().is_empty());
-            let pixels = Tensor::randn([2, 3, 42, 42], (Kind::Float, Device::Cpu));
-            assert!(model.forward(&pixels).equal(&again.forward(&pixels)), "{model_type}");
+            let (again, _) = build(&read, &FileSource::open(dir.path()).unwrap().with(read.naming()));
+            let pixels = [Tensor::randn([2, 3, 42, 42], (Kind::Float, Device::Cpu))];
+            let features = |model: &Vision| model.features(&pixels).unwrap().x_td;
+            assert!(features(&model).equal(&features(&again)), "{model_type}");
         }
     }
 
     #[test]
     fn features_follow_the_parameters_type() {
-        for model_type in ["aimv2_vision_model", "dinov2"] {
-            let config = config(model_type);
-            let (model, mut params) = build(&config, &RandomSource::new(3, "vision"));
-            let pixels = Tensor::randn([2, 3, 42, 28], (Kind::Float, Device::Cpu));
-            let expected = model.forward(&pixels);
-            assert_eq!(expected.size(), [2, 24, 16]);
-            for tensor in params.values_mut() {
-                let half = tensor.to_kind(Kind::BFloat16);
-                tensor.set_data(&half);
+        for model_type in [AIMV2, "dinov2"] {
+            let (model, params) = build(&config(model_type), &RandomSource::new(3, "vision"));
+            let pixels = [Tensor::randn([2, 3, 42, 28], (Kind::Float, Device::Cpu))];
+            let expected = model.features(&pixels).unwrap().x_td;
+            assert_eq!(expected.size(), [48, 16]);
+            for tensor in params.values() {
+                tensor.shallow_clone().set_data(&tensor.to_kind(Kind::BFloat16));
             }
-            let found = model.forward(&pixels);
+            let found = model.features(&pixels).unwrap().x_td;
             assert_eq!(found.kind(), Kind::BFloat16);
             assert!((found.to_kind(Kind::Float) - expected).abs().max().double_value(&[]) < 0.1);
-            assert_eq!(export(&config, &params, 28, MEAN, STD).unwrap().config["dtype"], "bfloat16");
+        }
+    }
+
+    #[test]
+    fn images_of_several_sizes_do_not_see_each_other() {
+        for model_type in [AIMV2, "dinov2"] {
+            let (model, _) = build(&config(model_type), &RandomSource::new(3, "vision"));
+            let sizes = [[1, 3, 28, 14], [2, 3, 42, 28], [1, 3, 28, 14], [1, 3, 7, 70]];
+            let images = sizes.map(|size| Tensor::randn(size, (Kind::Float, Device::Cpu)));
+            let packed = model.features(&images).unwrap();
+            assert_eq!(packed.grids, [(4, 2), (6, 4), (6, 4), (4, 2), (1, 10)]);
+            let alone = images.map(|image| model.features(&[image]).unwrap().x_td);
+            assert!(packed.x_td.allclose(&Tensor::cat(&alone, 0), 1e-5, 1e-6, false), "{model_type}");
         }
     }
 
     #[test]
     fn what_cannot_be_exported_is_refused() {
         let config = config("dinov2");
-        let (_, mut params) = build(&config, &RandomSource::new(3, "vision"));
-        let message = |params: &Params, px| export(&config, params, px, MEAN, STD).err().unwrap().to_string();
-        assert!(message(&params, 30).contains("patches of 7"));
-        assert!(message(&Params::new(), 28).contains("no `vision` parameter"));
-        let half = params["vision.layernorm.bias"].to_kind(Kind::BFloat16);
-        params.insert("vision.layernorm.bias".into(), half);
-        assert!(message(&params, 28).contains("`layernorm.bias` is BFloat16"));
+        let (_, params) = build(&config, &RandomSource::new(3, "vision"));
+        let message = |px, layout| export(&config, copies(&params), px, layout, "").unwrap_err().to_string();
+        assert!(message(30, VitLayout::Transformers).contains("patches of 7"));
+        assert!(message(28, VitLayout::Sail).contains("`sail` is for AIMv2"));
     }
 
     #[test]
     fn numbers_print_as_they_were_written() {
-        let json = preprocessor_json(448, MEAN, STD).to_string();
+        let json = preprocessor_json(448, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).to_string();
         assert!(json.contains("[0.485,0.456,0.406]"), "{json}");
     }
 }

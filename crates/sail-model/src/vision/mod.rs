@@ -1,87 +1,121 @@
-//! Vision transformers: pixels in, one feature per patch out.
+//! Vision transformers: images of any sizes in, one feature per patch out.
 //!
-//! Each family computes what transformers computes for the same config.json and the same tensors,
-//! and names its parameters as transformers does. Nothing here knows tiles, text or training.
-//! Called by `vlm`, by the trainer and by its `embed` and `export` commands.
+//! Each family is one file: it computes what transformers computes for the same config.json and the
+//! same tensors, and names its parameters as transformers does. A new family is a file like
+//! `dinov2.rs` and one line in [`FAMILIES`]; docs/adding-a-model.md goes through it. Nothing here knows
+//! tiles, text or training. Called by `vlm`, by the trainer and by its `embed` and `export` commands.
 //!
-//! Dimension letters: n images, t tokens, d width, h and w the grid of patches, p rows of a position
-//! table; `nchw` is pixels.
+//! Images of different sizes share one forward: their tokens lie end to end, `[t, d]`, and attention
+//! keeps each image to itself.
+//!
+//! Dimension letters: n images of one size, s tokens of an image, t tokens of all images, d width, h and w
+//! the grid of patches, p rows of a position table; `nchw` is pixels.
 
 mod aimv2;
 mod config;
 mod dinov2;
 mod export;
+mod family;
+mod parts;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-pub use aimv2::Aimv2Config;
-pub use config::VisionConfig;
-pub use dinov2::Dinov2Config;
-pub use export::{VisionExport, export, preprocessor_json};
+pub use config::{UnknownKeys, VisionConfig};
+pub use export::{VisionExport, VitLayout, dtype_name, export, preprocessor_json};
+pub use family::{Geometry, Refusal, VisionFamily, VisionModel};
 
-use crate::error::Result;
+use crate::attention::Segments;
+use crate::error::{Error, Result};
 use crate::params::Builder;
+use family::Family;
+
+/// The families there are.
+static FAMILIES: &[Family] = &[Family::of::<aimv2::Aimv2Config>(), Family::of::<dinov2::Dinov2Config>()];
 
 /// A vision transformer.
-pub trait VisionModel {
-    /// Pixels `[n, 3, h * patch, w * patch]`, normalised, of any float type, to patch features after
-    /// the final norm `[n, h * w, hidden]`, rows of the grid first, without a class token.
+pub struct Vision {
+    config: VisionConfig,
+    model: Box<dyn VisionModel + Send>,
+}
+
+/// The features of images laid end to end, with the grid of each.
+#[derive(Debug)]
+pub struct Features {
+    /// `[t, d]`, the patches of an image row by row of its grid.
+    pub x_td: Tensor,
+    /// Rows and columns of patches of each image.
+    pub grids: Vec<(i64, i64)>,
+}
+
+impl Vision {
+    /// Builds the model that `config` describes, with the parameters that `builder` gives.
     ///
-    /// # Panics
-    /// When the sides are not multiples of the patch.
-    fn forward(&self, pixels_nchw: &Tensor) -> Tensor;
-
-    /// What transformers calls `last_hidden_state`: as [`VisionModel::forward`], with the class token
-    /// in front where the family has one `[n, tokens, hidden]`.
-    fn last_hidden_state(&self, pixels_nchw: &Tensor) -> Tensor;
-}
-
-/// Builds the model that `config` describes, with the parameters that `builder` gives.
-///
-/// # Errors
-/// As [`VisionConfig::validate`], and what the builder's source reports.
-pub fn build_vision(config: &VisionConfig, builder: &Builder) -> Result<Box<dyn VisionModel + Send>> {
-    config.validate()?;
-    Ok(match config {
-        VisionConfig::Aimv2(config) => Box::new(aimv2::Aimv2::new(config, builder)?),
-        VisionConfig::Dinov2(config) => Box::new(dinov2::Dinov2::new(config, builder)?),
-    })
-}
-
-/// Convolution with stride = kernel: `[n, 3, h * patch, w * patch]` -> `[n, d, h, w]`, in the type of
-/// the weight.
-fn patchify(pixels_nchw: &Tensor, weight: &Tensor, bias: &Tensor, patch: i64) -> Tensor {
-    let (_, _, height, width) = pixels_nchw.size4().expect("invariant: pixels are [n, 3, height, width]");
-    assert!(
-        height % patch == 0 && width % patch == 0,
-        "pixels of {height} x {width} do not divide into patches of {patch}"
-    );
-    let pixels_nchw = pixels_nchw.to_kind(weight.kind());
-    pixels_nchw.conv2d(weight, Some(bias), [patch, patch], [0, 0], [1, 1], 1)
-}
-
-/// Every token of an image attends to every other: q, k, v `[n, t, d]` -> `[n, t, d]`, scaled by
-/// `1 / sqrt(d / heads)`.
-fn attend(q_ntd: &Tensor, k_ntd: &Tensor, v_ntd: &Tensor, heads: i64) -> Tensor {
-    let (n, t, d) = q_ntd.size3().expect("invariant: queries are [n, t, d]");
-    let split = |x_ntd: &Tensor| x_ntd.view([n, t, heads, d / heads]).transpose(1, 2);
-    let (q, k, v) = (split(q_ntd), split(k_ntd), split(v_ntd));
-    Tensor::scaled_dot_product_attention(&q, &k, &v, None::<&Tensor>, 0.0, false, None, false)
-        .transpose(1, 2)
-        .reshape([n, t, d])
-}
-
-/// The position table of a square grid `[p, d]`, resampled to `h` x `w` patches `[h * w, d]`.
-///
-/// Bicubic in fp32 without antialiasing or aligned corners, as in transformers'
-/// `Dinov2Embeddings.interpolate_pos_encoding`; the table itself where the grid is its own.
-fn resize_positions(table_pd: &Tensor, h: i64, w: i64) -> Tensor {
-    let (rows, d) = table_pd.size2().expect("invariant: a position table is [p, d]");
-    let side = rows.isqrt();
-    if (h, w) == (side, side) {
-        return table_pd.shallow_clone();
+    /// # Errors
+    /// As [`VisionConfig::validate`], and what the builder's source reports.
+    pub fn new(config: &VisionConfig, builder: &Builder) -> Result<Self> {
+        config.validate()?;
+        let model = config.build(builder)?;
+        builder.finish()?;
+        Ok(Self { config: config.clone(), model })
     }
-    let grid_1dhw = table_pd.to_kind(Kind::Float).reshape([1, side, side, d]).permute([0, 3, 1, 2]);
-    let resized_1dhw = grid_1dhw.upsample_bicubic2d([h, w], false, None, None);
-    resized_1dhw.to_kind(table_pd.kind()).permute([0, 2, 3, 1]).reshape([h * w, d])
+
+    /// The description it was built from.
+    pub fn config(&self) -> &VisionConfig {
+        &self.config
+    }
+
+    /// Batches of normalised images, each `[n, 3, height, width]` of any float type, to the features of
+    /// their patches after the final norm, without class tokens.
+    ///
+    /// # Errors
+    /// As [`VisionConfig::grid`], and [`Error::BatchShape`] for what is not a batch of images.
+    pub fn features(&self, batches: &[Tensor]) -> Result<Features> {
+        let (x_td, grids) = self.encode(batches)?;
+        if self.model.prefix() == 0 {
+            return Ok(Features { x_td, grids });
+        }
+        let mut lengths = Vec::with_capacity(2 * grids.len());
+        for (h, w) in &grids {
+            lengths.extend([self.model.prefix(), h * w]);
+        }
+        let parts = x_td.f_split_with_sizes(lengths, 0)?;
+        let patches: Vec<&Tensor> = parts.iter().skip(1).step_by(2).collect();
+        Ok(Features { x_td: Tensor::f_cat(&patches, 0)?, grids })
+    }
+
+    /// What transformers calls `last_hidden_state`, of images of one size `[n, 3, height, width]`: class
+    /// tokens in front where the family has them, then the patches `[n, s, d]`.
+    ///
+    /// # Errors
+    /// As [`Vision::features`].
+    pub fn last_hidden_state(&self, pixels_nchw: &Tensor) -> Result<Tensor> {
+        let (x_td, grids) = self.encode(std::slice::from_ref(pixels_nchw))?;
+        let d = x_td.size()[1];
+        Ok(x_td.f_view([grids.len() as i64, -1, d])?)
+    }
+
+    fn encode(&self, batches: &[Tensor]) -> Result<(Tensor, Vec<(i64, i64)>)> {
+        let (mut embedded, mut lengths, mut grids) = (Vec::new(), Vec::new(), Vec::new());
+        for pixels_nchw in batches {
+            let (n, grid) = self.grid_of(pixels_nchw)?;
+            let x_nsd = self.model.embed(pixels_nchw);
+            lengths.extend(std::iter::repeat_n(x_nsd.size()[1], n));
+            grids.extend(std::iter::repeat_n(grid, n));
+            embedded.push(x_nsd.flatten(0, 1));
+        }
+        let x_td = if let [one] = &embedded[..] { one.shallow_clone() } else { Tensor::f_cat(&embedded, 0)? };
+        Ok((self.model.encode(&x_td, &Segments::of_lengths(lengths)?), grids))
+    }
+
+    /// How many images a batch has, and their grid.
+    fn grid_of(&self, pixels_nchw: &Tensor) -> Result<(usize, (i64, i64))> {
+        match pixels_nchw.size()[..] {
+            [n, 3, height, width] if n > 0 => Ok((n as usize, self.config.grid(height, width)?)),
+            _ => {
+                let (found, px) = (pixels_nchw.size(), self.config.image_size());
+                let expected = vec![found.first().copied().unwrap_or(1).max(1), 3, px, px];
+                Err(Error::BatchShape { field: "pixels_nchw", found, expected })
+            }
+        }
+    }
 }

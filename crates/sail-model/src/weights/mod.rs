@@ -3,7 +3,9 @@
 //! Knows files, names and shapes, no architecture: which names a model has is the model's concern.
 //! Called by the trainer when it builds or exports a model.
 
+mod layout;
 mod read;
+mod shards;
 mod write;
 
 use std::fmt::Display;
@@ -11,10 +13,16 @@ use std::path::Path;
 
 use serde_json::Value;
 
+pub use layout::{Layout, Naming, Piece, Stored, arrange, own_names};
 pub use read::FileSource;
-pub use write::{write_folder, write_safetensors};
+pub use shards::Shards;
+pub use write::{Folder, write_safetensors};
 
 use crate::error::{Error, Result};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const CONFIG: &str = "config.json";
 
 /// Reads a JSON file.
 ///

@@ -1,208 +1,131 @@
-//! Tensors out of `model.safetensors` or its shards, one at a time.
+//! A model's tensors out of the files of a Hugging Face folder, by the names that its family's files have.
 //!
-//! Each tensor is read at its offset when a module asks for it, so that only one is in memory twice.
-//! The file is not mapped: a map is `unsafe` in Rust, and a file cut short under it kills the process.
+//! What does not fit is collected while the model is built and reported once, by
+//! [`TensorSource::finish`].
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::path::Path;
 
-use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::{file_error, read_json};
-use crate::error::{Error, Result};
+use super::layout::{Naming, Piece};
+use super::shards::Shards;
+use crate::error::{Error, Misfits, Result};
 use crate::params::{Init, TensorSource};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-/// Bytes that say how long the header is.
-const LENGTH_BYTES: u64 = 8;
-
-/// The tensors of a Hugging Face folder, as fp32. Remembers which were asked for.
+/// The tensors of a Hugging Face folder. Remembers which were asked for, and what did not fit.
+#[derive(Debug)]
 pub struct FileSource {
-    path: PathBuf,
-    prefix: String,
-    shards: Vec<Shard>,
-    /// Name in the file -> index into `shards`.
-    owners: BTreeMap<String, usize>,
+    shards: Shards,
+    naming: Naming,
+    /// Which of the naming's prefixes the file has; found with the first tensor.
+    prefix: Cell<Option<&'static str>>,
     used: RefCell<BTreeSet<String>>,
+    misfits: RefCell<Misfits>,
 }
 
 impl FileSource {
-    /// Opens a folder with `model.safetensors`, or else `model.safetensors.index.json` and its
-    /// shards; or one safetensors file. Reads the headers only.
+    /// Opens a folder or file, see [`Shards::open`], whose names are the model's own.
     ///
     /// # Errors
-    /// [`Error::File`] names the file that is absent, truncated or not what its name says;
-    /// [`Error::MissingTensor`] when the index names a tensor that its shard lacks.
+    /// As [`Shards::open`].
     pub fn open(path: &Path) -> Result<Self> {
-        let (single, index) = (path.join(SINGLE), path.join(INDEX));
-        let mut source = Self {
-            path: path.to_owned(),
-            prefix: String::new(),
-            shards: Vec::new(),
-            owners: BTreeMap::new(),
+        Ok(Self {
+            shards: Shards::open(path)?,
+            naming: Naming::default(),
+            prefix: Cell::new(None),
             used: RefCell::default(),
-        };
-        if path.is_file() {
-            source.add(path)?;
-        } else if single.is_file() {
-            source.add(&single)?;
-        } else if index.is_file() {
-            source.add_index(&index)?;
-        } else {
-            let reason = format!("neither `{SINGLE}` nor `{INDEX}` is here");
-            return Err(Error::File { path: path.to_owned(), reason });
-        }
-        Ok(source)
+            misfits: RefCell::default(),
+        })
     }
 
-    /// Looks for every name under `prefix`, e.g. `dinov2.` in a classifier's file. [`Self::unused`]
-    /// then lists names under it only.
+    /// Finds tensors by these names.
     #[must_use]
-    pub fn under(self, prefix: impl Into<String>) -> Self {
-        Self { prefix: prefix.into(), ..self }
+    pub fn with(self, naming: Naming) -> Self {
+        Self { naming, ..self }
     }
 
-    /// Names in the file, sorted.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.owners.keys().map(String::as_str)
-    }
-
-    /// Names in the file that no module has asked for, sorted.
-    pub fn unused(&self) -> Vec<String> {
-        let used = self.used.borrow();
-        let left = self.names().filter(|name| name.starts_with(&self.prefix) && !used.contains(*name));
-        left.map(str::to_owned).collect()
-    }
-
-    fn add(&mut self, path: &Path) -> Result<()> {
-        let shard = Shard::open(path)?;
-        for name in shard.header.offset_keys() {
-            if self.owners.insert(name.clone(), self.shards.len()).is_some() {
-                let reason = format!("tensor `{name}` is in another shard already");
-                return Err(Error::File { path: path.to_owned(), reason });
+    /// The pieces of a tensor: those of the first layout whose tensors are all in the file, else those of
+    /// the first layout.
+    fn pieces(&self, name: &str, shape: &[i64]) -> Vec<Piece> {
+        let of = |prefix: &str, layout: &super::Layout| -> Vec<Piece> {
+            let prefixed = |piece: Piece| Piece { name: format!("{prefix}{}", piece.name), ..piece };
+            layout(name, shape).into_iter().map(prefixed).collect()
+        };
+        let is_here =
+            |pieces: &Vec<Piece>| pieces.iter().all(|piece| self.shards.shape(&piece.name).is_some());
+        let prefixes = self.prefix.get().map_or(self.naming.prefixes.clone(), |prefix| vec![prefix]);
+        for prefix in &prefixes {
+            let found = self.naming.layouts.iter().map(|layout| of(prefix, layout)).find(is_here);
+            if let Some(pieces) = found {
+                self.prefix.set(Some(prefix));
+                return pieces;
             }
         }
-        self.shards.push(shard);
-        Ok(())
+        of(prefixes[0], &self.naming.layouts[0])
     }
 
-    fn add_index(&mut self, index: &Path) -> Result<()> {
-        let json = read_json(index)?;
-        let not_an_index = || file_error(index)("no `weight_map` from tensor names to file names");
-        let map = json.get("weight_map").and_then(|map| map.as_object()).ok_or_else(not_an_index)?;
-        let mut files = BTreeSet::new();
-        for file in map.values() {
-            files.insert(file.as_str().ok_or_else(not_an_index)?);
-        }
-        for file in &files {
-            self.add(&self.path.join(file))?;
-        }
-        match map.iter().find(|(name, _)| !self.owners.contains_key(*name)) {
-            None => Ok(()),
-            Some((name, file)) => Err(Error::MissingTensor {
-                path: self.path.join(file.as_str().unwrap_or_default()),
-                name: name.clone(),
-            }),
-        }
+    /// Names in the file, under the prefix in use, that no module has asked for.
+    fn left_over(&self) -> Vec<String> {
+        let (used, prefix) = (self.used.borrow(), self.prefix.get().unwrap_or_default());
+        let under = |name: &&str| name.strip_prefix(prefix).is_some_and(|name| !self.naming.ignores(name));
+        self.shards.names().filter(under).filter(|name| !used.contains(*name)).map(str::to_owned).collect()
     }
 }
 
 impl TensorSource for FileSource {
-    /// `init` has no part in it: a tensor that the file lacks is an error.
-    fn tensor(&self, name: &str, shape: &[i64], _init: Init) -> Result<Tensor> {
-        let name = format!("{}{name}", self.prefix);
-        let Some(&owner) = self.owners.get(&name) else {
-            return Err(Error::MissingTensor { path: self.path.clone(), name });
-        };
-        let tensor = self.shards[owner].read(&name, shape)?;
-        self.used.borrow_mut().insert(name);
-        Ok(tensor)
-    }
-}
-
-/// One safetensors file.
-struct Shard {
-    path: PathBuf,
-    file: File,
-    header: Metadata,
-    data_start: u64,
-}
-
-impl Shard {
-    fn open(path: &Path) -> Result<Self> {
-        let fail = |reason: String| Error::File { path: path.to_owned(), reason };
-        let io = |error: std::io::Error| fail(error.to_string());
-        let file = File::open(path).map_err(io)?;
-        let file_len = file.metadata().map_err(io)?.len();
-        let mut length = [0; LENGTH_BYTES as usize];
-        if file_len < LENGTH_BYTES {
-            return Err(fail(format!("not a safetensors file: {file_len} bytes long")));
-        }
-        file.read_exact_at(&mut length, 0).map_err(io)?;
-        let header_len = u64::from_le_bytes(length);
-        if header_len > file_len - LENGTH_BYTES {
-            let reason = "not a safetensors file, or cut short";
-            return Err(fail(format!("{reason}: a header of {header_len} bytes in a file of {file_len}")));
-        }
-        let mut bytes = vec![0; header_len as usize];
-        file.read_exact_at(&mut bytes, LENGTH_BYTES).map_err(io)?;
-        let header: Metadata = serde_json::from_slice(&bytes)
-            .map_err(|error| fail(format!("not a safetensors file, its header says: {error}")))?;
-        let data_start = LENGTH_BYTES + header_len;
-        let expected_len = data_start + header.data_len() as u64;
-        if file_len != expected_len {
-            return Err(fail(format!("{file_len} bytes long, its header asks for {expected_len}")));
-        }
-        Ok(Self { path: path.to_owned(), file, header, data_start })
-    }
-
-    fn read(&self, name: &str, expected: &[i64]) -> Result<Tensor> {
-        let path = || self.path.clone();
-        let info =
-            self.header.info(name).ok_or_else(|| Error::MissingTensor { path: path(), name: name.into() })?;
-        let TensorInfo { dtype, shape, data_offsets: (start, end) } = info;
-        let found: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
-        if found != expected {
-            return Err(Error::Shape { path: path(), name: name.into(), found, expected: expected.into() });
-        }
-        let kind = match dtype {
-            Dtype::F32 => Kind::Float,
-            Dtype::F16 => Kind::Half,
-            Dtype::BF16 => Kind::BFloat16,
-            other => {
-                let reason = format!("tensor `{name}` is {other}; F32, F16 and BF16 can be read");
-                return Err(Error::File { path: path(), reason });
+    /// `init` has no part in it. Where the file does not give the tensor, `target` is left as it is and
+    /// [`TensorSource::finish`] will fail.
+    fn fill(&self, name: &str, target: &Tensor, _init: Init) -> Result<()> {
+        let flat = target.f_view(-1)?;
+        let mut start = 0;
+        for Piece { name, shape, elements } in self.pieces(name, &target.size()) {
+            let length = elements.end - elements.start;
+            let part = flat.f_narrow(0, start, length)?;
+            start += length;
+            let first_use = self.used.borrow_mut().insert(name.clone());
+            match self.shards.shape(&name) {
+                Some(found) if found == shape => self.shards.read_into(&name, elements, &part)?,
+                Some(found) if first_use => self.misfits.borrow_mut().shapes.push((name, found, shape)),
+                None if first_use => self.misfits.borrow_mut().missing.push(name),
+                Some(_) | None => {}
             }
-        };
-        let mut bytes = vec![0; end - start];
-        self.file
-            .read_exact_at(&mut bytes, self.data_start + *start as u64)
-            .map_err(|error| Error::File { path: path(), reason: format!("tensor `{name}`: {error}") })?;
-        // The header was checked to give each tensor as many bytes as its shape and type ask for.
-        Ok(Tensor::f_from_data_size(&bytes, &found, kind)?.f_to_kind(Kind::Float)?)
+        }
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<()> {
+        let mut misfits = self.misfits.take();
+        misfits.unexpected = self.left_over();
+        if misfits == Misfits::default() {
+            return Ok(());
+        }
+        Err(Error::Weights { path: self.shards.path().to_owned(), misfits })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::fs;
 
     use serde_json::json;
-    use tch::Device;
+    use tch::{Device, Kind};
     use tempfile::TempDir;
 
     use super::*;
-    use crate::weights::write_safetensors;
+    use crate::weights::{INDEX, SINGLE, own_names, write_safetensors};
 
     fn tensors(names: &[&str], kind: Kind) -> BTreeMap<String, Tensor> {
         let tensor = || Tensor::arange(6, (Kind::Float, Device::Cpu)).reshape([2, 3]).to_kind(kind);
         names.iter().map(|name| ((*name).to_owned(), tensor())).collect()
+    }
+
+    fn folder_with(names: &[&str]) -> TempDir {
+        let dir = TempDir::new().unwrap();
+        write_safetensors(&dir.path().join(SINGLE), &tensors(names, Kind::Float)).unwrap();
+        dir
     }
 
     fn opening_error(path: &Path) -> String {
@@ -210,20 +133,65 @@ mod tests {
     }
 
     #[test]
-    fn every_type_becomes_fp32_and_leftovers_are_listed() {
+    fn every_type_converts_to_the_targets() {
         for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
             let dir = TempDir::new().unwrap();
-            write_safetensors(&dir.path().join(SINGLE), &tensors(&["a", "b", "x.c"], kind)).unwrap();
+            write_safetensors(&dir.path().join(SINGLE), &tensors(&["a"], kind)).unwrap();
             let source = FileSource::open(dir.path()).unwrap();
-            let a = source.tensor("a", &[2, 3], Init::Zeros).unwrap();
-            assert_eq!(a.kind(), Kind::Float);
-            assert!(a.equal(&tensors(&["a"], Kind::Float)["a"]));
-            assert_eq!(source.unused(), ["b", "x.c"]);
-            let under = source.under("x.");
-            assert_eq!(under.unused(), ["x.c"]);
-            let _ = under.tensor("c", &[2, 3], Init::Zeros).unwrap();
-            assert!(under.unused().is_empty());
+            for to in [Kind::Float, Kind::BFloat16] {
+                let target = Tensor::empty([2, 3], (to, Device::Cpu));
+                source.fill("a", &target, Init::Zeros).unwrap();
+                assert!(target.equal(&tensors(&["a"], to)["a"]), "{kind:?} to {to:?}");
+            }
+            source.finish().unwrap();
         }
+    }
+
+    #[test]
+    fn everything_that_does_not_fit_is_in_one_error() {
+        let dir = folder_with(&["a", "b", "head.weight"]);
+        let naming = Naming { ignored: vec!["head."], ..Naming::default() };
+        let source = FileSource::open(dir.path()).unwrap().with(naming);
+        for (name, shape) in [("a", [3, 2]), ("y", [2, 3]), ("z", [2, 3]), ("z", [2, 3])] {
+            let _ = source.tensor(name, &shape, Init::Zeros).unwrap();
+        }
+        let message = source.finish().unwrap_err().to_string();
+        let expected = "the weights do not fit the model
+  missing (2): y z
+  of another shape (1):
+    a has shape [2, 3], the model needs [3, 2]
+  the model has no place for (1): b";
+        assert!(message.ends_with(expected), "{message}");
+    }
+
+    #[test]
+    fn the_first_prefix_that_is_there_is_taken() {
+        let dir = folder_with(&["x.c", "other.d"]);
+        let naming = Naming { prefixes: vec!["", "y.", "x."], ..Naming::default() };
+        let source = FileSource::open(dir.path()).unwrap().with(naming.clone());
+        let _ = source.tensor("c", &[2, 3], Init::Zeros).unwrap();
+        source.finish().unwrap();
+        let source = FileSource::open(dir.path()).unwrap().with(naming);
+        let _ = source.tensor("c", &[2, 3], Init::Zeros).unwrap();
+        let _ = source.tensor("d", &[2, 3], Init::Zeros).unwrap();
+        let message = source.finish().unwrap_err().to_string();
+        assert!(message.contains("missing (1): x.d"), "{message}");
+    }
+
+    #[test]
+    fn a_tensor_may_lie_in_pieces() {
+        fn rows(name: &str, _: &[i64]) -> Vec<Piece> {
+            let index = i64::from(name == "second");
+            vec![Piece::part("a", &[1, 3], index, 2)]
+        }
+        let dir = folder_with(&["a"]);
+        let naming = Naming { layouts: vec![own_names, rows], ..Naming::default() };
+        let source = FileSource::open(dir.path()).unwrap().with(naming);
+        let [first, second] =
+            ["first", "second"].map(|name| source.tensor(name, &[1, 3], Init::Zeros).unwrap());
+        assert!(first.equal(&Tensor::from_slice(&[0f32, 1.0, 2.0]).view([1, 3])));
+        assert!(second.equal(&Tensor::from_slice(&[3f32, 4.0, 5.0]).view([1, 3])));
+        source.finish().unwrap();
     }
 
     #[test]
@@ -234,8 +202,10 @@ mod tests {
         let index = |map: serde_json::Value| fs::write(dir.path().join(INDEX), map.to_string()).unwrap();
         index(json!({ "weight_map": { "a": "1.safetensors", "b": "2.safetensors" } }));
         let source = FileSource::open(dir.path()).unwrap();
-        let _ = source.tensor("b", &[2, 3], Init::Zeros).unwrap();
-        assert_eq!(source.unused(), ["a"]);
+        for name in ["b", "a"] {
+            let _ = source.tensor(name, &[2, 3], Init::Zeros).unwrap();
+        }
+        source.finish().unwrap();
 
         index(json!({ "weight_map": { "a": "1.safetensors", "c": "2.safetensors" } }));
         let message = opening_error(dir.path());
@@ -250,20 +220,13 @@ mod tests {
     }
 
     #[test]
-    fn wrong_tensors_are_named_with_their_file() {
+    fn types_that_are_not_weights_are_refused() {
         let dir = TempDir::new().unwrap();
-        let file = dir.path().join(SINGLE);
-        let mut stored = tensors(&["a"], Kind::Float);
-        stored.insert("ids".into(), Tensor::from_slice(&[1i64, 2]));
-        write_safetensors(&file, &stored).unwrap();
+        let ids = BTreeMap::from([("ids".to_owned(), Tensor::from_slice(&[1i64, 2]))]);
+        write_safetensors(&dir.path().join(SINGLE), &ids).unwrap();
         let source = FileSource::open(dir.path()).unwrap();
-        let message =
-            |name: &str, shape: &[i64]| source.tensor(name, shape, Init::Zeros).unwrap_err().to_string();
-        assert!(message("z", &[2]).contains("no tensor `z`"));
-        let shape = message("a", &[3, 2]);
-        assert!(shape.contains(SINGLE) && shape.contains("[2, 3]") && shape.contains("[3, 2]"), "{shape}");
-        assert!(message("ids", &[2]).contains("tensor `ids` is I64"));
-        assert_eq!(source.unused(), ["a", "ids"]);
+        let message = source.tensor("ids", &[2], Init::Zeros).unwrap_err().to_string();
+        assert!(message.contains("tensor `ids` is I64"), "{message}");
     }
 
     #[test]

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use sail_model::params::{Init, TensorSource};
-use sail_model::weights::FileSource;
+use sail_model::weights::Shards;
 use serde::de::DeserializeOwned;
 use tch::Tensor;
 use tracing::warn;
@@ -22,7 +21,7 @@ pub struct Checkpoint {
     seal: String,
     manifest: Manifest,
     state: RunState,
-    files: BTreeMap<String, FileSource>,
+    files: BTreeMap<String, Shards>,
     /// Index into the manifest's pieces by `(name, kind)`.
     places: BTreeMap<(String, String), usize>,
 }
@@ -74,7 +73,7 @@ impl Checkpoint {
                 )));
             }
             if !files.contains_key(&piece.file) {
-                files.insert(piece.file.clone(), FileSource::open(&dir.join(&piece.file))?);
+                files.insert(piece.file.clone(), Shards::open(&dir.join(&piece.file))?);
             }
             places.insert((piece.name.clone(), piece.kind.clone()), i);
         }
@@ -122,7 +121,12 @@ impl Checkpoint {
         let place = place
             .ok_or_else(|| Error::checkpoint(&self.dir, format!("holds no `{}` of `{name}`", kind.name())))?;
         let piece = &self.manifest.pieces[*place];
-        Ok(self.files[&piece.file].tensor(&piece.key, &piece.shape, Init::Zeros)?)
+        let tensor = self.files[&piece.file].tensor(&piece.key)?;
+        if tensor.size() == piece.shape {
+            return Ok(tensor);
+        }
+        let reason = format!("`{}` has shape {:?}, its manifest says {:?}", name, tensor.size(), piece.shape);
+        Err(Error::checkpoint(&self.dir, reason))
     }
 }
 

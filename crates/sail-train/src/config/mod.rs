@@ -39,8 +39,8 @@ pub use error::{ConfigError, ConfigErrors, Origin, Problem};
 pub use identity::Difference;
 pub use path::{FieldPath, Step};
 pub use plan::{
-    BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, GeometryError, InitPlan, LlmPlan, LogPlan,
-    ModelPlan, OptimizerPlan, Plan, ProjectorPlan, RunPlan, SchedulePlan, TrainPlan, VisionPlan,
+    BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, InitPlan, LlmPlan, LogPlan, ModelPlan,
+    OptimizerPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan,
 };
 pub use values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind, VitLayout};
 

@@ -58,6 +58,13 @@ impl FieldPath {
         }
     }
 
+    /// A field of this section; `name` may have dots in it.
+    pub(super) fn child(&self, name: &str) -> Self {
+        let mut steps = self.0.clone();
+        steps.push(Step::Key(name.to_owned()));
+        Self(steps)
+    }
+
     /// The same section's field of another name.
     pub(super) fn sibling(&self, name: &str) -> Self {
         let mut steps = self.0.clone();

@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use sail_data::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec, Tiling};
 use serde::{Deserialize, Serialize};
 
+use sail_model::projector::ProjectorConfig;
+
 use super::values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind, VitLayout};
 
 /// Everything one stage needs to know.
@@ -64,7 +66,7 @@ pub struct ModelPlan {
     /// The vision encoder.
     pub vision: VisionPlan,
     /// The connector.
-    pub projector: ProjectorPlan,
+    pub projector: ProjectorConfig,
     /// The language model.
     pub llm: LlmPlan,
 }
@@ -77,13 +79,6 @@ pub struct VisionPlan {
     pub source: ModelSource,
     /// Side of the square tiles it sees, pixels.
     pub image_px: usize,
-}
-
-/// The connector.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ProjectorPlan {
-    /// `merge` x `merge` neighbouring patches become one visual token.
-    pub merge: usize,
 }
 
 /// The language model.
@@ -238,58 +233,20 @@ pub struct ExportPlan {
     pub vit: VitLayout,
 }
 
-/// The tile size, the patch size and the merge factor do not fit together.
-///
-/// Not a [`ConfigErrors`](super::ConfigErrors): the patch size is known only once the vision encoder's own
-/// `config.json` has been read.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "`model.vision.image_px` {image_px} is not a multiple of {needed} (patch size {patch_size} x merge {merge})"
-)]
-pub struct GeometryError {
-    /// Side of a tile, pixels.
-    pub image_px: usize,
-    /// Side of a patch, pixels.
-    pub patch_size: usize,
-    /// The projector's merge factor.
-    pub merge: usize,
-    /// What `image_px` must be a multiple of, pixels.
-    pub needed: usize,
-}
-
 impl Plan {
-    /// Visual tokens per tile: `(image_px / patch_size / merge)^2`, with the vision encoder's patch size in pixels.
-    ///
-    /// # Errors
-    /// [`GeometryError`] when the tile does not divide evenly.
-    pub fn tokens_per_tile(&self, patch_size: usize) -> Result<usize, GeometryError> {
-        let (image_px, merge) = (self.model.vision.image_px, self.model.projector.merge);
-        let needed = patch_size * merge;
-        if needed == 0 || image_px % needed != 0 {
-            return Err(GeometryError { image_px, patch_size, merge, needed });
-        }
-        Ok((image_px / needed).pow(2))
-    }
-
-    /// What the data crate needs for training.
-    ///
-    /// # Errors
-    /// See [`Plan::tokens_per_tile`].
-    pub fn data_spec(&self, patch_size: usize) -> Result<DataSpec, GeometryError> {
-        self.spec_of(&self.data.sources, patch_size)
+    /// What the data crate needs for training, with the visual tokens that the model makes of a tile.
+    pub fn data_spec(&self, tokens_per_tile: usize) -> DataSpec {
+        self.spec_of(&self.data.sources, tokens_per_tile)
     }
 
     /// The same for the held-out sources; `None` when the plan has no evaluation.
-    ///
-    /// # Errors
-    /// See [`Plan::tokens_per_tile`].
-    pub fn eval_spec(&self, patch_size: usize) -> Result<Option<DataSpec>, GeometryError> {
-        self.eval.as_ref().map(|eval| self.spec_of(&eval.sources, patch_size)).transpose()
+    pub fn eval_spec(&self, tokens_per_tile: usize) -> Option<DataSpec> {
+        self.eval.as_ref().map(|eval| self.spec_of(&eval.sources, tokens_per_tile))
     }
 
-    fn spec_of(&self, sources: &[SourceSpec], patch_size: usize) -> Result<DataSpec, GeometryError> {
+    fn spec_of(&self, sources: &[SourceSpec], tokens_per_tile: usize) -> DataSpec {
         let data = self.data.clone();
-        Ok(DataSpec {
+        DataSpec {
             sources: sources.to_vec(),
             streams: data.streams,
             seed: self.run.seed,
@@ -305,12 +262,12 @@ impl Plan {
             },
             image: ImageSpec {
                 tile_px: self.model.vision.image_px,
-                tokens_per_tile: self.tokens_per_tile(patch_size)?,
+                tokens_per_tile,
                 tiling: data.tiling,
                 mean: data.mean.map(|value| value as f32),
                 std: data.std.map(|value| value as f32),
                 max_pixels: data.max_pixels,
             },
-        })
+        }
     }
 }

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use sail_data::{LossWeight, Template};
+use sail_model::projector::ProjectorKind;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -103,13 +104,16 @@ pub(super) struct RawVision {
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawProjector {
-    /// `merge` x `merge` neighbouring patches become one visual token. Default: 2.
-    pub(super) merge: usize,
+    /// `pixel_shuffle` (merges patches, then layer norm, linear, GELU, linear), or without merging `mlp` (linear, GELU,
+    /// linear) or `linear`. Default: `pixel_shuffle`.
+    pub(super) kind: ProjectorKind,
+    /// `merge` x `merge` neighbouring patches become one visual token. Default: 2 for `pixel_shuffle`, else 1.
+    pub(super) merge: Option<i64>,
 }
 
 impl Default for RawProjector {
     fn default() -> Self {
-        Self { merge: 2 }
+        Self { kind: ProjectorKind::PixelShuffle, merge: None }
     }
 }
 

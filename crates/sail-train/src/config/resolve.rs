@@ -3,18 +3,22 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use sail_model::llm::LlmConfig;
+use sail_model::projector::{ProjectorConfig, ProjectorKind};
+use sail_model::vision::VisionConfig;
 use serde_json::Value;
 
 use super::check::Checker;
 use super::de;
-use super::error::ConfigError;
+use super::error::{ConfigError, Problem};
+use super::path::FieldPath;
 use super::plan::{
     BatchPlan, CheckpointPlan, ExportPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan, Plan,
-    ProjectorPlan, RunPlan, SchedulePlan, TrainPlan, VisionPlan,
+    RunPlan, SchedulePlan, TrainPlan, VisionPlan,
 };
 use super::raw::{
-    RawBatch, RawCheckpoint, RawExport, RawInit, RawLlm, RawLog, RawModel, RawOptimizer, RawRun,
-    RawRunSection, RawSchedule, RawTrain, RawVision,
+    RawBatch, RawCheckpoint, RawExport, RawInit, RawLlm, RawLog, RawModel, RawOptimizer, RawProjector,
+    RawRun, RawRunSection, RawSchedule, RawTrain, RawVision,
 };
 use super::raw_values::{RawModule, RawWarmup};
 use super::resolve_data;
@@ -101,15 +105,24 @@ fn under(root: &Path, path: &Path) -> PathBuf {
 }
 
 fn model(checker: &mut Checker<'_>, raw: RawModel) -> Option<ModelPlan> {
-    let merge = raw.projector.merge;
-    checker.expect(merge >= 1, "model.projector.merge", "must be at least 1", merge);
+    let projector = projector(checker, &raw.projector);
     let vision = vision(checker, raw.vision);
     let llm = llm(checker, raw.llm);
-    Some(ModelPlan { vision: vision?, projector: ProjectorPlan { merge }, llm: llm? })
+    Some(ModelPlan { vision: vision?, projector, llm: llm? })
+}
+
+fn projector(checker: &mut Checker<'_>, raw: &RawProjector) -> ProjectorConfig {
+    let default = if raw.kind == ProjectorKind::PixelShuffle { 2 } else { 1 };
+    let config = ProjectorConfig { kind: raw.kind, merge: raw.merge.unwrap_or(default) };
+    if let Err(sail_model::Error::Config { reason, .. }) = config.validate() {
+        checker.invalid("model.projector.merge", reason);
+    }
+    config
 }
 
 fn vision(checker: &mut Checker<'_>, raw: RawVision) -> Option<VisionPlan> {
-    let source = source(checker, "model.vision", raw.from, raw.random);
+    let source =
+        source(checker, "model.vision", raw.from, raw.random, |keys| VisionConfig::from_keys(keys).map(drop));
     let image_px = checker.required("model.vision.image_px", raw.image_px);
     if let Some(image_px) = image_px {
         checker.expect(
@@ -124,7 +137,8 @@ fn vision(checker: &mut Checker<'_>, raw: RawVision) -> Option<VisionPlan> {
 
 fn llm(checker: &mut Checker<'_>, raw: RawLlm) -> Option<LlmPlan> {
     let beside_weights = raw.from.as_ref().map(|folder| folder.join("tokenizer.json"));
-    let source = source(checker, "model.llm", raw.from, raw.random)?;
+    let source =
+        source(checker, "model.llm", raw.from, raw.random, |keys| LlmConfig::from_keys(keys).map(drop))?;
     let tokenizer = raw.tokenizer.or(beside_weights);
     if tokenizer.is_none() {
         checker.invalid_with_hint(
@@ -142,19 +156,21 @@ fn source(
     section: &str,
     from: Option<PathBuf>,
     random: Option<Value>,
+    check: impl Fn(&Value) -> sail_model::Result<()>,
 ) -> Option<ModelSource> {
     match (from, random) {
         (Some(folder), None) => Some(ModelSource::From(folder)),
         (None, Some(config)) => {
-            let named = config.get("model_type").is_some_and(Value::is_string);
-            if !named {
+            if !config.get("model_type").is_some_and(Value::is_string) {
                 checker.invalid_with_hint(
                     &format!("{section}.random"),
                     "must be a mapping with a `model_type`",
                     "write the keys of the family's own `config.json`",
                 );
+                return None;
             }
-            named.then_some(ModelSource::Random(config))
+            random_keys(checker, section, &config, check);
+            Some(ModelSource::Random(config))
         }
         (Some(_), Some(_)) => {
             checker.invalid_with_hint(
@@ -171,6 +187,31 @@ fn source(
                 "name a folder with `from`, or a shape with `random: { model_type: ... }`",
             );
             None
+        }
+    }
+}
+
+/// Reports every key that the family does not take: the one at fault is left out and the rest looked at again.
+fn random_keys(
+    checker: &mut Checker<'_>,
+    section: &str,
+    config: &Value,
+    check: impl Fn(&Value) -> sail_model::Result<()>,
+) {
+    let mut keys = config.clone();
+    while let Err(error) = check(&keys) {
+        let (key, reason) = match error {
+            sail_model::Error::Config { key, reason, .. } => (key, reason),
+            other => (String::new(), other.to_string()),
+        };
+        if keys.as_object_mut().and_then(|keys| keys.remove(&key)).is_none() {
+            checker.invalid(&format!("{section}.random"), format!("`{key}`: {reason}"));
+            return;
+        }
+        let path = FieldPath::parse(section).map(|path| path.child("random").child(&key));
+        checker.fault(path.unwrap_or_default(), Problem::Invalid(reason));
+        if key == "model_type" {
+            return;
         }
     }
 }

@@ -272,7 +272,7 @@ fn values_that_make_no_sense() {
     error: `model.vision.image_px`: must be from 1 to 16384, found 0
       --> stage.yaml:3
 
-    error: `model.projector.merge`: must be at least 1, found 0
+    error: `model.projector.merge`: must be at least 1, is 0
       --> stage.yaml:4
 
     error: `train.projector.lr`: must be above 0, found -1
@@ -397,6 +397,30 @@ fn model_sources() {
     error: `model.llm.tokenizer`: missing
       --> stage.yaml:4
       hint: `random` weights bring no tokenizer: name a `tokenizer.json`
+    ");
+}
+
+#[test]
+fn random_keys_are_named_with_their_lines() {
+    let edits = [
+        (
+            "from: weights/vit",
+            "random: {\n    model_type: dinov2,\n    hiden_size: 8,\n    num_attention_heads: 5,\n    drop_path_rate: 0.1 }",
+        ),
+        ("{ from: weights/llm }", "{ tokenizer: t.json, random: { model_type: gpt2 } }"),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `model.vision.random.hiden_size`: this family has no such key
+      --> stage.yaml:5
+
+    error: `model.vision.random.num_attention_heads`: 5 does not divide the width 768
+      --> stage.yaml:6
+
+    error: `model.vision.random.drop_path_rate`: only 0 is supported, is 0.1
+      --> stage.yaml:7
+
+    error: `model.llm.random.model_type`: language models are `llama` and `qwen3`, found `gpt2`
+      --> stage.yaml:8
     ");
 }
 
