@@ -17,38 +17,59 @@ pub fn check_sources(spec: &DataSpec) -> Result<()> {
     Source::open_all(spec).map(drop)
 }
 
-/// Every good sample of the sources, in shard order, once, at most `limit` per source (`None`: all).
+/// Every good sample of the sources, in shard order, once, at most `limit` per source (`None`: all), one
+/// at a time.
 ///
 /// `streams`, `seed`, the buffers and the weights play no part. Bad samples are skipped and logged as in
 /// training.
 ///
 /// # Errors
 /// Errors of the shards, [`Error::TooManyBad`], and [`Error::EmptySource`] or [`Error::NoGoodSample`] for a
-/// source that gives nothing.
+/// source that gives nothing; those of `visit`.
+pub fn for_each_sample<E: From<Error>>(
+    spec: &DataSpec,
+    encoder: &TextEncoder,
+    limit: Option<usize>,
+    mut visit: impl FnMut(Sample) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
+    for source in Source::open_all(spec)? {
+        visit_source(spec, encoder, &source, limit.unwrap_or(usize::MAX), &mut visit)?;
+    }
+    Ok(())
+}
+
+/// The samples of [`for_each_sample`] in a list.
+///
+/// # Errors
+/// As [`for_each_sample`].
 pub fn read_samples(spec: &DataSpec, encoder: &TextEncoder, limit: Option<usize>) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
-    for source in Source::open_all(spec)? {
-        read_source(spec, encoder, &source, limit.unwrap_or(usize::MAX), &mut samples)?;
-    }
+    for_each_sample(spec, encoder, limit, |sample| {
+        samples.push(sample);
+        Result::Ok(())
+    })?;
     Ok(samples)
 }
 
-fn read_source(
+fn visit_source<E: From<Error>>(
     spec: &DataSpec,
     encoder: &TextEncoder,
     source: &Source,
     limit: usize,
-    samples: &mut Vec<Sample>,
-) -> Result<()> {
-    let end = samples.len().saturating_add(limit);
+    visit: &mut impl FnMut(Sample) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
     let mut tally = Tally::default();
+    let mut given = 0;
     for (index, shard) in source.shards.iter().enumerate() {
         let mut scanner = Scanner::open(shard, index as u32, 0, 0)?;
-        while samples.len() < end {
+        while given < limit {
             let Some(place) = scanner.next_sample()? else { break };
             tally.seen += 1;
             match Draft::read(spec, encoder, source, place)?.and_then(|draft| draft.finish(&spec.image)) {
-                Ok(sample) => samples.push(sample),
+                Ok(sample) => {
+                    given += 1;
+                    visit(sample)?;
+                }
                 Err(rejected) => {
                     rejected.log();
                     tally.skip(rejected.cause.reason());
@@ -61,8 +82,8 @@ fn read_source(
     match tally.commonest() {
         _ if tally.seen > skipped || limit == 0 => Ok(()),
         Some((reason, _)) => {
-            Err(Error::NoGoodSample { name: source.name.clone(), skipped, reason: reason.to_owned() })
+            Err(Error::NoGoodSample { name: source.name.clone(), skipped, reason: reason.to_owned() }.into())
         }
-        None => Err(Error::EmptySource { name: source.name.clone(), shards: source.shards.len() }),
+        None => Err(Error::EmptySource { name: source.name.clone(), shards: source.shards.len() }.into()),
     }
 }

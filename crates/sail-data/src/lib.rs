@@ -46,7 +46,7 @@ mod tests;
 
 pub use annotation::{Role, Turn};
 pub use error::{BadSample, Error, Result};
-pub use heldout::{check_sources, read_samples};
+pub use heldout::{check_sources, for_each_sample, read_samples};
 pub use image::load_image;
 pub use loader::{Loaded, Loader};
 pub use sample::{IGNORE, Pack, Prompt, Sample, SampleId, SamplePrompt, Tiles};

@@ -118,6 +118,12 @@ impl TextEncoder {
         self.tokenizer.get_vocab_size(true)
     }
 
+    /// The tokens that only the template may write, with their ids: start and end of a turn, then start,
+    /// visual token and end of an image. `spec` is the one that the encoder was made with.
+    pub fn structure_tokens(&self, spec: &TextSpec) -> Vec<(String, i64)> {
+        structure_names(spec).into_iter().map(|(name, _)| name).zip(self.structure.ids()).collect()
+    }
+
     /// The id that stands for a visual token.
     pub fn image_context_id(&self) -> i64 {
         self.structure.image_context

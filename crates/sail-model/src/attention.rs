@@ -1,21 +1,25 @@
 //! Attention over packed sequences: rows of many sequences one after the other, each row seeing
 //! only its own sequence.
 //!
-//! Neighbouring segments of one length go through libtorch's fused attention as one batch, so that
-//! neither memory nor time grows with the square of the pack, and tiles of one size cost one call. Not a
-//! module: no parameters, no rotation. Called by the blocks of the language and the vision models.
+//! On CUDA in a 16-bit type this is the variable-length flash kernel. Elsewhere neighbouring segments of one
+//! length go through libtorch's fused attention as one batch, so that neither memory nor time grows with
+//! the square of the pack, and tiles of one size cost one call. Not a module: no parameters, no rotation. Called by the blocks of the language and the vision models.
 //!
 //! Dimension letters: t rows of the pack, n query heads, m key and value heads, h head width, c
 //! rows held by a cache, b segments of one length l.
 
-use tch::{Kind, Tensor};
+use std::cell::OnceCell;
+
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
 /// Where each sequence of a pack ends. Never empty, and no sequence is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Segments {
     lengths: Vec<i64>,
+    /// Cumulative lengths as the CUDA kernel takes them, made once for all blocks of a forward.
+    cu_seqlens: OnceCell<Tensor>,
 }
 
 impl Segments {
@@ -31,7 +35,7 @@ impl Segments {
             _ if lengths.is_empty() => wrong("there must be at least one segment"),
             _ if lengths.iter().any(|length| *length < 1) => wrong("they must increase"),
             (_, Some(last)) if *last != rows => wrong("they must end at the number of rows"),
-            _ => Ok(Self { lengths }),
+            _ => Ok(Self { lengths, cu_seqlens: OnceCell::new() }),
         }
     }
 
@@ -41,7 +45,7 @@ impl Segments {
     /// [`Error::Segments`] when there is none, or one is empty.
     pub fn of_lengths(lengths: Vec<i64>) -> Result<Self> {
         if !lengths.is_empty() && lengths.iter().all(|length| *length > 0) {
-            return Ok(Self { lengths });
+            return Ok(Self { lengths, cu_seqlens: OnceCell::new() });
         }
         let mut cu_seqlens = vec![0];
         for length in lengths {
@@ -56,6 +60,17 @@ impl Segments {
     /// [`Error::Segments`] when `rows` is not positive.
     pub fn single(rows: i64) -> Result<Self> {
         Self::new(&[0, rows], rows)
+    }
+
+    /// Boundaries `[segments + 1]` int32 on `device`.
+    fn cu_seqlens(&self, device: Device) -> &Tensor {
+        self.cu_seqlens.get_or_init(|| {
+            let mut ends = vec![0];
+            for length in &self.lengths {
+                ends.push(ends[ends.len() - 1] + *length as i32);
+            }
+            Tensor::from_slice(&ends).to_device(device)
+        })
     }
 
     /// Length of each sequence.
@@ -84,6 +99,13 @@ pub fn packed_attention(
     segments: &Segments,
     visibility: Visibility,
 ) -> Tensor {
+    let causal = visibility == Visibility::Causal;
+    if segments.lengths.len() > 1 && sail_torch::has_varlen_attention(q_tnh) {
+        let longest = segments.lengths.iter().copied().max().unwrap_or(0);
+        let cu_seqlens = segments.cu_seqlens(q_tnh.device());
+        return sail_torch::varlen_attention(q_tnh, k_tmh, v_tmh, cu_seqlens, longest, causal)
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
     let batches: Vec<&[i64]> = segments.lengths().chunk_by(|a, b| a == b).collect();
     let rows: Vec<i64> = batches.iter().map(|lengths| lengths.iter().sum()).collect();
     // One split, so that backward is one concatenation and not a padded sum per segment.
@@ -92,7 +114,6 @@ pub fn packed_attention(
     let outputs: Vec<Tensor> = (parts.zip(&batches))
         .map(|(((q, k), v), lengths)| {
             let heads_first = |x: &Tensor| x.unflatten(0, [lengths.len() as i64, lengths[0]]).transpose(1, 2);
-            let causal = visibility == Visibility::Causal;
             let out_bnlh = fused(&heads_first(&q), &heads_first(&k), &heads_first(&v), None, causal);
             out_bnlh.transpose(1, 2).flatten(0, 1)
         })
@@ -121,8 +142,6 @@ fn fused(q: &Tensor, k: &Tensor, v: &Tensor, visible: Option<&Tensor>, causal: b
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
     use crate::params::{Init, RandomSource, TensorSource};
 

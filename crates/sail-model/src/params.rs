@@ -66,6 +66,15 @@ pub trait TensorSource {
     }
 }
 
+/// Tensors in memory, by the names of the module itself.
+impl TensorSource for Params {
+    fn fill(&self, name: &str, target: &Tensor, _init: Init) -> Result<()> {
+        let missing = || Error::MissingTensor { path: "the model in memory".into(), name: name.to_owned() };
+        target.shallow_clone().f_copy_(self.get(name).ok_or_else(missing)?)?;
+        Ok(())
+    }
+}
+
 /// Most elements that a source holds beside the tensor it fills.
 pub(crate) const CHUNK: i64 = 1 << 20;
 

@@ -21,10 +21,11 @@ const EPS: f64 = 1e-5;
 const INIT_STD: f64 = 0.02;
 
 /// What a projector is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProjectorKind {
     /// Pixel shuffle, layer norm, linear, GELU, linear: `0`, `1` and `3` of `mlp1`.
+    #[default]
     PixelShuffle,
     /// Linear, GELU, linear (LLaVA 1.5's `mlp2x_gelu`): `0` and `2`.
     Mlp,
@@ -36,6 +37,7 @@ pub enum ProjectorKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProjectorConfig {
     /// What it is made of.
+    #[serde(default)]
     pub kind: ProjectorKind,
     /// `merge` x `merge` neighbouring patches become one visual token; 1 without a pixel shuffle.
     pub merge: i64,

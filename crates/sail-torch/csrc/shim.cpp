@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
@@ -75,6 +76,19 @@ char* sail_foreach_mul(at::Tensor* const* tensors, size_t n, const at::Tensor* f
   return guarded([&] {
     at::NoGradGuard no_grad;
     at::_foreach_mul_(list(tensors, n), *factor);
+  });
+}
+
+// Flash attention over segments, with autograd. `out` receives a new tensor of the shape of `q`, owned
+// by the caller.
+char* sail_varlen_attention(const at::Tensor* q, const at::Tensor* k, const at::Tensor* v,
+                            const at::Tensor* cu_seqlens, int64_t longest, bool causal,
+                            at::Tensor** out) {
+  return guarded([&] {
+    auto result = at::_flash_attention_forward(*q, *k, *v, *cu_seqlens, *cu_seqlens, longest, longest,
+                                               /*dropout_p=*/0.0, causal,
+                                               /*return_debug_mask=*/false);
+    *out = new at::Tensor(std::get<0>(result));
   });
 }
 

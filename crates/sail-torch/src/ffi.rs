@@ -27,6 +27,16 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
 
+    pub(crate) fn sail_varlen_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        cu_seqlens: *const C_tensor,
+        longest: i64,
+        causal: bool,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+
     pub(crate) fn sail_foreach_mul(
         tensors: *const *mut C_tensor,
         n: usize,

@@ -9,7 +9,8 @@
 //! | freezing and its proof | [`stage`], [`optim`] |
 //! | what a checkpoint is | [`checkpoint`] |
 //! | the held-out measures | [`eval`] |
-//! | the exported vision encoder | [`export`] |
+//! | exported folders | [`export`] |
+//! | a trained model in use | [`trained`], [`generate`], [`score`], [`embed`] |
 //! | stages in a row | [`curriculum`] |
 
 pub mod batch;
@@ -17,15 +18,19 @@ pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod curriculum;
+pub mod embed;
 pub mod error;
 pub mod eval;
 pub mod events;
 pub mod export;
+pub mod generate;
 pub mod optim;
 mod origin;
 pub mod schedule;
+pub mod score;
 pub mod session;
 pub mod stage;
 pub mod train_loop;
+pub mod trained;
 
 pub use error::{Error, Result};

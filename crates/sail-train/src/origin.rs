@@ -107,38 +107,50 @@ pub(crate) fn untouched(
 ) -> Result<BTreeMap<Module, Untouched>> {
     let mut untouched = BTreeMap::new();
     for (module, module_plan) in plan.train.iter() {
-        let before = stored.and_then(|checkpoint| Some((checkpoint, checkpoint.untouched().get(&module)?)));
-        let Some(ModelSource::From(folder)) = source_of(plan, module) else {
-            let Some((checkpoint, before)) = before else { continue };
-            return Err(Error::usage(
-                format!(
-                    "`{}` was trained with the {module} of `{}`",
-                    checkpoint.dir().display(),
-                    before.from.display()
-                ),
-                format!("give that folder as `model.{module}.from`"),
-            ));
-        };
-        if stored.is_some_and(|checkpoint| holds(checkpoint, module)) {
-            continue;
-        }
-        let fingerprint = loaded.of_module(module);
-        if let Some((checkpoint, before)) = before.filter(|(_, before)| before.fingerprint != fingerprint) {
-            return Err(Error::usage(
-                format!(
-                    "`model.{module}.from`: `{}` has other weights than `{}`, with which `{}` was trained",
-                    folder.display(),
-                    before.from.display(),
-                    checkpoint.dir().display(),
-                ),
-                "give the same weights, or start without `init.from`",
-            ));
-        }
-        if !module_plan.is_trained() {
-            untouched.insert(module, Untouched { from: folder.clone(), fingerprint });
+        let left = as_in_its_folder(plan, stored, module, loaded)?;
+        if let Some(left) = left.filter(|_| !module_plan.is_trained()) {
+            untouched.insert(module, left);
         }
     }
     Ok(untouched)
+}
+
+/// A module whose weights are those of its folder and not `stored`'s; checks that they are the ones that
+/// `stored` was trained with.
+pub(crate) fn as_in_its_folder(
+    plan: &Plan,
+    stored: Option<&Checkpoint>,
+    module: Module,
+    loaded: &Fingerprints,
+) -> Result<Option<Untouched>> {
+    let before = stored.and_then(|checkpoint| Some((checkpoint, checkpoint.untouched().get(&module)?)));
+    let Some(ModelSource::From(folder)) = source_of(plan, module) else {
+        let Some((checkpoint, before)) = before else { return Ok(None) };
+        return Err(Error::usage(
+            format!(
+                "`{}` was trained with the {module} of `{}`",
+                checkpoint.dir().display(),
+                before.from.display()
+            ),
+            format!("give that folder as `model.{module}.from`"),
+        ));
+    };
+    if stored.is_some_and(|checkpoint| holds(checkpoint, module)) {
+        return Ok(None);
+    }
+    let fingerprint = loaded.of_module(module);
+    if let Some((checkpoint, before)) = before.filter(|(_, before)| before.fingerprint != fingerprint) {
+        return Err(Error::usage(
+            format!(
+                "`model.{module}.from`: `{}` has other weights than `{}`, with which `{}` was trained",
+                folder.display(),
+                before.from.display(),
+                checkpoint.dir().display(),
+            ),
+            "give the same weights, or start without `init.from`",
+        ));
+    }
+    Ok(Some(Untouched { from: folder.clone(), fingerprint }))
 }
 
 /// Where the plan says that a module's weights come from; the projector always starts at random.

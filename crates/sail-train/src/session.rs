@@ -8,10 +8,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sail_data::{DataSpec, Loader, Pack, TextEncoder};
+use sail_data::{Loader, Pack, TextEncoder, TextSpec};
 use sail_model::llm::LlmConfig;
 use sail_model::params::Params;
-use sail_model::vision::VisionConfig;
+use sail_model::vision::{VisionConfig, VitLayout};
 use sail_model::vlm::{Vlm, VlmConfig};
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -74,7 +74,7 @@ impl Session {
         let config = model_config(plan)?;
         let tokens_per_tile = tokens_per_tile(plan, &config)?;
         let spec = plan.data_spec(tokens_per_tile);
-        let encoder = Arc::new(encoder(plan, &spec, &config.llm)?);
+        let encoder = Arc::new(encoder(&plan.model.llm.tokenizer, &spec.text, &config.llm)?);
         let init = match (resume, &plan.init) {
             (None, Some(init)) => Some(open_finished(&init.from)?),
             _ => None,
@@ -257,8 +257,15 @@ pub fn preflight(plan: &Plan) -> Result<()> {
         let config = model_config(plan)?;
         let tokens_per_tile = tokens_per_tile(plan, &config)?;
         let spec = plan.data_spec(tokens_per_tile);
-        encoder(plan, &spec, &config.llm)?;
+        encoder(&plan.model.llm.tokenizer, &spec.text, &config.llm)?;
         sail_data::check_sources(&spec)?;
+        let sail = plan.export.as_ref().is_some_and(|export| export.vit == VitLayout::Sail);
+        if sail && !config.vision.has_sail_layout() {
+            return Err(Error::usage(
+                format!("`export.vit` is `sail`, which a `{}` has no form in", config.vision.model_type()),
+                "write `export: { vit: transformers }`",
+            ));
+        }
         plan.eval_spec(tokens_per_tile).map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
     };
     check().map_err(|source| Error::Preflight { run: plan.run.name.clone(), source: Box::new(source) })
@@ -278,7 +285,7 @@ fn exact_frozen(model: &Vlm, plan: &Plan, untouched: &BTreeMap<Module, Untouched
 }
 
 /// The configurations of the three modules, read or taken from the plan.
-fn model_config(plan: &Plan) -> Result<VlmConfig> {
+pub(crate) fn model_config(plan: &Plan) -> Result<VlmConfig> {
     let vision = match &plan.model.vision.source {
         ModelSource::From(folder) => VisionConfig::read(folder)?,
         ModelSource::Random(value) => VisionConfig::from_keys(value)?,
@@ -291,7 +298,7 @@ fn model_config(plan: &Plan) -> Result<VlmConfig> {
 }
 
 /// Visual tokens of one tile.
-fn tokens_per_tile(plan: &Plan, config: &VlmConfig) -> Result<usize> {
+pub(crate) fn tokens_per_tile(plan: &Plan, config: &VlmConfig) -> Result<usize> {
     let px = plan.model.vision.image_px as i64;
     let unit = config.vision.patch_size() * config.projector.merge;
     config.visual_tokens(px, px).map(|tokens| tokens as usize).map_err(|_| {
@@ -306,9 +313,9 @@ fn tokens_per_tile(plan: &Plan, config: &VlmConfig) -> Result<usize> {
     })
 }
 
-fn encoder(plan: &Plan, spec: &DataSpec, llm: &LlmConfig) -> Result<TextEncoder> {
-    let tokenizer = &plan.model.llm.tokenizer;
-    let encoder = TextEncoder::new(tokenizer, &spec.text)?;
+/// Text to tokens, with a tokenizer that the language model has rows for.
+pub(crate) fn encoder(tokenizer: &Path, text: &TextSpec, llm: &LlmConfig) -> Result<TextEncoder> {
+    let encoder = TextEncoder::new(tokenizer, text)?;
     let rows = llm.vocab_size() as usize;
     if encoder.vocab_size() > rows {
         return Err(Error::usage(
@@ -323,7 +330,7 @@ fn encoder(plan: &Plan, spec: &DataSpec, llm: &LlmConfig) -> Result<TextEncoder>
     Ok(encoder)
 }
 
-fn choose_device(choice: DeviceChoice) -> Result<Device> {
+pub(crate) fn choose_device(choice: DeviceChoice) -> Result<Device> {
     let index = match choice {
         DeviceChoice::Cpu => return Ok(Device::Cpu),
         DeviceChoice::Auto if !Cuda::is_available() => return Ok(Device::Cpu),
@@ -340,7 +347,7 @@ fn choose_device(choice: DeviceChoice) -> Result<Device> {
     ))
 }
 
-fn choose_precision(choice: Precision, device: Device) -> Kind {
+pub(crate) fn choose_precision(choice: Precision, device: Device) -> Kind {
     match choice {
         Precision::Bf16 => Kind::BFloat16,
         Precision::Auto if device.is_cuda() => Kind::BFloat16,

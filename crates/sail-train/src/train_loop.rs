@@ -258,7 +258,7 @@ fn save(session: &Session) -> Result<()> {
 fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
     let after = evaluate(session, events)?;
     let export = match &session.plan.export {
-        Some(_) => Some(export::vit(session, &session.plan.run.dir.join("export/vit"))?),
+        Some(plan) => Some(export::vit(session, plan.vit, &session.plan.run.dir.join("export/vit"))?),
         None => None,
     };
     events.close();

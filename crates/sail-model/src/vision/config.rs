@@ -138,6 +138,11 @@ impl VisionConfig {
         Self(Arc::from(self.0.with_image_size(px)))
     }
 
+    /// Whether SAIL's own code computes this model.
+    pub fn has_sail_layout(&self) -> bool {
+        self.sail_layout().is_some()
+    }
+
     /// Layout and config.json of the SAIL code, where the family has them.
     pub(super) fn sail_layout(&self) -> Option<(Layout, Value)> {
         self.0.sail_layout()

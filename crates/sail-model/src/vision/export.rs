@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -13,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::weights::{Layout, Stored, arrange, own_names};
 
 /// The names and the config.json of an exported vision transformer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum VitLayout {
     /// Those of transformers' own class.
     Transformers,

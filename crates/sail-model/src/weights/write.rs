@@ -68,17 +68,18 @@ impl Folder {
     /// # Errors
     /// [`crate::Error::File`] when `dir` exists and is neither empty nor a model folder, or on an IO
     /// error.
-    pub fn write(&self, dir: &Path) -> Result<()> {
+    pub fn write(self, dir: &Path) -> Result<()> {
         self.write_checked(dir, |_| Ok(()))
     }
 
     /// As [`Folder::write`], but what `check` says of the folder, complete and under another name, decides
-    /// whether it is put in its place; if not, nothing is left of it.
+    /// whether it is put in its place; if not, nothing is left of it. The tensors are let go before
+    /// `check` is called, so that it can hold a model of its own.
     ///
     /// # Errors
     /// Those of [`Folder::write`] and of `check`.
     pub fn write_checked<E: From<crate::Error>>(
-        &self,
+        mut self,
         dir: &Path,
         check: impl FnOnce(&Path) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
@@ -88,7 +89,9 @@ impl Folder {
             fs::remove_dir_all(&partial).map_err(file_error(&partial))?;
         }
         fs::create_dir_all(&partial).map_err(file_error(&partial))?;
-        let written = self.fill(&partial).map_err(E::from).and_then(|()| check(&partial)).and_then(|()| {
+        let filled = self.fill(&partial);
+        self.tensors.clear();
+        let written = filled.map_err(E::from).and_then(|()| check(&partial)).and_then(|()| {
             if replaces {
                 fs::rename(dir, &old).map_err(file_error(dir))?;
             }

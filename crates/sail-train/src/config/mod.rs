@@ -42,7 +42,7 @@ pub use plan::{
     BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, InitPlan, LlmPlan, LogPlan, ModelPlan,
     OptimizerPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan,
 };
-pub use values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind, VitLayout};
+pub use values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind};
 
 use check::Checker;
 use raw::RawCurriculum;

@@ -10,8 +10,9 @@ use sail_data::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Templa
 use serde::{Deserialize, Serialize};
 
 use sail_model::projector::ProjectorConfig;
+use sail_model::vision::VitLayout;
 
-use super::values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind, VitLayout};
+use super::values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind};
 
 /// Everything one stage needs to know.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -7,11 +7,12 @@ use std::path::PathBuf;
 
 use sail_data::{LossWeight, Template};
 use sail_model::projector::ProjectorKind;
+use sail_model::vision::VitLayout;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::raw_values::{RawModule, RawShards, RawWarmup};
-use super::values::{DeviceChoice, Precision, ScheduleKind, VitLayout};
+use super::values::{DeviceChoice, Precision, ScheduleKind};
 
 /// A stage. Besides these fields a file may say `extends: FILE` (relative to itself): that file's values come first,
 /// mappings are merged key by key, everything else is replaced.
@@ -376,7 +377,7 @@ impl Default for RawEval {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawExport {
-    /// Layout of the vision encoder's files: `transformers`. Required.
+    /// Layout of the vision encoder's files: `transformers`, or `sail` (AIMv2 alone). Required.
     pub(super) vit: Option<VitLayout>,
 }
 

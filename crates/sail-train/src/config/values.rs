@@ -114,14 +114,6 @@ pub enum ScheduleKind {
     Constant,
 }
 
-/// The files an exported vision encoder is written as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum VitLayout {
-    /// `config.json` and `model.safetensors` with the names `transformers` uses.
-    Transformers,
-}
-
 /// Where a model's shape and first weights come from; exactly one of the two keys is written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

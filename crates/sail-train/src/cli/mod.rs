@@ -2,23 +2,22 @@
 //!
 //! 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
 
+mod using;
+
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::Parser;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing_subscriber::EnvFilter;
 
-use crate::checkpoint::{self, Checkpoint};
 use crate::config::{self, Config};
 use crate::curriculum;
 use crate::error::{Error, Result};
 use crate::events::Console;
-use crate::export;
-use crate::session::Session;
 use crate::train_loop::{Resume, RunOptions};
 
 const AFTER_HELP: &str = "\
@@ -26,6 +25,7 @@ Examples:
   sail-train --config configs/tiny/curriculum.yaml
   sail-train --config stage2.yaml --set train.projector.lr=1e-4 --set run.dir=runs/try
   sail-train eval --checkpoint runs/demo/stage3
+  sail-train generate --checkpoint runs/demo/stage3 --image photo.jpg --prompt What?
 
 Ctrl-C or SIGTERM saves after the step and exits with 3; the same command resumes. A second one ends
 it at once, with 130.
@@ -45,7 +45,7 @@ pub struct Args {
     #[command(flatten)]
     train: TrainArgs,
     #[command(subcommand)]
-    command: Option<Command>,
+    command: Option<using::Command>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -65,59 +65,6 @@ struct TrainArgs {
     /// Prints the resolved plan and trains nothing
     #[arg(long)]
     dry_run: bool,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Measures a checkpoint on the held-out data of its plan
-    Eval {
-        /// A run or one of its `step-…` folders
-        #[arg(long, value_name = "DIR")]
-        checkpoint: PathBuf,
-        /// Writes the report here as JSON
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
-    },
-    /// Writes a checkpoint's vision encoder or language model as a folder that `transformers` loads
-    Export {
-        /// A run or one of its `step-…` folders
-        #[arg(long, value_name = "DIR")]
-        checkpoint: PathBuf,
-        /// What is exported
-        #[arg(long, default_value = "vit")]
-        what: What,
-        /// Names and files
-        #[arg(long, default_value = "transformers")]
-        layout: Layout,
-        /// The folder to write
-        #[arg(long, value_name = "DIR")]
-        out: PathBuf,
-    },
-    /// Writes an exported vision encoder's features of images, and the pixels it saw
-    Embed {
-        /// An exported folder
-        #[arg(long, value_name = "DIR")]
-        vit: PathBuf,
-        /// Images
-        #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
-        image: Vec<PathBuf>,
-        /// Receives `pixel_values` `[n, 3, px, px]` and `last_hidden_state` `[n, tokens, width]`
-        #[arg(long, value_name = "FILE.safetensors")]
-        out: PathBuf,
-    },
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum What {
-    /// The vision encoder
-    Vit,
-    /// The language model, with its tokenizer
-    Llm,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Layout {
-    Transformers,
 }
 
 /// Runs the command that the process was started with.
@@ -177,22 +124,7 @@ fn exit_on_panic(console: Console) {
 fn run(args: Args, console: &Console) -> Result<ExitCode> {
     match args.command {
         None => train(args.train, console),
-        Some(Command::Eval { checkpoint, json }) => eval(&checkpoint, json.as_deref()),
-        Some(Command::Export { checkpoint, what, layout: Layout::Transformers, out }) => {
-            let checkpoint = open_any(&checkpoint)?;
-            let session = Session::build(&checkpoint.state().plan, Some(&checkpoint))?;
-            let written = match what {
-                What::Vit => export::vit(&session, &out)?,
-                What::Llm => export::llm(&session, &out)?,
-            };
-            print(format_args!("{}\n", written.display()))?;
-            Ok(ExitCode::SUCCESS)
-        }
-        Some(Command::Embed { vit, image, out }) => {
-            export::embed(&vit, &image, &out)?;
-            print(format_args!("{}\n", out.display()))?;
-            Ok(ExitCode::SUCCESS)
-        }
+        Some(command) => using::run(command),
     }
 }
 
@@ -226,32 +158,6 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
         }
         None => Ok(ExitCode::from(3)),
     }
-}
-
-fn eval(checkpoint: &std::path::Path, json: Option<&std::path::Path>) -> Result<ExitCode> {
-    let checkpoint = open_any(checkpoint)?;
-    let session = Session::build(&checkpoint.state().plan, Some(&checkpoint))?;
-    let Some(evaluator) = &session.evaluator else {
-        return Err(Error::usage("the plan of this checkpoint has no `eval`", "train with `eval.sources`"));
-    };
-    let report = evaluator.run(&session.model, &session.encoder, session.device)?;
-    print(&report)?;
-    for generation in &report.generations {
-        let (sample, truth) = (&generation.sample, &generation.truth);
-        print(format_args!("{sample}\n  truth  {truth}\n  model  {}\n", generation.answer))?;
-    }
-    if let Some(path) = json {
-        let text =
-            serde_json::to_vec_pretty(&report).map_err(|error| Error::checkpoint(path, error.to_string()))?;
-        std::fs::write(path, text).map_err(Error::io(path))?;
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// A checkpoint by its own folder, or the newest of a run.
-fn open_any(path: &std::path::Path) -> Result<Checkpoint> {
-    checkpoint::open_or_newest(path)?
-        .ok_or_else(|| Error::checkpoint(path, "is neither a complete checkpoint nor a run that holds one"))
 }
 
 /// The first SIGINT or SIGTERM asks for a save and a stop; a second one ends the process at once.

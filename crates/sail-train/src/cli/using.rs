@@ -1,0 +1,282 @@
+//! The commands that use a trained model: `eval`, `export`, `embed`, `generate`, `score`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Subcommand, ValueEnum};
+use sail_model::generate::GenerateOptions;
+use sail_model::vision::VitLayout;
+use tch::Kind;
+
+use super::print;
+use crate::config::{DeviceChoice, Precision};
+use crate::embed::{Input, embed};
+use crate::error::{Error, Result};
+use crate::export::{self, MllmLayout};
+use crate::generate::{Question, answer};
+use crate::score::score;
+use crate::session::Session;
+use crate::trained::{Trained, open_any};
+
+const GENERATE_HELP: &str = "\
+Examples:
+  sail-train generate --checkpoint runs/demo/stage3 --image photo.jpg --prompt \"Describe the image.\"
+  sail-train generate --checkpoint exported --image a.png b.png --prompt \"What differs?\" --temperature 0.7";
+const EXPORT_HELP: &str = "\
+Examples:
+  sail-train export --checkpoint runs/demo/stage3 --out vit
+  sail-train export --checkpoint runs/demo/stage3 --what mllm --layout sail --dtype bf16 --out mllm";
+const EMBED_HELP: &str = "\
+Example:
+  sail-train embed --vit runs/demo/stage3/export/vit --image photo.jpg --out features.safetensors";
+const SCORE_HELP: &str = "\
+Example:
+  sail-train score --model runs/demo/stage3 --data 'data/demo/vqa-heldout-*.tar' --out scores.jsonl";
+
+/// A command that uses a trained model.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Measures a checkpoint on the held-out data of its plan
+    Eval {
+        /// A run or one of its `step-…` folders
+        #[arg(long, value_name = "DIR")]
+        checkpoint: PathBuf,
+        /// Writes the report here as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// Writes a checkpoint's vision encoder, language model or the whole as a folder that others load
+    #[command(after_help = EXPORT_HELP)]
+    Export {
+        /// A run or one of its `step-…` folders; for the whole model also an exported one
+        #[arg(long, value_name = "DIR")]
+        checkpoint: PathBuf,
+        /// What is exported
+        #[arg(long, default_value = "vit")]
+        what: What,
+        /// Names and files
+        #[arg(long, default_value = "transformers")]
+        layout: Layout,
+        /// Type of the weights
+        #[arg(long, default_value = "fp32")]
+        dtype: Dtype,
+        /// The folder to write
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+    /// Writes a vision encoder's features of images, and the pixels it saw
+    #[command(after_help = EMBED_HELP)]
+    Embed {
+        /// The encoder's folder, exported or as published
+        #[arg(long, value_name = "DIR")]
+        vit: PathBuf,
+        /// Images, prepared as the folder's `preprocessor_config.json` says
+        #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "pixels")]
+        image: Vec<PathBuf>,
+        /// Instead of images: `pixel_values` `[n, 3, height, width]`, ready for the encoder
+        #[arg(long, value_name = "FILE.safetensors", conflicts_with = "image")]
+        pixels: Option<PathBuf>,
+        /// Receives `pixel_values` and `last_hidden_state` `[n, tokens, width]`
+        #[arg(long, value_name = "FILE.safetensors")]
+        out: PathBuf,
+    },
+    /// Answers a question, with or without images
+    #[command(after_help = GENERATE_HELP)]
+    Generate {
+        /// A run, one of its `step-…` folders, or an exported whole model
+        #[arg(long, value_name = "DIR")]
+        checkpoint: PathBuf,
+        /// Images, in the order of the `<image>` marks; without marks they stand before the question
+        #[arg(long, value_name = "FILE", num_args = 1..)]
+        image: Vec<PathBuf>,
+        /// The question
+        #[arg(long, value_name = "TEXT")]
+        prompt: String,
+        /// Longest answer, tokens
+        #[arg(long, default_value_t = 256, value_name = "N")]
+        max_new_tokens: usize,
+        /// Samples with this temperature, above 0; without it the likeliest token is taken
+        #[arg(long, value_name = "T")]
+        temperature: Option<f64>,
+        /// Samples from the likeliest tokens that together have this probability
+        #[arg(long, value_name = "P", requires = "temperature")]
+        top_p: Option<f64>,
+        /// Seed of the samples
+        #[arg(long, default_value_t = 0, value_name = "N")]
+        seed: u64,
+        /// Ends the answer before this text; may be given several times
+        #[arg(long, value_name = "TEXT")]
+        stop: Vec<String>,
+        /// Prints token ids and text as JSON once the answer is complete
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        machine: Machine,
+    },
+    /// Writes how likely a model finds the answers of a data set, a line of JSON per sample
+    #[command(after_help = SCORE_HELP)]
+    Score {
+        /// A run, one of its `step-…` folders, or an exported whole model
+        #[arg(long, value_name = "DIR")]
+        model: PathBuf,
+        /// Tar shards, with braces and globs
+        #[arg(long, value_name = "SHARDS", required = true, num_args = 1..)]
+        data: Vec<String>,
+        /// Receives `{shard, key, tokens, logprobs, sum}` of each sample
+        #[arg(long, value_name = "FILE.jsonl")]
+        out: PathBuf,
+        #[command(flatten)]
+        machine: Machine,
+    },
+}
+
+/// Where a model is run.
+#[derive(Debug, clap::Args)]
+pub(super) struct Machine {
+    /// `auto` (the first CUDA device, or the CPU), `cpu`, `cuda` or `cuda:N`
+    #[arg(long, default_value = "auto")]
+    device: DeviceChoice,
+    /// What the model computes in
+    #[arg(long, default_value = "auto")]
+    precision: PrecisionArg,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum PrecisionArg {
+    /// bf16 on CUDA, fp32 on the CPU
+    Auto,
+    Fp32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum What {
+    /// The vision encoder
+    Vit,
+    /// The language model, with its tokenizer
+    Llm,
+    /// The whole model, with everything to use it
+    Mllm,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Layout {
+    /// As transformers' own classes read it
+    Transformers,
+    /// As SAIL's code does, which goes with it
+    Sail,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum Dtype {
+    Fp32,
+    Bf16,
+}
+
+/// Runs a command.
+pub(super) fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Eval { checkpoint, json } => eval(&checkpoint, json.as_deref())?,
+        Command::Export { checkpoint, what, layout, dtype, out } => {
+            let kind = match dtype {
+                Dtype::Fp32 => Kind::Float,
+                Dtype::Bf16 => Kind::BFloat16,
+            };
+            let written = export(&checkpoint, (what, layout), kind, &out)?;
+            print(format_args!("{}\n", written.display()))?;
+        }
+        Command::Embed { vit, image, pixels, out } => {
+            let input = pixels.as_deref().map_or(Input::Images(&image), Input::Pixels);
+            embed(&vit, &input, &out)?;
+            print(format_args!("{}\n", out.display()))?;
+        }
+        Command::Generate {
+            checkpoint,
+            image,
+            prompt,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seed,
+            stop,
+            json,
+            machine,
+        } => {
+            let options = GenerateOptions { max_new_tokens, temperature, top_p, seed, stop_ids: Vec::new() };
+            let question = Question { images: &image, prompt: &prompt, options, stop: &stop };
+            generate(&machine.open(&checkpoint)?, &question, json)?;
+        }
+        Command::Score { model, data, out, machine } => {
+            let scored = score(&machine.open(&model)?, &data, &out)?;
+            print(format_args!("{scored} samples: {}\n", out.display()))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Machine {
+    fn open(&self, model: &Path) -> Result<Trained> {
+        let precision = match self.precision {
+            PrecisionArg::Auto => Precision::Auto,
+            PrecisionArg::Fp32 => Precision::Fp32,
+            PrecisionArg::Bf16 => Precision::Bf16,
+        };
+        Trained::open(model, self.device, precision)
+    }
+}
+
+fn export(checkpoint: &Path, (what, layout): (What, Layout), kind: Kind, out: &Path) -> Result<PathBuf> {
+    let trained = || Trained::open(checkpoint, DeviceChoice::Cpu, Precision::Fp32);
+    match (what, layout) {
+        (What::Vit, layout) => {
+            let layout = match layout {
+                Layout::Transformers => VitLayout::Transformers,
+                Layout::Sail => VitLayout::Sail,
+            };
+            export::vit_of(&open_any(checkpoint)?, layout, kind, out)
+        }
+        (What::Llm, Layout::Transformers) => export::llm(&trained()?, kind, out),
+        (What::Llm, Layout::Sail) => Err(Error::usage(
+            "a language model alone has no `sail` layout",
+            "leave `--layout` out, or export the whole model with `--what mllm`",
+        )),
+        (What::Mllm, Layout::Transformers) => export::mllm(trained()?, MllmLayout::InternVl, kind, out),
+        (What::Mllm, Layout::Sail) => export::mllm(trained()?, MllmLayout::Sail, kind, out),
+    }
+}
+
+fn generate(trained: &Trained, question: &Question, json: bool) -> Result<()> {
+    if json {
+        let answer = answer(trained, question, &mut |_| ())?;
+        let line = serde_json::to_string(&answer).expect("invariant: an answer has only numbers and text");
+        return print(format_args!("{line}\n"));
+    }
+    let mut printed = Ok(());
+    answer(trained, question, &mut |piece| {
+        if printed.is_ok() {
+            printed = print(piece);
+        }
+    })?;
+    printed?;
+    print("\n")
+}
+
+fn eval(checkpoint: &Path, json: Option<&Path>) -> Result<()> {
+    let checkpoint = open_any(checkpoint)?;
+    let session = Session::build(&checkpoint.state().plan, Some(&checkpoint))?;
+    let Some(evaluator) = &session.evaluator else {
+        return Err(Error::usage("the plan of this checkpoint has no `eval`", "train with `eval.sources`"));
+    };
+    let report = evaluator.run(&session.model, &session.encoder, session.device)?;
+    print(&report)?;
+    for generation in &report.generations {
+        let (sample, truth) = (&generation.sample, &generation.truth);
+        print(format_args!("{sample}\n  truth  {truth}\n  model  {}\n", generation.answer))?;
+    }
+    if let Some(path) = json {
+        let text =
+            serde_json::to_vec_pretty(&report).map_err(|error| Error::checkpoint(path, error.to_string()))?;
+        std::fs::write(path, text).map_err(Error::io(path))?;
+    }
+    Ok(())
+}

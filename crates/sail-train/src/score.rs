@@ -1,0 +1,94 @@
+//! How likely a model finds the answers of a data set: `sail-train score`.
+//!
+//! One line of JSON per sample, in shard order. Not an evaluation: no mean, no exchanged images, which
+//! are [`crate::eval`]'s.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use sail_data::{DataSpec, IGNORE, Pack, Sample, SourceSpec, for_each_sample};
+use serde::Serialize;
+use tch::{Kind, no_grad};
+
+use crate::batch::to_batch;
+use crate::error::{Error, Result};
+use crate::trained::Trained;
+
+/// Tokens of samples that go through the model together.
+const TOKENS_PER_PACK: usize = 4096;
+
+/// The score of one sample.
+#[derive(Debug, Serialize)]
+struct Score {
+    /// Path of the shard.
+    shard: String,
+    /// Key inside the shard.
+    key: String,
+    /// The answer's tokens, the end of each turn included.
+    tokens: Vec<i64>,
+    /// Natural logarithm of the probability of each, given everything before it.
+    logprobs: Vec<f64>,
+    /// Their sum: the log-likelihood of the answer.
+    sum: f64,
+}
+
+/// Scores every good sample of `shards` and writes the lines to `out`, which is there once all are.
+/// Returns how many there are.
+///
+/// # Errors
+/// Those of reading the shards and of running the model, and when `out` cannot be written.
+pub fn score(trained: &Trained, shards: &[String], out: &Path) -> Result<u64> {
+    let spec = DataSpec {
+        sources: vec![SourceSpec { name: "data".into(), shards: shards.to_vec(), weight: 1.0 }],
+        streams: 1,
+        seed: 0,
+        tokens_per_pack: usize::MAX,
+        shuffle_buffer: 1,
+        pack_buffer: 1,
+        max_error_rate: 0.5,
+        text: trained.text.clone(),
+        image: trained.image.clone(),
+    };
+    let partial = out.with_added_extension("partial");
+    let mut lines = BufWriter::new(File::create(&partial).map_err(Error::io(&partial))?);
+    let (mut waiting, mut tokens, mut scored) = (Vec::new(), 0, 0);
+    let mut write = |samples: &mut Vec<Sample>| -> Result<()> {
+        for line in score_pack(trained, &std::mem::take(samples))? {
+            let line = serde_json::to_string(&line).expect("invariant: a score has only numbers and text");
+            writeln!(lines, "{line}").map_err(Error::io(&partial))?;
+        }
+        Ok(())
+    };
+    for_each_sample(&spec, &trained.encoder, None, |sample| {
+        if !waiting.is_empty() && tokens + sample.ids.len() > TOKENS_PER_PACK {
+            write(&mut waiting)?;
+            tokens = 0;
+        }
+        tokens += sample.ids.len();
+        scored += 1;
+        waiting.push(sample);
+        Result::Ok(())
+    })?;
+    write(&mut waiting)?;
+    let file = lines.into_inner().map_err(|error| Error::io(&partial)(error.into_error()))?;
+    file.sync_all().and_then(|()| fs::rename(&partial, out)).map_err(Error::io(out))?;
+    Ok(scored)
+}
+
+fn score_pack(trained: &Trained, samples: &[Sample]) -> Result<Vec<Score>> {
+    if samples.is_empty() {
+        return Ok(Vec::new());
+    }
+    let batch = to_batch(&Pack::collate(samples), trained.device);
+    let losses = no_grad(|| trained.model.row_losses(&batch))?.to_kind(Kind::Double);
+    let losses = Vec::<f64>::try_from(losses)?;
+    let mut rows = losses.into_iter();
+    let scores = samples.iter().map(|sample| {
+        let tokens: Vec<i64> = sample.targets.iter().copied().filter(|target| *target != IGNORE).collect();
+        let logprobs: Vec<f64> = rows.by_ref().take(tokens.len()).map(|loss| -loss).collect();
+        let sum = logprobs.iter().sum();
+        Score { shard: sample.id.shard.clone(), key: sample.id.key.clone(), tokens, logprobs, sum }
+    });
+    Ok(scores.collect())
+}

@@ -1,0 +1,121 @@
+//! What is exported is used: by `sail-train` itself, and by transformers with the Python code that goes along.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::{root, run, under};
+
+/// Five held-out images of the demo corpus.
+fn images(dir: &Path) -> Vec<String> {
+    let shard = root().join("data/demo/caption-heldout-000000.tar");
+    let unpacked = Command::new("tar").arg("xf").arg(shard).arg("-C").arg(dir).status().unwrap();
+    assert!(unpacked.success());
+    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut images: Vec<String> = files
+        .filter(|path| path.extension().is_some_and(|extension| extension == "png"))
+        .map(|path| path.to_str().unwrap().to_owned())
+        .collect();
+    images.sort();
+    images.truncate(5);
+    assert_eq!(images.len(), 5);
+    images
+}
+
+fn python(script: &str, args: &[&str]) {
+    let output = Command::new(root().join(".venv/bin/python"))
+        .arg(root().join(script))
+        .args(args)
+        .output()
+        .expect("scripts/setup.sh --reference has made .venv");
+    assert!(
+        output.status.success(),
+        "{script} {args:?}\n{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// Greedy answers of `sail-train generate` to one question about each image.
+fn answers(model: &str, images: &[String], tokens: &str) -> serde_json::Value {
+    let answer = |image: &String| {
+        let args = ["generate", "--checkpoint", model, "--image", image, "--prompt", "Describe the image."];
+        let output = run(&[&args[..], &["--max-new-tokens", tokens, "--json"]].concat(), 0);
+        let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        serde_json::json!({ "image": image, "ids": answer["ids"] })
+    };
+    images.iter().map(answer).collect()
+}
+
+/// The exported model gives transformers the ids that it gives `sail-train`, before and after.
+fn mllm_answers_alike(checkpoint: &str, dir: &Path, tokens: &str) {
+    let images = images(dir);
+    let [mllm, expected] = ["mllm", "expected.json"].map(|name| dir.join(name).to_str().unwrap().to_owned());
+    run(&["export", "--checkpoint", checkpoint, "--what", "mllm", "--layout", "sail", "--out", &mllm], 0);
+    let from_checkpoint = answers(checkpoint, &images, tokens);
+    assert_eq!(answers(&mllm, &images, tokens), from_checkpoint);
+    std::fs::write(&expected, from_checkpoint.to_string()).unwrap();
+    let args = ["--prompt", "Describe the image.", "--tokens", tokens, "--expect", &expected, "--image"];
+    let images: Vec<&str> = images.iter().map(String::as_str).collect();
+    python("scripts/check_mllm_export.py", &[&[mllm.as_str()], &args[..], &images[..]].concat());
+}
+
+#[test]
+fn what_is_exported_answers_and_scores_as_the_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    run(&["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=2"], 0);
+    let checkpoint = dir.path().join("runs/tiny/stage1");
+    let checkpoint = checkpoint.to_str().unwrap();
+    mllm_answers_alike(checkpoint, dir.path(), "12");
+
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let score = |model: &str, out: &str| {
+        run(&["score", "--model", model, "--data", "data/demo/{vqa,text}-heldout-*.tar", "--out", out], 0);
+        std::fs::read_to_string(out).unwrap()
+    };
+    let (before, after) = (score(checkpoint, &at("a.jsonl")), score(&at("mllm"), &at("b.jsonl")));
+    assert_eq!(before, after);
+    let line: serde_json::Value = serde_json::from_str(before.lines().next().unwrap()).unwrap();
+    let sum: f64 = line["logprobs"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).sum();
+    assert!((sum - line["sum"].as_f64().unwrap()).abs() < 1e-9 && sum < 0.0);
+
+    // The encoder in SAIL's layout gives the features of the one in transformers' layout.
+    let [ours, sail] = ["transformers", "sail"].map(|layout| {
+        run(&["export", "--checkpoint", checkpoint, "--layout", layout, "--out", &at(layout)], 0);
+        let out = at(&format!("{layout}.safetensors"));
+        run(&["embed", "--vit", &at(layout), "--image", "docs/images/sample.png", "--out", &out], 0);
+        std::fs::read(out).unwrap()
+    });
+    assert!(ours == sail, "the same features");
+}
+
+#[test]
+fn what_cannot_be_exported_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    run(&["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=1"], 0);
+    let run_dir = dir.path().join("runs/tiny/stage1");
+    let (run_dir, out) = (run_dir.to_str().unwrap(), dir.path().join("out"));
+    let out = out.to_str().unwrap();
+    let refused = |args: &[&str], expected: &str| {
+        let error = crate::stderr(&run(&[&["export", "--checkpoint", run_dir, "--out", out], args].concat(), 2));
+        assert!(error.contains(expected) && error.contains("hint:"), "{error}");
+        assert!(!Path::new(out).exists());
+    };
+    refused(&["--what", "mllm"], "no `aimv2_vision_model` encoder");
+    refused(&["--what", "llm", "--layout", "sail"], "no `sail` layout");
+}
+
+/// The demo's real weights: forty tokens about five real images. Minutes on a CPU.
+#[test]
+#[ignore = "loads the demo weights several times; run by ./scripts/test.sh --extended"]
+fn the_demo_model_answers_alike_in_transformers() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let sets = ["schedule.steps=2", "schedule.warmup=0", "eval=null"];
+    let mut args = vec!["--config", "configs/demo/stage1.yaml", "--set", &set];
+    args.extend(sets.iter().flat_map(|set| ["--set", set]));
+    run(&args, 0);
+    let checkpoint: PathBuf = dir.path().join("runs/demo/stage1");
+    mllm_answers_alike(checkpoint.to_str().unwrap(), dir.path(), "40");
+}
