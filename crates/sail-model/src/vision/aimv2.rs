@@ -247,7 +247,7 @@ impl VisionModel for Aimv2 {
     }
 }
 
-/// `[h * w, d]`: sine and cosine of the row in the first half of the width, of the column in the second,
+/// `[h * w, d]`: sine and cosine of the column in the first half of the width, of the row in the second,
 /// with frequencies `10000^(-4i/d)` (transformers' `Aimv2VisionEmbeddings`); fp32, computed in fp64.
 fn sincos_positions((h, w): (i64, i64), d: i64, device: Device) -> Tensor {
     let exact = (Kind::Double, device);
@@ -256,7 +256,7 @@ fn sincos_positions((h, w): (i64, i64), d: i64, device: Device) -> Tensor {
     let angles = |places: Tensor| places.outer(&omega);
     let rows = angles(Tensor::arange(h, exact).repeat_interleave_self_int(w, 0, None));
     let columns = angles(Tensor::arange(w, exact).repeat([h]));
-    Tensor::cat(&[rows.sin(), rows.cos(), columns.sin(), columns.cos()], 1).to_kind(Kind::Float)
+    Tensor::cat(&[columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1).to_kind(Kind::Float)
 }
 
 /// `x += attention(norm1(x)); x += ffn(norm2(x))`
@@ -343,8 +343,8 @@ mod tests {
         let positions = sincos_positions((2, 3), 8, Device::Cpu);
         assert_eq!(positions.size(), [6, 8]);
         // Row 1, column 2 is patch 5; frequencies 1 and 1/100.
-        let expected = [1f64, 0.01].map(f64::sin).into_iter().chain([1f64, 0.01].map(f64::cos));
-        let expected = expected.chain([2f64, 0.02].map(f64::sin)).chain([2f64, 0.02].map(f64::cos));
+        let expected = [2f64, 0.02].map(f64::sin).into_iter().chain([2f64, 0.02].map(f64::cos));
+        let expected = expected.chain([1f64, 0.01].map(f64::sin)).chain([1f64, 0.01].map(f64::cos));
         for (i, expected) in expected.enumerate() {
             assert!((positions.double_value(&[5, i as i64]) - expected).abs() < 1e-6, "{i}");
         }
