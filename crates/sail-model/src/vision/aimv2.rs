@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::UnknownKeys;
 use super::family::{Geometry, Refusal, VisionFamily, VisionModel};
-use super::parts::{Common, attend, check_activation, patchify, resize_positions, side};
+use super::parts::{Common, Patches, Renaming, attend, check_activation, resize_positions, side};
 use crate::attention::Segments;
 use crate::error::Result;
 use crate::nn::{Linear, RmsNorm};
@@ -101,21 +101,14 @@ impl VisionFamily for Aimv2Config {
 
     fn check(&self) -> std::result::Result<(), Refusal> {
         let common = Common {
-            positive: vec![
-                ("hidden_size", self.hidden_size),
-                ("intermediate_size", self.intermediate_size),
-                ("num_hidden_layers", self.num_hidden_layers),
-                ("num_attention_heads", self.num_attention_heads),
-                ("image_size", self.image_size),
-                ("patch_size", self.patch_size),
-            ],
+            geometry: self.geometry(),
             heads: self.num_attention_heads,
             channels: self.num_channels,
-            hidden: self.hidden_size,
-            image: self.image_size,
-            patch: self.patch_size,
-            eps: ("rms_norm_eps", self.rms_norm_eps),
-            initializer_range: self.initializer_range,
+            inner: ("intermediate_size", self.intermediate_size),
+            positive: vec![
+                ("rms_norm_eps", self.rms_norm_eps),
+                ("initializer_range", self.initializer_range),
+            ],
             dropouts: vec![("attention_dropout", self.attention_dropout)],
         };
         common.check()?;
@@ -166,45 +159,31 @@ impl VisionFamily for Aimv2Config {
     }
 }
 
-/// Names in the files of Apple's and SAIL's code: queries, keys and values in one matrix, `[1, p, d]`
-/// positions.
-fn original_names(name: &str, shape: &[i64]) -> Vec<Piece> {
-    const EMBEDDINGS: [(&str, &str); 3] = [
+/// Names in the files of Apple's and SAIL's code.
+const ORIGINAL: Renaming = Renaming {
+    outside: &[
         ("embeddings.patch_embed.", "preprocessor.patchifier.proj."),
         ("embeddings.rms_norm.", "preprocessor.patchifier.norm."),
         ("rms_norm.", "trunk.post_trunk_norm."),
-    ];
-    const BLOCK: [(&str, &str); 6] = [
+    ],
+    blocks: ("encoder.layers.", "trunk.blocks."),
+    inside: &[
         ("attention.out_proj.", "attn.proj."),
         ("ffn.gate_proj.", "mlp.fc1."),
         ("ffn.up_proj.", "mlp.fc3."),
         ("ffn.down_proj.", "mlp.fc2."),
         ("rms_norm1.", "norm_1."),
         ("rms_norm2.", "norm_2."),
-    ];
-    let renamed = |name: &str, table: &[(&str, &str)]| {
-        table.iter().find_map(|(ours, theirs)| Some(format!("{theirs}{}", name.strip_prefix(ours)?)))
-    };
+    ],
+    qkv: (["attention.q_proj.", "attention.k_proj.", "attention.v_proj."], "attn.qkv."),
+};
+
+/// [`ORIGINAL`], with `[1, p, d]` positions.
+fn original_names(name: &str, shape: &[i64]) -> Vec<Piece> {
     if name == "embeddings.position_embedding.weight" {
         return vec![Piece::whole("preprocessor.pos_embed", &[&[1], shape].concat())];
     }
-    if let Some(name) = renamed(name, &EMBEDDINGS) {
-        return vec![Piece::whole(name, shape)];
-    }
-    let in_block = name.strip_prefix("encoder.layers.").and_then(|rest| rest.split_once('.'));
-    let Some((block, rest)) = in_block else { return own_names(name, shape) };
-    for (index, ours) in ["attention.q_proj.", "attention.k_proj.", "attention.v_proj."].iter().enumerate() {
-        if let Some(kind) = rest.strip_prefix(ours) {
-            return vec![Piece::part(
-                format!("trunk.blocks.{block}.attn.qkv.{kind}"),
-                shape,
-                index as i64,
-                3,
-            )];
-        }
-    }
-    let rest = renamed(rest, &BLOCK).unwrap_or(rest.to_owned());
-    vec![Piece::whole(format!("trunk.blocks.{block}.{rest}"), shape)]
+    ORIGINAL.pieces(name, shape)
 }
 
 impl Aimv2Config {
@@ -223,8 +202,7 @@ impl Aimv2Config {
 
 /// The model.
 struct Aimv2 {
-    patch_weight: Tensor,
-    patch_bias: Tensor,
+    patches: Patches,
     patch_norm: RmsNorm,
     /// None: computed.
     positions_pd: Option<Tensor>,
@@ -237,12 +215,10 @@ impl Aimv2 {
         let (d, patch) = (config.hidden_size, config.patch_size);
         let rows = (config.image_size / patch).pow(2);
         let embeddings = builder.sub("embeddings");
-        let convolution = embeddings.sub("patch_embed");
         let layers = builder.sub("encoder").sub("layers");
         let table = || embeddings.sub("position_embedding").param("weight", &[rows, d], config.init());
         Ok(Self {
-            patch_weight: convolution.param("weight", &[d, 3, patch, patch], config.init())?,
-            patch_bias: convolution.param("bias", &[d], Init::Zeros)?,
+            patches: Patches::new(&embeddings.sub("patch_embed"), (d, patch), config.init())?,
             patch_norm: config.norm(&embeddings.sub("rms_norm"))?,
             positions_pd: if config.is_native { None } else { Some(table()?) },
             blocks: (0..config.num_hidden_layers)
@@ -255,7 +231,7 @@ impl Aimv2 {
 
 impl VisionModel for Aimv2 {
     fn embed(&self, pixels_nchw: &Tensor) -> Tensor {
-        let (patches_nsd, grid) = patchify(pixels_nchw, &self.patch_weight, &self.patch_bias);
+        let (patches_nsd, grid) = self.patches.forward(pixels_nchw);
         let x_nsd = self.patch_norm.forward(&patches_nsd);
         let positions_sd = match &self.positions_pd {
             Some(table_pd) => resize_positions(table_pd, grid),
@@ -271,9 +247,8 @@ impl VisionModel for Aimv2 {
     }
 }
 
-/// `[h * w, d]`: sine and cosine of the row in the first half of the width, of the column in the second,
-/// with frequencies `10000^(-4i/d)` (transformers' `build_2d_sinusoidal_position_embedding`); fp32,
-/// computed in fp64.
+/// `[h * w, d]`: sine and cosine of the column in the first half of the width, of the row in the second,
+/// with frequencies `10000^(-4i/d)` (transformers' `Aimv2VisionEmbeddings`); fp32, computed in fp64.
 fn sincos_positions((h, w): (i64, i64), d: i64, device: Device) -> Tensor {
     let exact = (Kind::Double, device);
     let exponents = Tensor::arange(d / 4, exact) / (d / 4) as f64;
@@ -281,7 +256,7 @@ fn sincos_positions((h, w): (i64, i64), d: i64, device: Device) -> Tensor {
     let angles = |places: Tensor| places.outer(&omega);
     let rows = angles(Tensor::arange(h, exact).repeat_interleave_self_int(w, 0, None));
     let columns = angles(Tensor::arange(w, exact).repeat([h]));
-    Tensor::cat(&[rows.sin(), rows.cos(), columns.sin(), columns.cos()], 1).to_kind(Kind::Float)
+    Tensor::cat(&[columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1).to_kind(Kind::Float)
 }
 
 /// `x += attention(norm1(x)); x += ffn(norm2(x))`
@@ -368,8 +343,8 @@ mod tests {
         let positions = sincos_positions((2, 3), 8, Device::Cpu);
         assert_eq!(positions.size(), [6, 8]);
         // Row 1, column 2 is patch 5; frequencies 1 and 1/100.
-        let expected = [1f64, 0.01].map(f64::sin).into_iter().chain([1f64, 0.01].map(f64::cos));
-        let expected = expected.chain([2f64, 0.02].map(f64::sin)).chain([2f64, 0.02].map(f64::cos));
+        let expected = [2f64, 0.02].map(f64::sin).into_iter().chain([2f64, 0.02].map(f64::cos));
+        let expected = expected.chain([1f64, 0.01].map(f64::sin)).chain([1f64, 0.01].map(f64::cos));
         for (i, expected) in expected.enumerate() {
             assert!((positions.double_value(&[5, i as i64]) - expected).abs() < 1e-6, "{i}");
         }

@@ -102,13 +102,14 @@ impl VisionConfig {
         self.0.geometry()
     }
 
-    /// Rows and columns of patches of an image.
+    /// Rows and columns of patches of an image. Of a side that is [`VisionConfig::image_size`], as 384 pixels
+    /// in patches of 14, what is beyond the last whole patch is left out; any other must divide.
     ///
     /// # Errors
     /// [`Error::Config`] when a side is not a positive multiple of the patch.
     pub fn grid(&self, height: i64, width: i64) -> Result<(i64, i64)> {
         let patch = self.patch_size();
-        let divides = |px: i64| px >= patch && px % patch == 0;
+        let divides = |px: i64| px == self.image_size() || (px >= patch && px % patch == 0);
         if divides(height) && divides(width) {
             return Ok((height / patch, width / patch));
         }
@@ -210,6 +211,8 @@ mod tests {
     use super::*;
 
     const AIMV2: &str = "aimv2_vision_model";
+    const INTERNVIT: &str = "internvl_vision";
+    const SIGLIP: &str = "siglip_vision_model";
 
     #[test]
     fn missing_keys_take_the_published_defaults() {
@@ -225,7 +228,7 @@ mod tests {
 
     #[test]
     fn what_is_written_reads_back() {
-        for model_type in [AIMV2, "dinov2"] {
+        for model_type in FAMILIES.iter().map(|family| family.model_type) {
             let keys = json!({ "model_type": model_type, "hidden_size": 96, "num_attention_heads": 3 });
             let config = VisionConfig::from_keys(&keys).unwrap();
             assert_eq!(VisionConfig::from_json(&config.to_json()).unwrap(), config);
@@ -259,7 +262,11 @@ mod tests {
             ),
             (json!({ "model_type": "dinov2", "num_attention_heads": 5 }), "5 does not divide the width 768"),
             (json!({ "model_type": "dinov2", "use_swiglu_ffn": true }), "`use_swiglu_ffn`"),
-            (json!({ "model_type": "dinov2", "hidden_act": "silu" }), "only `gelu`"),
+            (json!({ "model_type": "dinov2", "hidden_act": "silu" }), "only `gelu` and `gelu_pytorch_tanh`"),
+            (json!({ "model_type": SIGLIP, "vision_use_head": true }), "`vision_use_head`"),
+            (json!({ "model_type": SIGLIP, "layer_norm_eps": 0 }), "`layer_norm_eps`: must be positive"),
+            (json!({ "model_type": INTERNVIT, "norm_type": "batch_norm" }), "`norm_type`: only"),
+            (json!({ "model_type": "intern_vit_6b", "drop_path_rate": 0.1 }), "no such key"),
             (json!({ "model_type": "dinov2", "drop_path_rate": 0.1 }), "`drop_path_rate`: only 0"),
             (json!({ "model_type": AIMV2, "num_channels": 1 }), "`num_channels`"),
             (json!({ "model_type": AIMV2, "use_head": true }), "`use_head`"),
@@ -278,6 +285,10 @@ mod tests {
     fn images_divide_into_patches() {
         let config = VisionConfig::from_keys(&json!({ "model_type": "dinov2" })).unwrap();
         assert_eq!(config.grid(448, 14).unwrap(), (32, 1));
+        let siglip = json!({ "model_type": SIGLIP, "image_size": 384, "patch_size": 14 });
+        let siglip = VisionConfig::from_keys(&siglip).unwrap();
+        assert_eq!(siglip.grid(384, 378).unwrap(), (27, 27));
+        assert!(siglip.grid(385, 378).is_err());
         for px in [450, 0, -14] {
             assert!(config.grid(px, 448).unwrap_err().to_string().contains("patches of 14"));
             assert!(config.grid(448, px).is_err());
@@ -289,6 +300,34 @@ mod tests {
         let inner = json!({ "model_type": "dinov2", "hidden_size": 24 });
         let whole = json!({ "model_type": "internvl", "vision_config": inner });
         assert_eq!(VisionConfig::from_json(&whole).unwrap().hidden_size(), 24);
+    }
+
+    #[test]
+    fn files_of_the_families_own_code_are_read() {
+        // What `SigLIP`'s dual encoders and `InternVL`'s own code write.
+        let dual = json!({ "model_type": "siglip", "text_config": {}, "vision_config": {
+            "model_type": SIGLIP, "hidden_size": 24, "num_attention_heads": 3, "vision_use_head": true,
+        } });
+        let siglip = VisionConfig::from_json(&dual).unwrap();
+        assert_eq!((siglip.hidden_size(), siglip.patch_size()), (24, 16));
+        assert_eq!(siglip.to_json()["vision_use_head"], false);
+
+        let large = VisionConfig::from_json(&json!({ "model_type": "intern_vit_6b" })).unwrap();
+        assert_eq!((large.model_type(), large.hidden_size(), large.num_layers()), (INTERNVIT, 3200, 48));
+        let expected = json!({ "norm_type": "rms_norm", "use_qk_norm": true, "attention_bias": false });
+        for (key, value) in expected.as_object().unwrap() {
+            assert_eq!(&large.to_json()[key], value, "{key}");
+        }
+        let small = json!({
+            "model_type": "intern_vit_6b", "architectures": ["InternVisionModel"], "drop_path_rate": 0.1,
+            "dropout": 0.0, "hidden_size": 1024, "image_size": 448, "initializer_factor": 0.1,
+            "initializer_range": 1e-10, "intermediate_size": 4096, "norm_type": "layer_norm",
+            "num_attention_heads": 16, "num_hidden_layers": 24, "qk_normalization": false, "qkv_bias": true,
+            "use_flash_attn": true,
+        });
+        let small = VisionConfig::from_json(&small).unwrap();
+        let keys = json!({ "model_type": INTERNVIT, "attention_bias": true, "initializer_range": 1e-10 });
+        assert_eq!(small, VisionConfig::from_keys(&keys).unwrap());
     }
 
     #[test]

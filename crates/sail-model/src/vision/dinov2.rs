@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::family::{Geometry, Refusal, VisionFamily, VisionModel};
-use super::parts::{Common, attend, check_activation, patchify, resize_positions, side};
+use super::parts::{
+    Common, GELU, Mlp, Patches, attend, behind_class, check_activation, positions_behind_class, side,
+};
 use crate::attention::Segments;
 use crate::error::Result;
 use crate::nn::{LayerNorm, Linear};
@@ -26,7 +28,7 @@ pub(super) struct Dinov2Config {
     pub(super) num_attention_heads: i64,
     /// Inner width of the MLP in widths of the stream.
     pub(super) mlp_ratio: i64,
-    /// Only `gelu`, the exact one, is built.
+    /// `gelu` or `gelu_pytorch_tanh`.
     pub(super) hidden_act: String,
     /// Only 0 is built.
     pub(super) hidden_dropout_prob: f64,
@@ -89,7 +91,6 @@ impl Default for Dinov2Config {
 impl VisionFamily for Dinov2Config {
     const MODEL_TYPE: &'static str = "dinov2";
     const ARCHITECTURE: &'static str = "Dinov2Model";
-    const PREFIXES: &'static [&'static str] = &["", "dinov2.", "vision_model.", "vision_tower."];
     const IGNORED: &'static [&'static str] = &["classifier."];
 
     fn geometry(&self) -> Geometry {
@@ -107,21 +108,14 @@ impl VisionFamily for Dinov2Config {
 
     fn check(&self) -> std::result::Result<(), Refusal> {
         let common = Common {
-            positive: vec![
-                ("hidden_size", self.hidden_size),
-                ("num_hidden_layers", self.num_hidden_layers),
-                ("num_attention_heads", self.num_attention_heads),
-                ("mlp_ratio", self.mlp_ratio),
-                ("image_size", self.image_size),
-                ("patch_size", self.patch_size),
-            ],
+            geometry: self.geometry(),
             heads: self.num_attention_heads,
             channels: self.num_channels,
-            hidden: self.hidden_size,
-            image: self.image_size,
-            patch: self.patch_size,
-            eps: ("layer_norm_eps", self.layer_norm_eps),
-            initializer_range: self.initializer_range,
+            inner: ("mlp_ratio", self.mlp_ratio),
+            positive: vec![
+                ("layer_norm_eps", self.layer_norm_eps),
+                ("initializer_range", self.initializer_range),
+            ],
             dropouts: vec![
                 ("hidden_dropout_prob", self.hidden_dropout_prob),
                 ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
@@ -132,7 +126,7 @@ impl VisionFamily for Dinov2Config {
         if self.use_swiglu_ffn {
             return Err(("use_swiglu_ffn", "only false, the GELU MLP, is supported".into()));
         }
-        check_activation("hidden_act", &self.hidden_act, &["gelu"])
+        check_activation("hidden_act", &self.hidden_act, &GELU)
     }
 
     fn build(&self, builder: &Builder) -> Result<Box<dyn VisionModel + Send>> {
@@ -160,8 +154,7 @@ impl Dinov2Config {
 
 /// The model.
 struct Dinov2 {
-    patch_weight: Tensor,
-    patch_bias: Tensor,
+    patches: Patches,
     class_11d: Tensor,
     /// The class token's row first.
     positions_1pd: Tensor,
@@ -181,8 +174,7 @@ impl Dinov2 {
             let _ = embeddings.param("mask_token", &[1, d], Init::Zeros)?;
         }
         Ok(Self {
-            patch_weight: convolution.param("weight", &[d, 3, patch, patch], config.init())?,
-            patch_bias: convolution.param("bias", &[d], Init::Zeros)?,
+            patches: Patches::new(&convolution, (d, patch), config.init())?,
             class_11d: embeddings.param("cls_token", &[1, 1, d], config.init())?,
             positions_1pd: embeddings.param("position_embeddings", &[1, rows, d], config.init())?,
             blocks: (0..config.num_hidden_layers)
@@ -190,14 +182,6 @@ impl Dinov2 {
                 .collect::<Result<_>>()?,
             norm: config.norm(&builder.sub("layernorm"))?,
         })
-    }
-
-    /// The class token's position and those of a grid `[1 + h * w, d]`.
-    fn positions(&self, grid: (i64, i64)) -> Tensor {
-        let table_pd = self.positions_1pd.squeeze_dim(0);
-        let rows = table_pd.size()[0];
-        let patches_pd = resize_positions(&table_pd.narrow(0, 1, rows - 1), grid);
-        Tensor::cat(&[table_pd.narrow(0, 0, 1), patches_pd], 0)
     }
 }
 
@@ -207,9 +191,8 @@ impl VisionModel for Dinov2 {
     }
 
     fn embed(&self, pixels_nchw: &Tensor) -> Tensor {
-        let (patches_nsd, grid) = patchify(pixels_nchw, &self.patch_weight, &self.patch_bias);
-        let class_n1d = self.class_11d.expand([patches_nsd.size()[0], -1, -1], false);
-        Tensor::cat(&[class_n1d, patches_nsd], 1) + self.positions(grid)
+        let (patches_nsd, grid) = self.patches.forward(pixels_nchw);
+        behind_class(&self.class_11d, &patches_nsd) + positions_behind_class(&self.positions_1pd, grid)
     }
 
     fn encode(&self, x_td: &Tensor, images: &Segments) -> Tensor {
@@ -229,15 +212,14 @@ struct Block {
     heads: i64,
     scale1_d: Tensor,
     norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
+    mlp: Mlp,
     scale2_d: Tensor,
 }
 
 impl Block {
     fn new(config: &Dinov2Config, builder: &Builder) -> Result<Self> {
         let (d, inner) = (config.hidden_size, config.hidden_size * config.mlp_ratio);
-        let (attention, mlp) = (builder.sub("attention"), builder.sub("mlp"));
+        let attention = builder.sub("attention");
         let projection =
             |name: &str| config.linear(&attention.sub("attention").sub(name), d, d, config.qkv_bias);
         let scale = |name: &str| {
@@ -252,8 +234,7 @@ impl Block {
             heads: config.num_attention_heads,
             scale1_d: scale("layer_scale1")?,
             norm2: config.norm(&builder.sub("norm2"))?,
-            fc1: config.linear(&mlp.sub("fc1"), d, inner, true)?,
-            fc2: config.linear(&mlp.sub("fc2"), inner, d, true)?,
+            mlp: Mlp::new(&builder.sub("mlp"), (d, inner), &config.hidden_act, config.init())?,
             scale2_d: scale("layer_scale2")?,
         })
     }
@@ -263,7 +244,7 @@ impl Block {
         let (q, k, v) = (self.q.forward(&normed), self.k.forward(&normed), self.v.forward(&normed));
         let attended = attend(&q, &k, &v, self.heads, images);
         let x_td = x_td + self.out.forward(&attended) * &self.scale1_d;
-        let inner = self.fc1.forward(&self.norm2.forward(&x_td)).gelu("none");
-        x_td + self.fc2.forward(&inner) * &self.scale2_d
+        let inner = self.mlp.forward(&self.norm2.forward(&x_td));
+        x_td + inner * &self.scale2_d
     }
 }

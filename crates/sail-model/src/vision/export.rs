@@ -53,7 +53,7 @@ pub fn export(
     if let Some(table_pd) = table {
         *table_pd = tch::no_grad(|| resize_positions(table_pd, grid));
     }
-    if config.fixed_positions().is_some() || layout == VitLayout::Sail {
+    if config.fixed_positions().is_some() {
         config = config.with_image_size(px);
     }
     let (names, json): (Layout, Value) = match layout {
@@ -62,7 +62,7 @@ pub fn export(
             family: config.model_type().into(),
             key: "layout".into(),
             reason:
-                "`sail` is for AIMv2 with learned positions and one setting of biases; use `transformers`"
+                "`sail` is for AIMv2 with learned positions and one setting of biases, and for InternViT with positions and no final norm; use `transformers`"
                     .into(),
         })?,
     };
@@ -115,6 +115,8 @@ mod tests {
     use crate::weights::{FileSource, Folder};
 
     const AIMV2: &str = "aimv2_vision_model";
+    const INTERNVIT: &str = "internvl_vision";
+    const SIGLIP: &str = "siglip_vision_model";
 
     fn config(model_type: &str) -> VisionConfig {
         VisionConfig::from_keys(&json!({
@@ -140,7 +142,15 @@ mod tests {
     #[test]
     fn an_export_gives_the_same_features_at_the_size_it_was_used() {
         let (ours, sail) = (VitLayout::Transformers, VitLayout::Sail);
-        for (model_type, layout, image_size) in [(AIMV2, ours, 42), (AIMV2, sail, 42), ("dinov2", ours, 28)] {
+        let cases = [
+            (AIMV2, ours, 42),
+            (AIMV2, sail, 42),
+            ("dinov2", ours, 28),
+            (INTERNVIT, ours, 28),
+            (INTERNVIT, sail, 28),
+            (SIGLIP, ours, 42),
+        ];
+        for (model_type, layout, image_size) in cases {
             let config = config(model_type);
             let (model, params) = build(&config, &RandomSource::new(3, "vision"));
             let dir = TempDir::new().unwrap();
@@ -158,7 +168,7 @@ mod tests {
 
     #[test]
     fn features_follow_the_parameters_type() {
-        for model_type in [AIMV2, "dinov2"] {
+        for model_type in [AIMV2, "dinov2", INTERNVIT, SIGLIP] {
             let (model, params) = build(&config(model_type), &RandomSource::new(3, "vision"));
             let pixels = [Tensor::randn([2, 3, 42, 28], (Kind::Float, Device::Cpu))];
             let expected = model.features(&pixels).unwrap().x_td;
@@ -174,7 +184,7 @@ mod tests {
 
     #[test]
     fn images_of_several_sizes_do_not_see_each_other() {
-        for model_type in [AIMV2, "dinov2"] {
+        for model_type in [AIMV2, "dinov2", INTERNVIT, SIGLIP] {
             let (model, _) = build(&config(model_type), &RandomSource::new(3, "vision"));
             let sizes = [[1, 3, 28, 14], [2, 3, 42, 28], [1, 3, 28, 14], [1, 3, 7, 70]];
             let images = sizes.map(|size| Tensor::randn(size, (Kind::Float, Device::Cpu)));
@@ -182,6 +192,30 @@ mod tests {
             assert_eq!(packed.grids, [(4, 2), (6, 4), (6, 4), (4, 2), (1, 10)]);
             let alone = images.map(|image| model.features(&[image]).unwrap().x_td);
             assert!(packed.x_td.allclose(&Tensor::cat(&alone, 0), 1e-5, 1e-6, false), "{model_type}");
+        }
+    }
+
+    #[test]
+    fn a_model_inside_a_larger_one_is_found() {
+        let config = config(SIGLIP);
+        let (model, params) = build(&config, &RandomSource::new(3, "vision"));
+        let pixels = [Tensor::randn([1, 3, 28, 28], (Kind::Float, Device::Cpu))];
+        let expected = model.features(&pixels).unwrap().x_td;
+        for prefix in config.naming().prefixes {
+            let mut tensors = arrange(&params, own_names, prefix).unwrap();
+            for other in ["head.probe", "embeddings.position_ids"] {
+                tensors.insert(format!("{prefix}{other}"), Stored::from(&Tensor::from_slice(&[1f32])));
+            }
+            if !prefix.is_empty() {
+                for other in ["text_model.head.weight", "logit_scale", "language_model.lm_head.weight"] {
+                    tensors.insert(other.into(), Stored::from(&Tensor::from_slice(&[1f32])));
+                }
+            }
+            let dir = TempDir::new().unwrap();
+            Folder::new(tensors).write(dir.path()).unwrap();
+            let source = FileSource::open(dir.path()).unwrap().with(config.naming());
+            let (again, _) = build(&config, &source);
+            assert!(again.features(&pixels).unwrap().x_td.equal(&expected), "{prefix}");
         }
     }
 

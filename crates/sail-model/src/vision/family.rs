@@ -56,7 +56,21 @@ pub trait VisionFamily:
     /// The class of transformers that the weights are for.
     const ARCHITECTURE: &'static str;
     /// Put in front of the names by files of larger models that hold this one; the empty one first.
-    const PREFIXES: &'static [&'static str] = &["", "vision_model.", "model.vision_tower.", "vision_tower."];
+    const PREFIXES: &'static [&'static str] = &[
+        "",
+        // Dual encoders; the SAIL-VL and InternVL code; older files of SigLIP's vision part alone.
+        "vision_model.",
+        // LLaVA, InternVL, PaliGemma and Gemma 3 as transformers writes them, from its version 5 down.
+        "model.vision_tower.",
+        "vision_tower.",
+        "model.vision_tower.vision_model.",
+        "vision_tower.vision_model.",
+        // LLaVA's own code.
+        "model.vision_tower.vision_tower.",
+        "model.vision_tower.vision_tower.vision_model.",
+        // An image classifier.
+        "dinov2.",
+    ];
     /// How files name the tensors, this family's own names first.
     const LAYOUTS: &'static [Layout] = &[own_names];
     /// Tensors that files may hold and no feature depends on; see [`crate::weights::Naming::ignored`].

@@ -2,7 +2,7 @@
 //!
 //! Each family is one file: it computes what transformers computes for the same config.json and the
 //! same tensors, and names its parameters as transformers does. A new family is a file like
-//! `dinov2.rs` and one line in [`FAMILIES`]; docs/adding-a-model.md goes through it. Nothing here knows
+//! `siglip.rs` and one line in [`FAMILIES`]; docs/adding-a-model.md goes through it. Nothing here knows
 //! tiles, text or training. Called by `vlm`, by the trainer and by its `embed` and `export` commands.
 //!
 //! Images of different sizes share one forward: their tokens lie end to end, `[t, d]`, and attention
@@ -16,7 +16,9 @@ mod config;
 mod dinov2;
 mod export;
 mod family;
+mod internvit;
 mod parts;
+mod siglip;
 
 use tch::Tensor;
 
@@ -30,7 +32,12 @@ use crate::params::Builder;
 use family::Family;
 
 /// The families there are.
-static FAMILIES: &[Family] = &[Family::of::<aimv2::Aimv2Config>(), Family::of::<dinov2::Dinov2Config>()];
+static FAMILIES: &[Family] = &[
+    Family::of::<aimv2::Aimv2Config>(),
+    Family::of::<dinov2::Dinov2Config>(),
+    Family::of::<internvit::InternVitConfig>(),
+    Family::of::<siglip::SiglipConfig>(),
+];
 
 /// A vision transformer.
 pub struct Vision {

@@ -1,22 +1,57 @@
-//! What the families share: patches, attention within images, position tables for any grid, and checks
-//! of configurations.
+//! What the families share: patches, attention within images, position tables for any grid, layouts that
+//! rename, and checks of configurations.
 //!
 //! Called by the families' files. Dimension letters as in [`super`].
 
 use serde::{Deserialize, Deserializer};
 use tch::{Kind, Tensor};
 
-use super::family::Refusal;
+use super::family::{Geometry, Refusal};
 use crate::attention::{Segments, Visibility, packed_attention};
+use crate::error::Result;
+use crate::nn::Linear;
+use crate::params::{Builder, Init};
+use crate::weights::{Piece, own_names};
 
-/// Convolution with stride = kernel: `[n, 3, h * patch, w * patch]` -> patches `[n, h * w, d]`, rows of the
-/// grid first, and `(h, w)`; in the type of the weight.
-pub(super) fn patchify(pixels_nchw: &Tensor, weight: &Tensor, bias: &Tensor) -> (Tensor, (i64, i64)) {
-    let patch = weight.size()[3];
-    let pixels_nchw = pixels_nchw.to_kind(weight.kind());
-    let patches_ndhw = pixels_nchw.conv2d(weight, Some(bias), [patch, patch], [0, 0], [1, 1], 1);
-    let (_, _, h, w) = patches_ndhw.size4().expect("invariant: a convolution gives [n, d, h, w]");
-    (patches_ndhw.flatten(2, 3).transpose(1, 2), (h, w))
+/// The convolution with stride = kernel that makes patches.
+pub(super) struct Patches {
+    weight_dcpp: Tensor,
+    bias_d: Tensor,
+}
+
+impl Patches {
+    /// Takes `weight` `[d, 3, patch, patch]`, started by `init`, and `bias` `[d]`, started at zero.
+    pub(super) fn new(builder: &Builder, (d, patch): (i64, i64), init: Init) -> Result<Self> {
+        let weight_dcpp = builder.param("weight", &[d, 3, patch, patch], init)?;
+        Ok(Self { weight_dcpp, bias_d: builder.param("bias", &[d], Init::Zeros)? })
+    }
+
+    /// `[n, 3, height, width]` of any float type -> patches `[n, h * w, d]` of the weight's, rows of the grid
+    /// first, and `(h, w)`. Pixels right of the last whole patch and below it are left out.
+    pub(super) fn forward(&self, pixels_nchw: &Tensor) -> (Tensor, (i64, i64)) {
+        let patch = self.weight_dcpp.size()[3];
+        let pixels_nchw = pixels_nchw.to_kind(self.weight_dcpp.kind());
+        let stride = [patch, patch];
+        let patches_ndhw =
+            pixels_nchw.conv2d(&self.weight_dcpp, Some(&self.bias_d), stride, [0, 0], [1, 1], 1);
+        let (_, _, h, w) = patches_ndhw.size4().expect("invariant: a convolution gives [n, d, h, w]");
+        (patches_ndhw.flatten(2, 3).transpose(1, 2), (h, w))
+    }
+}
+
+/// Puts the class token `[1, 1, d]` before the patches `[n, s, d]` of every image.
+pub(super) fn behind_class(class_11d: &Tensor, patches_nsd: &Tensor) -> Tensor {
+    let class_n1d = class_11d.expand([patches_nsd.size()[0], -1, -1], false);
+    Tensor::cat(&[class_n1d, patches_nsd.shallow_clone()], 1)
+}
+
+/// The rows of a table `[1, 1 + p, d]` for the class token and a grid `[1 + h * w, d]`, as
+/// [`resize_positions`].
+pub(super) fn positions_behind_class(table_1pd: &Tensor, grid: (i64, i64)) -> Tensor {
+    let table_pd = table_1pd.squeeze_dim(0);
+    let rows = table_pd.size()[0];
+    let patches_pd = resize_positions(&table_pd.narrow(0, 1, rows - 1), grid);
+    Tensor::cat(&[table_pd.narrow(0, 0, 1), patches_pd], 0)
 }
 
 /// Every token of an image attends to every other: q, k, v `[t, d]` -> `[t, d]`, scaled by
@@ -27,10 +62,38 @@ pub(super) fn attend(q_td: &Tensor, k_td: &Tensor, v_td: &Tensor, heads: i64, im
     packed_attention(&split(q_td), &split(k_td), &split(v_td), images, Visibility::Full).reshape([t, d])
 }
 
+/// `fc2(gelu(fc1(x)))`
+pub(super) struct Mlp {
+    fc1: Linear,
+    fc2: Linear,
+    /// libtorch's name of the approximation.
+    gelu: &'static str,
+}
+
+impl Mlp {
+    /// Takes `fc1` and `fc2` with biases, for widths `d` and `inner` and an activation that
+    /// [`check_activation`] found to be one of [`GELU`].
+    pub(super) fn new(builder: &Builder, (d, inner): (i64, i64), act: &str, init: Init) -> Result<Self> {
+        Ok(Self {
+            fc1: Linear::new(&builder.sub("fc1"), d, inner, true, init)?,
+            fc2: Linear::new(&builder.sub("fc2"), inner, d, true, init)?,
+            gelu: if act == "gelu_pytorch_tanh" { "tanh" } else { "none" },
+        })
+    }
+
+    /// `[t, d]` -> `[t, d]`
+    pub(super) fn forward(&self, x_td: &Tensor) -> Tensor {
+        self.fc2.forward(&self.fc1.forward(x_td).gelu(self.gelu))
+    }
+}
+
+/// What transformers calls the GELU (Hendrycks and Gimpel 2016) and its approximation by a tanh.
+pub(super) const GELU: [&str; 2] = ["gelu", "gelu_pytorch_tanh"];
+
 /// The position table of a square grid `[p, d]`, resampled to `h` x `w` patches `[h * w, d]`.
 ///
 /// Bicubic in fp32 without antialiasing or aligned corners, as in transformers'
-/// `Dinov2Embeddings.interpolate_pos_encoding`; the table itself where the grid is its own.
+/// `interpolate_pos_encoding`; the table itself where the grid is its own.
 pub(super) fn resize_positions(table_pd: &Tensor, (h, w): (i64, i64)) -> Tensor {
     let (rows, d) = table_pd.size2().expect("invariant: a position table is [p, d]");
     let side = rows.isqrt();
@@ -42,54 +105,95 @@ pub(super) fn resize_positions(table_pd: &Tensor, (h, w): (i64, i64)) -> Tensor 
     resized_1dhw.to_kind(table_pd.kind()).permute([0, 2, 3, 1]).reshape([h * w, d])
 }
 
+/// Another layout of the same tensors: names begin otherwise, and every block holds queries, keys and
+/// values in one matrix.
+pub(super) struct Renaming {
+    /// How names outside the blocks begin, here and there.
+    pub(super) outside: &'static [(&'static str, &'static str)],
+    /// What is before the number of a block, here and there.
+    pub(super) blocks: (&'static str, &'static str),
+    /// How names inside a block begin, here and there.
+    pub(super) inside: &'static [(&'static str, &'static str)],
+    /// How the names of queries, keys and values begin here, and that of their matrix there.
+    pub(super) qkv: ([&'static str; 3], &'static str),
+}
+
+impl Renaming {
+    /// The pieces of a tensor; a name that is in no table keeps its end.
+    pub(super) fn pieces(&self, name: &str, shape: &[i64]) -> Vec<Piece> {
+        let renamed = |name: &str, table: &[(&str, &str)]| {
+            table.iter().find_map(|(ours, theirs)| Some(format!("{theirs}{}", name.strip_prefix(ours)?)))
+        };
+        let (ours, theirs) = self.blocks;
+        let Some((block, rest)) = name.strip_prefix(ours).and_then(|rest| rest.split_once('.')) else {
+            return own_names(&renamed(name, self.outside).unwrap_or(name.to_owned()), shape);
+        };
+        let (parts, whole) = self.qkv;
+        let part = parts.iter().zip(0..).find_map(|(ours, index)| Some((rest.strip_prefix(ours)?, index)));
+        if let Some((kind, index)) = part {
+            return vec![Piece::part(format!("{theirs}{block}.{whole}{kind}"), shape, index, 3)];
+        }
+        let rest = renamed(rest, self.inside).unwrap_or(rest.to_owned());
+        own_names(&format!("{theirs}{block}.{rest}"), shape)
+    }
+}
+
 /// What every family asks of the fields they share.
 pub(super) struct Common {
-    /// Must be at least 1.
-    pub(super) positive: Vec<(&'static str, i64)>,
+    pub(super) geometry: Geometry,
     pub(super) heads: i64,
     pub(super) channels: i64,
-    pub(super) hidden: i64,
-    pub(super) image: i64,
-    pub(super) patch: i64,
-    pub(super) eps: (&'static str, f64),
-    pub(super) initializer_range: f64,
+    /// Inner width of the MLP, or the field that gives it; must be at least 1.
+    pub(super) inner: (&'static str, i64),
+    /// Must be positive.
+    pub(super) positive: Vec<(&'static str, f64)>,
     /// Dropout rates; only 0 is built.
     pub(super) dropouts: Vec<(&'static str, f64)>,
 }
 
 impl Common {
-    pub(super) fn check(&self) -> Result<(), Refusal> {
-        if let Some((key, value)) = self.positive.iter().find(|(_, value)| *value < 1) {
+    pub(super) fn check(&self) -> std::result::Result<(), Refusal> {
+        let Geometry { hidden_size: hidden, num_layers, image_size: image, patch_size: patch } =
+            self.geometry;
+        let counts = [
+            ("hidden_size", hidden),
+            self.inner,
+            ("num_hidden_layers", num_layers),
+            ("num_attention_heads", self.heads),
+            ("image_size", image),
+            ("patch_size", patch),
+        ];
+        if let Some((key, value)) = counts.iter().find(|(_, value)| *value < 1) {
             return Err((key, format!("must be at least 1, is {value}")));
         }
         if let Some((key, value)) = self.dropouts.iter().find(|(_, rate)| *rate != 0.0) {
             return Err((key, format!("only 0 is supported, is {value}")));
         }
-        let Self { hidden, heads, image, patch, eps: (eps_key, eps), .. } = self;
-        let checks = [
-            (self.channels == 3, "num_channels", format!("images have 3 channels, is {}", self.channels)),
-            (
-                hidden % heads == 0,
-                "num_attention_heads",
-                format!("{heads} does not divide the width {hidden}"),
-            ),
-            (image >= patch, "image_size", format!("{image} is smaller than a patch of {patch}")),
-            (*eps > 0.0, *eps_key, format!("must be positive, is {eps}")),
-            (
-                self.initializer_range > 0.0,
-                "initializer_range",
-                format!("must be positive, is {}", self.initializer_range),
-            ),
-        ];
-        match checks.into_iter().find(|(holds, ..)| !holds) {
-            None => Ok(()),
-            Some((_, key, reason)) => Err((key, reason)),
+        if let Some((key, value)) = self.positive.iter().find(|(_, value)| *value <= 0.0) {
+            return Err((key, format!("must be positive, is {value}")));
         }
+        if self.channels != 3 {
+            return Err(("num_channels", format!("images have 3 channels, is {}", self.channels)));
+        }
+        if hidden % self.heads != 0 {
+            return Err((
+                "num_attention_heads",
+                format!("{} does not divide the width {hidden}", self.heads),
+            ));
+        }
+        if image < patch {
+            return Err(("image_size", format!("{image} is smaller than a patch of {patch}")));
+        }
+        Ok(())
     }
 }
 
 /// Refuses an activation that is not `built`.
-pub(super) fn check_activation(key: &'static str, found: &str, built: &[&str]) -> Result<(), Refusal> {
+pub(super) fn check_activation(
+    key: &'static str,
+    found: &str,
+    built: &[&str],
+) -> std::result::Result<(), Refusal> {
     if built.contains(&found) {
         return Ok(());
     }
@@ -97,7 +201,7 @@ pub(super) fn check_activation(key: &'static str, found: &str, built: &[&str]) -
 }
 
 /// A side in pixels: `448`, or `[448, 448]` as transformers also allows.
-pub(super) fn side<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+pub(super) fn side<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<i64, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Side {
