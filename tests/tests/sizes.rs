@@ -128,7 +128,7 @@ fn names_and_shapes_are_those_of_the_published_code() {
     let cases = [(aimv2(1536, 4096), &sailvit_huge[..]), (internvit.unwrap(), &internvit_300m)];
     for (config, expected) in cases {
         let params = params(|builder| Vision::new(&config, builder));
-        let exported = export(&config, params, 448, VitLayout::Sail, "").unwrap();
+        let exported = export(&config, params, 448, VitLayout::Original, "").unwrap();
         let found = lines(exported.tensors.into_iter().map(|(name, stored)| (name, stored.shape)));
         assert_eq!(found, expected);
     }

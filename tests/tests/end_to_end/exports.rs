@@ -103,7 +103,8 @@ fn what_cannot_be_exported_says_why() {
         assert!(!Path::new(out).exists());
     };
     refused(&["--what", "mllm"], "no `aimv2_vision_model` encoder");
-    refused(&["--what", "llm", "--layout", "sail"], "no `sail` layout");
+    refused(&["--what", "llm", "--layout", "sail"], "transformers' layout only");
+    refused(&["--what", "mllm", "--layout", "original"], "no `original` layout");
 }
 
 /// The demo's real weights: forty tokens about five real images. Minutes on a CPU.

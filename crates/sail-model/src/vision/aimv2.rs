@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::config::UnknownKeys;
-use super::family::{Geometry, Refusal, VisionFamily, VisionModel};
+use super::family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
 use super::parts::{Common, Patches, Renaming, attend, check_activation, resize_positions, side};
 use crate::attention::Segments;
 use crate::error::Result;
@@ -84,7 +84,8 @@ impl VisionFamily for Aimv2Config {
     const LAYOUTS: &'static [Layout] = &[own_names, original_names];
     // The pooling head of the contrastive variants.
     const IGNORED: &'static [&'static str] = &["head."];
-    const FIXED_POSITIONS: Option<&'static str> = Some("embeddings.position_embedding.weight");
+    const POSITIONS: Positions =
+        Positions { name: "embeddings.position_embedding.weight", prefix: 0, resampled: false };
 
     fn geometry(&self) -> Geometry {
         Geometry {
@@ -144,7 +145,7 @@ impl VisionFamily for Aimv2Config {
         keys.entry("use_head").or_insert((written_by == UnknownKeys::Skip).into());
     }
 
-    fn sail_layout(&self) -> Option<(Layout, Value)> {
+    fn original_layout(&self) -> Option<(Layout, Value)> {
         // SAIL's code has one bias for queries, keys and values, and one for all else.
         let config = json!({
             "architectures": ["SAILViTModel"], "model_type": "sailvit",

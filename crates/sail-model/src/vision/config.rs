@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::FAMILIES;
-use super::family::{AnyFamily, Geometry, VisionModel};
+use super::family::{AnyFamily, Geometry, Positions, VisionModel};
 use crate::error::{Error, Result};
 use crate::params::Builder;
 use crate::weights::{Layout, Naming, read_json};
@@ -128,10 +128,9 @@ impl VisionConfig {
         self.0.without_gradient()
     }
 
-    /// The position table that an export must resample, see
-    /// [`FIXED_POSITIONS`](super::VisionFamily::FIXED_POSITIONS).
-    pub(super) fn fixed_positions(&self) -> Option<&'static str> {
-        self.0.fixed_positions()
+    /// Where the position table is.
+    pub(super) fn positions(&self) -> Positions {
+        self.0.positions()
     }
 
     /// The same model with a position table for images of `px` x `px` pixels.
@@ -141,12 +140,12 @@ impl VisionConfig {
 
     /// Whether SAIL's own code computes this model.
     pub fn has_sail_layout(&self) -> bool {
-        self.sail_layout().is_some()
+        self.original_layout().is_some_and(|(_, config)| config["model_type"] == "sailvit")
     }
 
-    /// Layout and config.json of the SAIL code, where the family has them.
-    pub(super) fn sail_layout(&self) -> Option<(Layout, Value)> {
-        self.0.sail_layout()
+    /// Names and config.json of the family's own code, where that computes this model.
+    pub(super) fn original_layout(&self) -> Option<(Layout, Value)> {
+        self.0.original_layout()
     }
 
     pub(super) fn build(&self, builder: &Builder) -> Result<Box<dyn VisionModel + Send>> {

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::family::{Geometry, Refusal, VisionFamily, VisionModel};
+use super::family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
 use super::parts::{
     Common, GELU, Mlp, Patches, attend, behind_class, check_activation, positions_behind_class, side,
 };
@@ -92,6 +92,8 @@ impl VisionFamily for Dinov2Config {
     const MODEL_TYPE: &'static str = "dinov2";
     const ARCHITECTURE: &'static str = "Dinov2Model";
     const IGNORED: &'static [&'static str] = &["classifier."];
+    const POSITIONS: Positions =
+        Positions { name: "embeddings.position_embeddings", prefix: 1, resampled: true };
 
     fn geometry(&self) -> Geometry {
         Geometry {

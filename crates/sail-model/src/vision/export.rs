@@ -21,6 +21,8 @@ pub enum VitLayout {
     Transformers,
     /// Those of SAIL's code, which is exported with them.
     Sail,
+    /// Those of the family's own published code: SAIL's and Apple's for `AIMv2`, OpenGVLab's for `InternViT`.
+    Original,
 }
 
 /// What a folder of a vision transformer holds.
@@ -35,8 +37,8 @@ pub struct VisionExport {
 /// The module's parameters `tensors`, by its own names, for images of `px` x `px` pixels, every name with
 /// `prefix` in front.
 ///
-/// A family whose position table transformers resamples keeps its table and `image_size`. Of another
-/// the table is written as it is used, resampled to `px`, and `image_size` is `px`.
+/// A family whose position table transformers resamples keeps its table and `image_size`. Of another, and
+/// inside a larger model, the table is written as it is used, resampled to `px`, and `image_size` is `px`.
 ///
 /// # Errors
 /// [`Error::Config`] when `px` does not divide into patches or the family has no such layout.
@@ -49,24 +51,42 @@ pub fn export(
 ) -> Result<VisionExport> {
     let grid = config.grid(px, px)?;
     let mut config = config.clone();
-    let table = config.fixed_positions().and_then(|name| tensors.get_mut(name));
-    if let Some(table_pd) = table {
-        *table_pd = tch::no_grad(|| resize_positions(table_pd, grid));
-    }
-    if config.fixed_positions().is_some() {
+    let positions = config.positions();
+    if !positions.resampled || !prefix.is_empty() {
+        if let Some(table) = tensors.get_mut(positions.name) {
+            *table = tch::no_grad(|| resize_table(table, positions.prefix, grid));
+        }
         config = config.with_image_size(px);
     }
+    let refuse = |reason: &str| {
+        Error::Config { family: config.model_type().into(), key: "layout".into(), reason: reason.into() }
+    };
     let (names, json): (Layout, Value) = match layout {
         VitLayout::Transformers => (own_names, config.to_json()),
-        VitLayout::Sail => config.sail_layout().ok_or_else(|| Error::Config {
-            family: config.model_type().into(),
-            key: "layout".into(),
-            reason:
-                "`sail` is for AIMv2 with learned positions and one setting of biases, and for InternViT with positions and no final norm; use `transformers`"
-                    .into(),
+        VitLayout::Original => config.original_layout().ok_or_else(|| {
+            refuse("the family's own code does not compute this model; use `transformers`")
         })?,
+        VitLayout::Sail if config.has_sail_layout() => config.original_layout().expect("invariant: just seen"),
+        VitLayout::Sail => {
+            return Err(refuse(
+                "`sail` is for AIMv2 with learned positions and one setting of biases; use `transformers`",
+            ));
+        }
     };
     Ok(VisionExport { tensors: arrange(&tensors, names, prefix)?, config: json })
+}
+
+/// A position table `[.., p, d]` with `prefix` rows before those of the patches, of another grid.
+fn resize_table(table: &Tensor, prefix: i64, grid: (i64, i64)) -> Tensor {
+    let mut shape = table.size();
+    let d = shape[shape.len() - 1];
+    let table_pd = table.reshape([-1, d]);
+    let rows = table_pd.size()[0];
+    let patches_pd = resize_positions(&table_pd.narrow(0, prefix, rows - prefix), grid);
+    let resized_pd = Tensor::cat(&[table_pd.narrow(0, 0, prefix), patches_pd], 0);
+    let dims = shape.len();
+    shape[dims - 2] = resized_pd.size()[0];
+    resized_pd.reshape(shape)
 }
 
 /// `preprocessor_config.json`: RGB, bicubic to exactly `px` x `px` without a crop, / 255, then

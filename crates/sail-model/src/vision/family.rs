@@ -46,6 +46,18 @@ pub struct Geometry {
     pub patch_size: i64,
 }
 
+/// Where a family keeps the positions that its patches are given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Positions {
+    /// Name of the table, `[.., p, d]`, inside the module.
+    pub name: &'static str,
+    /// Rows of the table before those of the patches.
+    pub prefix: i64,
+    /// transformers resamples the table for images of another size; if not, an export must hold the table
+    /// of the size it is for.
+    pub resampled: bool,
+}
+
 /// A family: the fields of its config.json, under transformers' names and with its defaults, and the
 /// model they describe.
 pub trait VisionFamily:
@@ -75,9 +87,8 @@ pub trait VisionFamily:
     const LAYOUTS: &'static [Layout] = &[own_names];
     /// Tensors that files may hold and no feature depends on; see [`crate::weights::Naming::ignored`].
     const IGNORED: &'static [&'static str] = &[];
-    /// The position table `[p, d]`, where transformers takes it as it is, so that an export must hold the
-    /// table of the size it is for; None where transformers resamples it.
-    const FIXED_POSITIONS: Option<&'static str> = None;
+    /// The table of positions.
+    const POSITIONS: Positions;
 
     /// Width, depth and sizes.
     fn geometry(&self) -> Geometry;
@@ -115,8 +126,8 @@ pub trait VisionFamily:
         let _ = (keys, written_by);
     }
 
-    /// The model in the layout and with the config.json of the SAIL code, where it has one.
-    fn sail_layout(&self) -> Option<(Layout, Value)> {
+    /// Names and config.json of the family's own published code, where that computes this model.
+    fn original_layout(&self) -> Option<(Layout, Value)> {
         None
     }
 }
@@ -143,14 +154,14 @@ pub(super) trait AnyFamily: Debug + Send + Sync {
     fn model_type(&self) -> &'static str;
     fn architecture(&self) -> &'static str;
     fn naming(&self) -> crate::weights::Naming;
-    fn fixed_positions(&self) -> Option<&'static str>;
+    fn positions(&self) -> Positions;
     fn geometry(&self) -> Geometry;
     fn with_image_size(&self, px: i64) -> Box<dyn AnyFamily>;
     fn check(&self) -> std::result::Result<(), Refusal>;
     fn build(&self, builder: &Builder) -> Result<Box<dyn VisionModel + Send>>;
     fn without_gradient(&self) -> &'static [&'static str];
     fn fields(&self) -> Value;
-    fn sail_layout(&self) -> Option<(Layout, Value)>;
+    fn original_layout(&self) -> Option<(Layout, Value)>;
 }
 
 impl<F: VisionFamily> AnyFamily for F {
@@ -170,8 +181,8 @@ impl<F: VisionFamily> AnyFamily for F {
         }
     }
 
-    fn fixed_positions(&self) -> Option<&'static str> {
-        F::FIXED_POSITIONS
+    fn positions(&self) -> Positions {
+        F::POSITIONS
     }
 
     fn geometry(&self) -> Geometry {
@@ -200,8 +211,8 @@ impl<F: VisionFamily> AnyFamily for F {
         serde_json::to_value(self).expect("invariant: the fields are numbers, strings and booleans")
     }
 
-    fn sail_layout(&self) -> Option<(Layout, Value)> {
-        F::sail_layout(self)
+    fn original_layout(&self) -> Option<(Layout, Value)> {
+        F::original_layout(self)
     }
 }
 

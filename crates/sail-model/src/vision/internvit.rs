@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use super::family::{Geometry, Refusal, VisionFamily, VisionModel};
+use super::family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
 use super::parts::{
     Common, GELU, Mlp, Patches, Renaming, attend, behind_class, check_activation, positions_behind_class,
     side,
@@ -103,6 +103,8 @@ impl VisionFamily for InternVitConfig {
     const MODEL_TYPE: &'static str = "internvl_vision";
     const ARCHITECTURE: &'static str = "InternVLVisionModel";
     const LAYOUTS: &'static [Layout] = &[own_names, original_names];
+    const POSITIONS: Positions =
+        Positions { name: "embeddings.position_embeddings", prefix: 1, resampled: true };
 
     fn geometry(&self) -> Geometry {
         Geometry {
@@ -178,7 +180,7 @@ impl VisionFamily for InternVitConfig {
         Some(keys)
     }
 
-    fn sail_layout(&self) -> Option<(Layout, Value)> {
+    fn original_layout(&self) -> Option<(Layout, Value)> {
         let config = json!({
             "architectures": ["InternVisionModel"], "model_type": "intern_vit_6b",
             "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,

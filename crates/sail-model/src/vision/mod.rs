@@ -24,7 +24,7 @@ use tch::Tensor;
 
 pub use config::{UnknownKeys, VisionConfig};
 pub use export::{VisionExport, VitLayout, dtype_name, export, preprocessor_json};
-pub use family::{Geometry, Refusal, VisionFamily, VisionModel};
+pub use family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
 
 use crate::attention::Segments;
 use crate::error::{Error, Result};

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use super::config::UnknownKeys;
-use super::family::{Geometry, Refusal, VisionFamily, VisionModel};
+use super::family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
 use super::parts::{Common, GELU, Mlp, Patches, attend, check_activation, resize_positions, side};
 use crate::attention::Segments;
 use crate::error::Result;
@@ -72,7 +72,8 @@ impl VisionFamily for SiglipConfig {
     // The pooling head, and a buffer that older files hold.
     const IGNORED: &'static [&'static str] = &["head.", "embeddings.position_ids"];
     // transformers resamples only where its caller asks for it.
-    const FIXED_POSITIONS: Option<&'static str> = Some("embeddings.position_embedding.weight");
+    const POSITIONS: Positions =
+        Positions { name: "embeddings.position_embedding.weight", prefix: 0, resampled: false };
 
     fn geometry(&self) -> Geometry {
         Geometry {

@@ -165,6 +165,8 @@ pub(super) enum Layout {
     Transformers,
     /// As SAIL's code does, which goes with it
     Sail,
+    /// As the encoder's own published code does
+    Original,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -232,13 +234,18 @@ fn export(checkpoint: &Path, (what, layout): (What, Layout), kind: Kind, out: &P
             let layout = match layout {
                 Layout::Transformers => VitLayout::Transformers,
                 Layout::Sail => VitLayout::Sail,
+                Layout::Original => VitLayout::Original,
             };
             export::vit_of(&open_any(checkpoint)?, layout, kind, out)
         }
         (What::Llm, Layout::Transformers) => export::llm(&trained()?, kind, out),
-        (What::Llm, Layout::Sail) => Err(Error::usage(
-            "a language model alone has no `sail` layout",
-            "leave `--layout` out, or export the whole model with `--what mllm`",
+        (What::Llm, Layout::Sail | Layout::Original) => Err(Error::usage(
+            "a language model alone has transformers' layout only",
+            "leave `--layout` out, or export the whole model with `--what mllm --layout sail`",
+        )),
+        (What::Mllm, Layout::Original) => Err(Error::usage(
+            "the whole model has no `original` layout",
+            "choose `--layout sail` or `--layout transformers`",
         )),
         (What::Mllm, Layout::Transformers) => export::mllm(trained()?, MllmLayout::InternVl, kind, out),
         (What::Mllm, Layout::Sail) => export::mllm(trained()?, MllmLayout::Sail, kind, out),

@@ -377,7 +377,8 @@ impl Default for RawEval {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawExport {
-    /// Layout of the vision encoder's files: `transformers`, or `sail` (AIMv2 alone). Required.
+    /// Layout of the vision encoder's files: `transformers`, `sail` (AIMv2 alone) or `original` (that of
+    /// the family's own code). Required.
     pub(super) vit: Option<VitLayout>,
 }
 

@@ -112,7 +112,7 @@ fn write_vit(
     let folder = Folder::new(tensors).in_kind(kind);
     let (folder, config) = match layout {
         VitLayout::Sail => sail::with_vision_code(folder, config),
-        VitLayout::Transformers => (folder, config),
+        VitLayout::Transformers | VitLayout::Original => (folder, config),
     };
     let preprocessor = vision::preprocessor_json(px as i64, image.mean, image.std);
     let folder = folder.json("config.json", &config).json("preprocessor_config.json", &preprocessor);
