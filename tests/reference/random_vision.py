@@ -1,6 +1,6 @@
 """Writes N vision models of transformers per family, each of a random configuration drawn with SEED, and what
-they give, as folders FAMILY-I of OUT_DIR like those of goldens/make_vision.py; tests/tests/parity_vision.rs
-runs it and compares.
+they give, as folders FAMILY-I of OUT_DIR like those of goldens/make_vision.py, and one more inside a larger
+model's files as FAMILY-inside; tests/tests/parity_vision.rs runs it and compares.
 
     python tests/reference/random_vision.py N SEED OUT_DIR
     python tests/reference/random_vision.py check OUT_DIR
@@ -15,10 +15,17 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    Aimv2Config,
+    Aimv2Model,
     Aimv2VisionConfig,
     AutoModel,
     Dinov2Config,
+    Dinov2ForImageClassification,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     InternVLVisionConfig,
+    SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
     logging,
 )
@@ -79,9 +86,32 @@ def siglip(rng):
     return SiglipVisionConfig(**fields, layer_norm_eps=eps(rng), vision_use_head=False)
 
 
+def larger(config):
+    """A model that holds one of this configuration, and that part of it."""
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision_config = config.to_dict()
+    match config.model_type:
+        case "aimv2_vision_model":
+            model = Aimv2Model(Aimv2Config(text_config=text, vision_config=vision_config))
+            return model, model.vision_model
+        case "dinov2":
+            model = Dinov2ForImageClassification(config)
+            return model, model.dinov2
+        case "internvl_vision":
+            text |= {"model_type": "qwen2", "num_key_value_heads": 1}
+            whole = InternVLConfig(text_config=text, vision_config=vision_config, image_token_id=3)
+            model = InternVLForConditionalGeneration(whole)
+            return model, model.model.vision_tower
+        case "siglip_vision_model":
+            del vision_config["vision_use_head"]
+            model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision_config))
+            return model, model.vision_model
+
+
 def write(count, seed, out):
     for family in (aimv2, dinov2, internvit, siglip):
-        for i in range(count):
+        for i in [*range(count), "inside"]:
             rng = random.Random(f"{seed} {family.__name__} {i}")
             config = family(rng)
             patch, image = config.patch_size, config.image_size
@@ -90,7 +120,12 @@ def write(count, seed, out):
             sizes = [(image, image), (rng.randint(1, 6) * patch, rng.randint(2, 6) * patch)]
             sizes += [(rng.randint(2, 6) * patch, rng.randint(1, 6) * patch)]
             generator = torch.Generator().manual_seed(rng.getrandbits(40))
-            vision(out / f"{family.__name__}-{i}", AutoModel.from_config(config), sizes, generator)
+            folder, model = out / f"{family.__name__}-{i}", AutoModel.from_config(config)
+            vision(folder, model, sizes, generator)
+            if i == "inside":
+                whole, part = larger(config)
+                assert not part.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+                whole.save_pretrained(folder)
 
 
 def check(out):

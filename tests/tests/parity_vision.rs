@@ -205,7 +205,7 @@ fn run_reference(arguments: &[&str]) {
     assert!(status.success(), "{arguments:?}: {status}");
 }
 
-/// 25 configurations of each family; `SAIL_SEED` draws others. Needs `setup.sh --reference`.
+/// 25 configurations of each family, and one inside a larger model; `SAIL_SEED` draws others. Needs `setup.sh --reference`.
 #[test]
 #[ignore = "runs transformers for a few minutes"]
 fn random_configurations_are_those_of_transformers() {
@@ -214,6 +214,7 @@ fn random_configurations_are_those_of_transformers() {
     run_reference(&["25", &seed, out.path().to_str().unwrap()]);
     let mut worst: BTreeMap<&str, Compared> = BTreeMap::new();
     for family in ["aimv2", "dinov2", "internvit", "siglip"] {
+        let _ = check_vision(&out.path().join(format!("{family}-inside")));
         for i in 0..25 {
             let folder = out.path().join(format!("{family}-{i}"));
             let Compared { sizes, forward, gradient } = check_vision(&folder);
