@@ -141,6 +141,16 @@ pub enum Error {
         #[source]
         cause: BadSample,
     },
+    /// A `preprocessor_config.json` is malformed, or asks for what is not supported.
+    #[error("`{}`: `{key}` {detail}", path.display())]
+    Preprocessor {
+        /// The file.
+        path: PathBuf,
+        /// The key inside it.
+        key: String,
+        /// What it is, and what would be accepted.
+        detail: String,
+    },
     /// A saved stream state does not belong to this data specification.
     #[error("the saved data position does not fit the configured data: {detail}")]
     StateMismatch {

@@ -67,13 +67,23 @@ fn reader<'a>(name: &str, bytes: &'a [u8]) -> std::result::Result<ImageReader<Cu
 }
 
 /// Pillow's antialiased bicubic resize (a = -0.5).
+pub(crate) fn resize(image: &RgbImage, width: usize, height: usize) -> std::result::Result<Vec<u8>, String> {
+    resize_with(image, width, height, FilterType::CatmullRom)
+}
+
+/// Pillow's antialiased resize, to `height * width * 3` bytes.
 ///
 /// One direction after the other, as Pillow does: the values between the two are rounded and clipped to
 /// bytes, so another order gives other pixels at edges.
-pub(crate) fn resize(image: &RgbImage, width: usize, height: usize) -> std::result::Result<Vec<u8>, String> {
+pub(crate) fn resize_with(
+    image: &RgbImage,
+    width: usize,
+    height: usize,
+    filter: FilterType,
+) -> std::result::Result<Vec<u8>, String> {
     let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3)
         .map_err(|e| e.to_string())?;
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
     let mut resizer = Resizer::new();
     let mut wide = ResizedImage::new(width as u32, image.height(), PixelType::U8x3);
     resizer.resize(&source, &mut wide, &options).map_err(|e| e.to_string())?;
@@ -82,15 +92,26 @@ pub(crate) fn resize(image: &RgbImage, width: usize, height: usize) -> std::resu
     Ok(target.into_vec())
 }
 
-/// Normalised value of each byte, per channel: (value / 255 - mean) / std, in fp32 in this order.
-struct Normaliser([[f32; 256]; 3]);
+/// Normalised value of each byte, per channel.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Normaliser(pub(crate) [[f32; 256]; 3]);
 
 impl Normaliser {
+    /// (value / 255 - mean) / std, in fp32 in this order.
     fn new(spec: &ImageSpec) -> Self {
         Self(std::array::from_fn(|channel| {
             let (mean, std) = (spec.mean[channel], spec.std[channel]);
             std::array::from_fn(|value| (value as f32 / 255.0 - mean) / std)
         }))
+    }
+
+    /// A whole RGB image, as planes.
+    pub(crate) fn planes(&self, rgb: &[u8]) -> Vec<f32> {
+        let plane = |(channel, table): (usize, &[f32; 256])| {
+            let bytes = rgb.iter().skip(channel).step_by(3);
+            bytes.map(|&value| table[usize::from(value)]).collect::<Vec<f32>>()
+        };
+        self.0.iter().enumerate().flat_map(plane).collect()
     }
 
     /// Appends the `px` x `px` tile at (`left`, `top`) of an RGB image of `width` pixels a row, as planes.

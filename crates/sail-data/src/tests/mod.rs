@@ -3,5 +3,6 @@
 mod bad_samples;
 mod images;
 mod loading;
+mod preprocessing;
 mod shards;
 mod templates;

@@ -1,0 +1,254 @@
+//! The preprocessing that a published vision folder describes: its `preprocessor_config.json`, applied.
+//!
+//! For pictures of users, one at a time, as transformers' image processors treat them. Training data does
+//! not come through here: its tiles follow an [`ImageSpec`]. `config` reads the file; this module decodes,
+//! resizes, crops, rescales and normalises.
+//!
+//! The reference is the Pillow backend of transformers 5.17 (`image_processing_backends.py`, `PilBackend`).
+//! Its torchvision backend, the default where torchvision is installed, resizes a little differently.
+//! Decoding is that of the rest of the crate: RGB8, alpha dropped, no EXIF orientation; so pictures become
+//! RGB whatever `do_convert_rgb` says.
+
+mod config;
+
+use std::path::Path;
+
+use fast_image_resize::FilterType;
+
+use crate::error::{BadSample, Error, Result};
+use crate::image::{Normaliser, decode, read_size, resize_with};
+use crate::spec::{ImageSpec, Tiling};
+
+/// Pixels above which Pillow refuses to open a picture (twice its `MAX_IMAGE_PIXELS`).
+const MAX_PIXELS: u64 = 178_956_970;
+
+/// One picture as its encoder takes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pixels {
+    /// In pixels.
+    pub height: usize,
+    /// In pixels.
+    pub width: usize,
+    /// `[3, height, width]`, row-major, rescaled and normalised.
+    pub pixels: Vec<f32>,
+}
+
+/// What a `preprocessor_config.json` does to a picture.
+///
+/// Supported are the classes `BitImageProcessor`, `CLIPImageProcessor`, `SiglipImageProcessor`,
+/// `ViTImageProcessor` and `GotOcr2ImageProcessor` (without its patches), also as `...Fast`, `...Pil` and
+/// `...FeatureExtractor`. Keys that are missing or null have the class's defaults of transformers 5.17.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Preprocessor {
+    resize: Option<Resize>,
+    crop: Option<Size>,
+    /// `rescale_factor`.
+    rescale: Option<f64>,
+    normalise: Option<Statistics>,
+}
+
+/// In pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Size {
+    height: usize,
+    width: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Resize {
+    target: Target,
+    filter: FilterType,
+}
+
+/// The size after resizing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Exact(Size),
+    /// The shorter edge, in pixels; the aspect ratio stays.
+    ShortestEdge(usize),
+}
+
+/// Per channel (R, G, B), of rescaled values.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Statistics {
+    mean: [f32; 3],
+    std: [f32; 3],
+}
+
+impl Preprocessor {
+    /// Reads a `preprocessor_config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the file cannot be read or is not JSON, [`Error::Preprocessor`] for a key that is
+    /// malformed or asks for what is not supported.
+    pub fn read(path: &Path) -> Result<Self> {
+        config::read(path)
+    }
+
+    /// Height and width of what every picture becomes, where they do not depend on the picture.
+    pub fn fixed_size(&self) -> Option<(usize, usize)> {
+        let resized = self.resize.and_then(|resize| match resize.target {
+            Target::Exact(size) => Some(size),
+            Target::ShortestEdge(_) => None,
+        });
+        self.crop.or(resized).map(|size| (size.height, size.width))
+    }
+
+    /// The data specification that makes the same pixels as one tile, where there is one: a bicubic resize
+    /// to a square without a crop, / 255, normalised. This is what `sail-train` exports.
+    pub fn image_spec(&self) -> Option<ImageSpec> {
+        let Resize { target: Target::Exact(size), filter: FilterType::CatmullRom } = self.resize? else {
+            return None;
+        };
+        let uncropped = self.crop.is_none_or(|crop| crop == size);
+        let bytes_to_unit = self.rescale.is_some_and(|scale| scale.to_bits() == (1.0_f64 / 255.0).to_bits());
+        let Statistics { mean, std } = self.normalise?;
+        (size.height == size.width && uncropped && bytes_to_unit).then_some(ImageSpec {
+            tile_px: size.width,
+            tokens_per_tile: 1,
+            tiling: Tiling { min: 1, max: 1, thumbnail: false },
+            mean,
+            std,
+            max_pixels: MAX_PIXELS,
+        })
+    }
+
+    /// Preprocesses the bytes of a JPEG, PNG or WebP file; `name` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] when it is no usable picture, or would become one of too many pixels.
+    pub fn apply(&self, name: &str, bytes: &[u8]) -> Result<Pixels> {
+        self.process(name, bytes).map_err(|cause| Error::Unusable { what: name.to_owned(), cause })
+    }
+
+    /// [`apply`](Self::apply) for a file.
+    ///
+    /// # Errors
+    /// As there, and [`Error::Io`] when the file cannot be read.
+    pub fn apply_file(&self, path: &Path) -> Result<Pixels> {
+        let bytes = std::fs::read(path).map_err(|cause| Error::Io { path: path.to_path_buf(), cause })?;
+        self.apply(&path.display().to_string(), &bytes)
+    }
+
+    fn process(&self, name: &str, bytes: &[u8]) -> std::result::Result<Pixels, BadSample> {
+        let bad = |detail: String| BadSample::BadImage { image: name.to_owned(), detail };
+        let (width, height) = read_size(name, bytes, MAX_PIXELS)?;
+        let source = Size { height: height as usize, width: width as usize };
+        let resized = self.resize.map_or(source, |resize| resize.target.of(source));
+        // Between the two passes of a resize a picture is as wide as the target and as high as the source.
+        let most = resized.width as u64 * source.height.max(resized.height) as u64;
+        if most > MAX_PIXELS {
+            let Size { height, width } = resized;
+            return Err(bad(format!(
+                "resizing it to {width}x{height} takes more than the limit of {MAX_PIXELS} pixels"
+            )));
+        }
+        let image = decode(name, bytes, MAX_PIXELS)?;
+        let mut rgb = match self.resize {
+            Some(resize) => resize_with(&image, resized.width, resized.height, resize.filter).map_err(bad)?,
+            None => image.into_raw(),
+        };
+        let size = self.crop.unwrap_or(resized);
+        if size != resized {
+            rgb = center_crop(&rgb, resized, size);
+        }
+        Ok(Pixels { height: size.height, width: size.width, pixels: self.normaliser().planes(&rgb) })
+    }
+
+    /// Rescaling in f64 and rounding to fp32, then (value - mean) / std in fp32, as transformers does.
+    fn normaliser(&self) -> Normaliser {
+        let rescaled =
+            |value: usize| self.rescale.map_or(value as f32, |scale| (value as f64 * scale) as f32);
+        Normaliser(std::array::from_fn(|channel| {
+            std::array::from_fn(|value| match self.normalise {
+                Some(Statistics { mean, std }) => (rescaled(value) - mean[channel]) / std[channel],
+                None => rescaled(value),
+            })
+        }))
+    }
+}
+
+impl Target {
+    /// The size that a picture of size `source` gets.
+    ///
+    /// Of the longer edge the fraction is cut off: `get_resize_output_image_size` of transformers'
+    /// `image_transforms.py`, and torchvision's `Resize`.
+    fn of(self, source: Size) -> Size {
+        let Size { height, width } = source;
+        match self {
+            Self::Exact(size) => size,
+            Self::ShortestEdge(edge) if width <= height => {
+                Size { height: edge * height / width, width: edge }
+            }
+            Self::ShortestEdge(edge) => Size { height: edge, width: edge * width / height },
+        }
+    }
+}
+
+/// The middle `size` of an RGB image of size `source`, with black around it where it is smaller.
+///
+/// Half a pixel too many is cut off at the bottom and right, half a pixel missing is added at the top and
+/// left: `center_crop` of transformers' `image_transforms.py`.
+fn center_crop(rgb: &[u8], source: Size, size: Size) -> Vec<u8> {
+    // (first in the source, first in the result, how many), along one axis.
+    let overlap = |source: usize, size: usize| {
+        (source.saturating_sub(size) / 2, size.saturating_sub(source).div_ceil(2), source.min(size))
+    };
+    let (from_row, to_row, rows) = overlap(source.height, size.height);
+    let (from_column, to_column, columns) = overlap(source.width, size.width);
+    let mut cropped = vec![0; size.height * size.width * 3];
+    for row in 0..rows {
+        let from = ((from_row + row) * source.width + from_column) * 3;
+        let to = ((to_row + row) * size.width + to_column) * 3;
+        cropped[to..to + columns * 3].copy_from_slice(&rgb[from..from + columns * 3]);
+    }
+    cropped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(height: usize, width: usize) -> Size {
+        Size { height, width }
+    }
+
+    #[test]
+    fn the_longer_edge_is_cut_to_whole_pixels() {
+        let cases = [
+            (256, size(480, 640), size(256, 341)),
+            (256, size(640, 480), size(341, 256)),
+            (224, size(7, 12), size(224, 384)),
+            (224, size(500, 500), size(224, 224)),
+            (3, size(1000, 1), size(3000, 3)),
+        ];
+        for (edge, source, expected) in cases {
+            assert_eq!(Target::ShortestEdge(edge).of(source), expected, "{edge} {source:?}");
+        }
+        assert_eq!(Target::Exact(size(3, 4)).of(size(100, 1)), size(3, 4));
+    }
+
+    #[test]
+    fn odd_rests_of_a_crop_fall_on_the_sides_where_transformers_has_them() {
+        let row = |values: &[u8]| values.iter().flat_map(|&value| [value; 3]).collect::<Vec<u8>>();
+        let source = row(&[1, 2, 3, 4]);
+        for (width, expected) in
+            [(3, &[1, 2, 3][..]), (1, &[2]), (5, &[0, 1, 2, 3, 4]), (7, &[0, 0, 1, 2, 3, 4, 0])]
+        {
+            assert_eq!(center_crop(&source, size(1, 4), size(1, width)), row(expected), "{width} wide");
+            assert_eq!(center_crop(&source, size(4, 1), size(width, 1)), row(expected), "{width} high");
+        }
+    }
+
+    #[test]
+    fn a_size_that_no_machine_holds_is_refused_before_decoding() {
+        let bytes = crate::testing::png(&crate::testing::gradient(1, 4000));
+        let resize = Resize { target: Target::ShortestEdge(4000), filter: FilterType::Bilinear };
+        let preprocessor = Preprocessor { resize: Some(resize), crop: None, rescale: None, normalise: None };
+        let message = match preprocessor.apply("x.png", &bytes).unwrap_err() {
+            Error::Unusable { cause, .. } => cause.to_string(),
+            other => panic!("{other}"),
+        };
+        assert!(message.contains("4000x16000000"), "{message}");
+    }
+}
