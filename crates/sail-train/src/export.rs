@@ -60,7 +60,7 @@ pub fn vit(session: &Session, out: &Path) -> Result<PathBuf> {
 /// When the folder cannot be written, or exists and is no model folder.
 pub fn llm(session: &Session, out: &Path) -> Result<PathBuf> {
     let params = local_params(session, Module::Llm);
-    let tokenizer = read_json(&session.plan.model.llm.tokenizer)?;
+    let tokenizer = read_json(&session.tokenizer)?;
     let mut config = session.model.config().llm.to_json();
     config["dtype"] = "float32".into();
     let stored = params.iter().map(|(name, tensor)| (name.clone(), Stored::from(tensor)));

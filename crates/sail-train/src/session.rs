@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -21,7 +21,7 @@ use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
 use crate::optim::{Optimizer, StateKind};
-use crate::origin::{Sources, open_finished, untouched};
+use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::stage::{Fingerprints, FreezeTable, module_of};
 
 /// A stage ready to run.
@@ -34,6 +34,8 @@ pub struct Session {
     pub optimizer: Optimizer,
     /// Text to tokens and back.
     pub encoder: Arc<TextEncoder>,
+    /// The `tokenizer.json` that it was made of.
+    pub tokenizer: PathBuf,
     /// Held-out samples, where the plan evaluates.
     pub evaluator: Option<Evaluator>,
     /// Where the tensors are.
@@ -71,16 +73,18 @@ impl Session {
     pub fn build(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Self> {
         let device = choose_device(plan.run.device)?;
         let precision = choose_precision(plan.run.precision, device);
-        let config = model_config(plan)?;
-        let tokens_per_tile = tokens_per_tile(plan, &config)?;
-        let spec = plan.data_spec(tokens_per_tile);
-        let encoder = Arc::new(encoder(plan, &spec, &config.llm)?);
         let init = match (resume, &plan.init) {
             (None, Some(init)) => Some(open_finished(&init.from)?),
             _ => None,
         };
         let stored = resume.or(init.as_ref());
-        let sources = Sources::open(plan, &config, stored)?;
+        let folders = Folders::for_model(plan, stored)?;
+        let config = model_config(plan, &folders)?;
+        let tokens_per_tile = tokens_per_tile(plan, &config)?;
+        let spec = plan.data_spec(tokens_per_tile);
+        let tokenizer = folders.tokenizer(plan);
+        let encoder = Arc::new(encoder(&tokenizer, &spec, &config.llm)?);
+        let sources = Sources::open(plan, &folders, &config, stored)?;
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
         let mut started_from = Fingerprints::new(model.params());
         let untouched = untouched(plan, stored, &started_from)?;
@@ -110,6 +114,7 @@ impl Session {
             model,
             optimizer,
             encoder,
+            tokenizer,
             evaluator,
             device,
             precision,
@@ -254,10 +259,11 @@ impl Step {
 pub fn preflight(plan: &Plan) -> Result<()> {
     let check = || -> Result<()> {
         choose_device(plan.run.device)?;
-        let config = model_config(plan)?;
+        let folders = Folders::for_check(plan)?;
+        let config = model_config(plan, &folders)?;
         let tokens_per_tile = tokens_per_tile(plan, &config)?;
         let spec = plan.data_spec(tokens_per_tile);
-        encoder(plan, &spec, &config.llm)?;
+        encoder(&folders.tokenizer(plan), &spec, &config.llm)?;
         sail_data::check_sources(&spec)?;
         plan.eval_spec(tokens_per_tile).map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
     };
@@ -278,13 +284,13 @@ fn exact_frozen(model: &Vlm, plan: &Plan, untouched: &BTreeMap<Module, Untouched
 }
 
 /// The configurations of the three modules, read or taken from the plan.
-fn model_config(plan: &Plan) -> Result<VlmConfig> {
+fn model_config(plan: &Plan, folders: &Folders) -> Result<VlmConfig> {
     let vision = match &plan.model.vision.source {
-        ModelSource::From(folder) => VisionConfig::read(folder)?,
+        ModelSource::From(_) => VisionConfig::read(folders.get(Module::Vision))?,
         ModelSource::Random(value) => VisionConfig::from_keys(value)?,
     };
     let llm = match &plan.model.llm.source {
-        ModelSource::From(folder) => LlmConfig::read(folder)?,
+        ModelSource::From(_) => LlmConfig::read(folders.get(Module::Llm))?,
         ModelSource::Random(value) => LlmConfig::from_keys(value)?,
     };
     Ok(VlmConfig { vision, projector: plan.model.projector, llm })
@@ -306,8 +312,7 @@ fn tokens_per_tile(plan: &Plan, config: &VlmConfig) -> Result<usize> {
     })
 }
 
-fn encoder(plan: &Plan, spec: &DataSpec, llm: &LlmConfig) -> Result<TextEncoder> {
-    let tokenizer = &plan.model.llm.tokenizer;
+fn encoder(tokenizer: &Path, spec: &DataSpec, llm: &LlmConfig) -> Result<TextEncoder> {
     let encoder = TextEncoder::new(tokenizer, &spec.text)?;
     let rows = llm.vocab_size() as usize;
     if encoder.vocab_size() > rows {
