@@ -55,6 +55,16 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A model could not be fetched from a hub.
+    #[error("`{model}`: {reason}\n\nhint: {hint}")]
+    Hub {
+        /// The reference, as written.
+        model: String,
+        /// What went wrong, with the file where it is about one.
+        reason: String,
+        /// What to do about it.
+        hint: String,
+    },
     /// The description of a model is incomplete, contradictory or asks for what is not built.
     #[error("{family} config, `{key}`: {reason}")]
     Config {

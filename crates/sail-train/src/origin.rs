@@ -1,13 +1,13 @@
-//! Where the weights of a stage come from: a checkpoint, a Hugging Face folder, or random values.
+//! Where the weights of a stage come from: a checkpoint, a Hugging Face folder or hub, or random values.
 //!
 //! Called by [`crate::session`] while it builds the model.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sail_model::params::{Init, RandomSource, TensorSource};
 use sail_model::vlm::{VlmConfig, VlmSources};
-use sail_model::weights::{FileSource, Naming};
+use sail_model::weights::{FileSource, ModelRef, Naming, Wanted};
 use tch::Tensor;
 
 use crate::checkpoint::{self, Checkpoint, Untouched};
@@ -51,6 +51,45 @@ pub(crate) fn check_lineage(plan: &Plan, resume: &Checkpoint) -> Result<()> {
     }
 }
 
+/// Folders of the models that a plan names. What it names on a hub is fetched, once for each of these.
+#[derive(Debug)]
+pub(crate) struct Folders(BTreeMap<Module, PathBuf>);
+
+impl Folders {
+    /// With what a check of the plan needs.
+    pub(crate) fn for_check(plan: &Plan) -> Result<Self> {
+        Self::fetch(plan, |_| false)
+    }
+
+    /// With all that the model is built from, where `stored` holds a part of it.
+    pub(crate) fn for_model(plan: &Plan, stored: Option<&Checkpoint>) -> Result<Self> {
+        Self::fetch(plan, |module| stored.is_none_or(|checkpoint| !holds(checkpoint, module)))
+    }
+
+    fn fetch(plan: &Plan, weights: impl Fn(Module) -> bool) -> Result<Self> {
+        let mut folders = BTreeMap::new();
+        for module in Module::ALL {
+            if let Some(ModelSource::From(model)) = source_of(plan, module) {
+                let tokenizer = module == Module::Llm && plan.model.llm.tokenizer.is_none();
+                let wanted = Wanted { tokenizer, weights: weights(module) };
+                folders.insert(module, model.fetch(wanted)?);
+            }
+        }
+        Ok(Self(folders))
+    }
+
+    /// The folder of a module that the plan does not start at random.
+    pub(crate) fn get(&self, module: Module) -> &Path {
+        self.0.get(&module).expect("invariant: asked for only where the plan has `from`")
+    }
+
+    /// The `tokenizer.json` of the plan.
+    pub(crate) fn tokenizer(&self, plan: &Plan) -> PathBuf {
+        let given = plan.model.llm.tokenizer.clone();
+        given.unwrap_or_else(|| self.get(Module::Llm).join("tokenizer.json"))
+    }
+}
+
 /// Where each module's tensors come from.
 pub(crate) struct Sources<'a>(BTreeMap<Module, Source<'a>>);
 
@@ -62,19 +101,24 @@ enum Source<'a> {
 
 impl<'a> Sources<'a> {
     /// Opens what the plan names; `stored` goes before it for the modules that it holds.
-    pub(crate) fn open(plan: &Plan, config: &VlmConfig, stored: Option<&'a Checkpoint>) -> Result<Self> {
+    pub(crate) fn open(
+        plan: &Plan,
+        folders: &Folders,
+        config: &VlmConfig,
+        stored: Option<&'a Checkpoint>,
+    ) -> Result<Self> {
         let mut sources = BTreeMap::new();
         for module in Module::ALL {
             let in_checkpoint = stored.filter(|checkpoint| holds(checkpoint, module));
             let source = match (in_checkpoint, source_of(plan, module)) {
                 (Some(checkpoint), _) => Source::Checkpoint(CheckpointSource { checkpoint, module }),
-                (None, Some(ModelSource::From(folder))) => {
+                (None, Some(ModelSource::From(_))) => {
                     let naming = match module {
                         Module::Vision => config.vision.naming(),
                         Module::Projector => Naming::default(),
                         Module::Llm => config.llm.naming(),
                     };
-                    Source::Folder(Box::new(FileSource::open(folder)?.with(naming)))
+                    Source::Folder(Box::new(FileSource::open(folders.get(module))?.with(naming)))
                 }
                 (None, Some(ModelSource::Random(_)) | None) => {
                     Source::Random(RandomSource::new(plan.run.seed, module.name()))
@@ -124,15 +168,11 @@ pub(crate) fn as_in_its_folder(
     loaded: &Fingerprints,
 ) -> Result<Option<Untouched>> {
     let before = stored.and_then(|checkpoint| Some((checkpoint, checkpoint.untouched().get(&module)?)));
-    let Some(ModelSource::From(folder)) = source_of(plan, module) else {
+    let Some(ModelSource::From(model)) = source_of(plan, module) else {
         let Some((checkpoint, before)) = before else { return Ok(None) };
         return Err(Error::usage(
-            format!(
-                "`{}` was trained with the {module} of `{}`",
-                checkpoint.dir().display(),
-                before.from.display()
-            ),
-            format!("give that folder as `model.{module}.from`"),
+            format!("`{}` was trained with the {module} of `{}`", checkpoint.dir().display(), before.from),
+            format!("give that as `model.{module}.from`"),
         ));
     };
     if stored.is_some_and(|checkpoint| holds(checkpoint, module)) {
@@ -142,15 +182,19 @@ pub(crate) fn as_in_its_folder(
     if let Some((checkpoint, before)) = before.filter(|(_, before)| before.fingerprint != fingerprint) {
         return Err(Error::usage(
             format!(
-                "`model.{module}.from`: `{}` has other weights than `{}`, with which `{}` was trained",
-                folder.display(),
-                before.from.display(),
+                "`model.{module}.from`: `{model}` has other weights than `{}`, with which `{}` was trained",
+                before.from,
                 checkpoint.dir().display(),
             ),
-            "give the same weights, or start without `init.from`",
+            match model {
+                ModelRef::Folder(_) => "give the same weights, or start without `init.from`",
+                ModelRef::Hub { .. } => {
+                    "give the same weights, with `@` and the commit that they are of, or start without `init.from`"
+                }
+            },
         ));
     }
-    Ok(Some(Untouched { from: folder.clone(), fingerprint }))
+    Ok(Some(Untouched { from: model.clone(), fingerprint }))
 }
 
 /// Where the plan says that a module's weights come from; the projector always starts at random.

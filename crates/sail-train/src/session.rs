@@ -21,7 +21,7 @@ use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
 use crate::optim::{Optimizer, StateKind};
-use crate::origin::{Sources, open_finished, untouched};
+use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::stage::{Fingerprints, FreezeTable, module_of};
 
 /// A stage ready to run.
@@ -71,16 +71,17 @@ impl Session {
     pub fn build(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Self> {
         let device = choose_device(plan.run.device)?;
         let precision = choose_precision(plan.run.precision, device);
-        let config = model_config(plan)?;
-        let tokens_per_tile = tokens_per_tile(plan, &config)?;
-        let spec = plan.data_spec(tokens_per_tile);
-        let encoder = Arc::new(encoder(&plan.model.llm.tokenizer, &spec.text, &config.llm)?);
         let init = match (resume, &plan.init) {
             (None, Some(init)) => Some(open_finished(&init.from)?),
             _ => None,
         };
         let stored = resume.or(init.as_ref());
-        let sources = Sources::open(plan, &config, stored)?;
+        let folders = Folders::for_model(plan, stored)?;
+        let config = model_config(plan, &folders)?;
+        let tokens_per_tile = tokens_per_tile(plan, &config)?;
+        let spec = plan.data_spec(tokens_per_tile);
+        let encoder = Arc::new(encoder(&folders.tokenizer(plan), &spec.text, &config.llm)?);
+        let sources = Sources::open(plan, &folders, &config, stored)?;
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
         let mut started_from = Fingerprints::new(model.params());
         let untouched = untouched(plan, stored, &started_from)?;
@@ -254,10 +255,11 @@ impl Step {
 pub fn preflight(plan: &Plan) -> Result<()> {
     let check = || -> Result<()> {
         choose_device(plan.run.device)?;
-        let config = model_config(plan)?;
+        let folders = Folders::for_check(plan)?;
+        let config = model_config(plan, &folders)?;
         let tokens_per_tile = tokens_per_tile(plan, &config)?;
         let spec = plan.data_spec(tokens_per_tile);
-        encoder(&plan.model.llm.tokenizer, &spec.text, &config.llm)?;
+        encoder(&folders.tokenizer(plan), &spec.text, &config.llm)?;
         sail_data::check_sources(&spec)?;
         let sail = plan.export.as_ref().is_some_and(|export| export.vit == VitLayout::Sail);
         if sail && !config.vision.has_sail_layout() {
@@ -285,13 +287,13 @@ fn exact_frozen(model: &Vlm, plan: &Plan, untouched: &BTreeMap<Module, Untouched
 }
 
 /// The configurations of the three modules, read or taken from the plan.
-pub(crate) fn model_config(plan: &Plan) -> Result<VlmConfig> {
+pub(crate) fn model_config(plan: &Plan, folders: &Folders) -> Result<VlmConfig> {
     let vision = match &plan.model.vision.source {
-        ModelSource::From(folder) => VisionConfig::read(folder)?,
+        ModelSource::From(_) => VisionConfig::read(folders.get(Module::Vision))?,
         ModelSource::Random(value) => VisionConfig::from_keys(value)?,
     };
     let llm = match &plan.model.llm.source {
-        ModelSource::From(folder) => LlmConfig::read(folder)?,
+        ModelSource::From(_) => LlmConfig::read(folders.get(Module::Llm))?,
         ModelSource::Random(value) => LlmConfig::from_keys(value)?,
     };
     Ok(VlmConfig { vision, projector: plan.model.projector, llm })

@@ -14,7 +14,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::config::{DeviceChoice, Module, Plan, Precision};
 use crate::error::{Error, Result};
 use crate::export;
-use crate::origin::{Sources, untouched};
+use crate::origin::{Folders, Sources, untouched};
 use crate::session::{self, choose_device, choose_precision};
 use crate::stage::Fingerprints;
 
@@ -56,13 +56,15 @@ impl Trained {
     /// When a folder holds other weights than those that the checkpoint was trained with.
     pub fn from_checkpoint(checkpoint: &Checkpoint, device: Device) -> Result<Self> {
         let plan = &checkpoint.state().plan;
-        let config = session::model_config(plan)?;
-        let sources = Sources::open(plan, &config, Some(checkpoint))?;
+        let folders = Folders::for_model(plan, Some(checkpoint))?;
+        let config = session::model_config(plan, &folders)?;
+        let sources = Sources::open(plan, &folders, &config, Some(checkpoint))?;
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
         untouched(plan, Some(checkpoint), &Fingerprints::new(model.params()))?;
         let (image, text) = specs(plan, &config)?;
-        let encoder = session::encoder(&plan.model.llm.tokenizer, &text, &config.llm)?;
-        Ok(Self { model, image, text, tokenizer: plan.model.llm.tokenizer.clone(), encoder, device })
+        let tokenizer = folders.tokenizer(plan);
+        let encoder = session::encoder(&tokenizer, &text, &config.llm)?;
+        Ok(Self { model, image, text, tokenizer, encoder, device })
     }
 
     /// The parameters of a module by the names of its own files.

@@ -1,8 +1,9 @@
-//! Weights on disk: Hugging Face folders in, Hugging Face folders out.
+//! Weights on disk: Hugging Face folders in, from here or from a hub, Hugging Face folders out.
 //!
 //! Knows files, names and shapes, no architecture: which names a model has is the model's concern.
 //! Called by the trainer when it builds or exports a model.
 
+mod hub;
 mod layout;
 mod read;
 mod shards;
@@ -13,6 +14,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+pub use hub::{Hub, Limits, ModelRef, Wanted};
 pub use layout::{Layout, Naming, Piece, Stored, arrange, own_names};
 pub use read::FileSource;
 pub use shards::Shards;
@@ -23,6 +25,7 @@ use crate::error::{Error, Result};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
 
 /// Reads a JSON file.
 ///

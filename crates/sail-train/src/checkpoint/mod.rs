@@ -18,6 +18,7 @@ mod write;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use sail_model::weights::ModelRef;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Module, Plan};
@@ -84,8 +85,8 @@ pub struct DataState {
 /// Where a module that is not stored has its weights.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Untouched {
-    /// The folder given as `model.<module>.from`.
-    pub from: PathBuf,
+    /// What was given as `model.<module>.from`.
+    pub from: ModelRef,
     /// Of the weights in memory, see [`crate::stage::Fingerprints`].
     pub fingerprint: String,
 }

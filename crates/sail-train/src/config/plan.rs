@@ -88,8 +88,9 @@ pub struct LlmPlan {
     /// Shape and first weights.
     #[serde(flatten)]
     pub source: ModelSource,
-    /// The `tokenizer.json`.
-    pub tokenizer: PathBuf,
+    /// The `tokenizer.json`; `None`: the one that the hub has beside the weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
 }
 
 /// What a run starts from.

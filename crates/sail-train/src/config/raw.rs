@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use sail_data::{LossWeight, Template};
 use sail_model::projector::ProjectorKind;
 use sail_model::vision::VitLayout;
+use sail_model::weights::ModelRef;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -93,8 +94,9 @@ pub(super) struct RawModel {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawVision {
-    /// Folder with `config.json` and safetensors files. Exactly one of `from` and `random` is required.
-    pub(super) from: Option<PathBuf>,
+    /// Folder with `config.json` and safetensors files, or `hf:org/name[@revision]` for a model that is fetched from a
+    /// Hugging Face hub, see `model.llm`. Exactly one of `from` and `random` is required.
+    pub(super) from: Option<ModelRef>,
     /// Random weights; the keys are those of the family's `config.json`, `model_type` among them.
     pub(super) random: Option<Value>,
     /// Side of the square tiles the encoder sees, pixels; a multiple of patch size x `model.projector.merge`. Required.
@@ -118,13 +120,18 @@ impl Default for RawProjector {
     }
 }
 
-/// `model.llm`
+/// `model.llm`. `hf:org/name` is the branch `main`, `hf:org/name@revision` another branch, a tag or, best for a run
+/// that is to be repeated, a commit. Only safetensors are taken. Files are kept in the cache that Hugging Face tools
+/// share; `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and `HTTPS_PROXY` mean what they do
+/// there. Before the first step of a run only `config.json` and `tokenizer.json` are fetched, weights when the stage
+/// starts. A hub that refuses connections is an error after 3 s, one that does not answer within 95 s; where the
+/// cache has the model, that is taken instead. A download that broke off goes on with the next run.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawLlm {
-    /// Folder with `config.json`, `tokenizer.json` and safetensors files. Exactly one of `from` and `random` is
-    /// required.
-    pub(super) from: Option<PathBuf>,
+    /// Folder with `config.json`, `tokenizer.json` and safetensors files, or `hf:org/name[@revision]`. Exactly one of
+    /// `from` and `random` is required.
+    pub(super) from: Option<ModelRef>,
     /// Random weights; the keys are those of the family's `config.json`, `model_type` among them.
     pub(super) random: Option<Value>,
     /// The `tokenizer.json`. Default: the one in `from`; required with `random`.

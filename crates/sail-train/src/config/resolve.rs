@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use sail_model::llm::LlmConfig;
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::vision::VisionConfig;
+use sail_model::weights::ModelRef;
 use serde_json::Value;
 
 use super::check::Checker;
@@ -136,30 +137,34 @@ fn vision(checker: &mut Checker<'_>, raw: RawVision) -> Option<VisionPlan> {
 }
 
 fn llm(checker: &mut Checker<'_>, raw: RawLlm) -> Option<LlmPlan> {
-    let beside_weights = raw.from.as_ref().map(|folder| folder.join("tokenizer.json"));
+    let (beside_weights, from_hub) = match &raw.from {
+        Some(ModelRef::Folder(folder)) => (Some(folder.join("tokenizer.json")), false),
+        Some(ModelRef::Hub { .. }) => (None, true),
+        None => (None, false),
+    };
     let source =
         source(checker, "model.llm", raw.from, raw.random, |keys| LlmConfig::from_keys(keys).map(drop))?;
     let tokenizer = raw.tokenizer.or(beside_weights);
-    if tokenizer.is_none() {
+    if tokenizer.is_none() && !from_hub {
         checker.invalid_with_hint(
             "model.llm.tokenizer",
             "missing",
             "`random` weights bring no tokenizer: name a `tokenizer.json`",
         );
     }
-    Some(LlmPlan { source, tokenizer: tokenizer? })
+    (tokenizer.is_some() || from_hub).then_some(LlmPlan { source, tokenizer })
 }
 
 /// Exactly one of `from` and `random`.
 fn source(
     checker: &mut Checker<'_>,
     section: &str,
-    from: Option<PathBuf>,
+    from: Option<ModelRef>,
     random: Option<Value>,
     check: impl Fn(&Value) -> sail_model::Result<()>,
 ) -> Option<ModelSource> {
     match (from, random) {
-        (Some(folder), None) => Some(ModelSource::From(folder)),
+        (Some(model), None) => Some(ModelSource::From(model)),
         (None, Some(config)) => {
             if !config.get("model_type").is_some_and(Value::is_string) {
                 checker.invalid_with_hint(
@@ -184,7 +189,7 @@ fn source(
             checker.invalid_with_hint(
                 &format!("{section}.from"),
                 "missing",
-                "name a folder with `from`, or a shape with `random: { model_type: ... }`",
+                "name a folder or `hf:org/name` with `from`, or a shape with `random: { model_type: ... }`",
             );
             None
         }

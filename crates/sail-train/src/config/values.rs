@@ -4,9 +4,9 @@
 //! Nothing here knows a default.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::str::FromStr;
 
+use sail_model::weights::ModelRef;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -118,8 +118,8 @@ pub enum ScheduleKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ModelSource {
-    /// A folder with `config.json` and safetensors files.
-    From(PathBuf),
+    /// A folder with `config.json` and safetensors files, or a model on a hub.
+    From(ModelRef),
     /// Random weights from `run.seed`. The mapping is the family's own `config.json`, with `model_type`; the model
     /// crate validates the rest of it.
     Random(Value),

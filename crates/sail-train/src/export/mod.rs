@@ -25,7 +25,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::checkpoint::Checkpoint;
 use crate::config::Module;
 use crate::error::{Error, Result};
-use crate::origin::{Sources, as_in_its_folder};
+use crate::origin::{Folders, Sources, as_in_its_folder};
 use crate::session::{self, Session};
 use crate::stage::Fingerprints;
 use crate::trained::{Trained, specs};
@@ -82,8 +82,9 @@ pub fn vit(session: &Session, layout: VitLayout, out: &Path) -> Result<PathBuf> 
 /// As [`vit`].
 pub fn vit_of(checkpoint: &Checkpoint, layout: VitLayout, kind: Kind, out: &Path) -> Result<PathBuf> {
     let plan = &checkpoint.state().plan;
-    let config = session::model_config(plan)?;
-    let sources = Sources::open(plan, &config, Some(checkpoint))?;
+    let folders = Folders::for_model(plan, Some(checkpoint))?;
+    let config = session::model_config(plan, &folders)?;
+    let sources = Sources::open(plan, &folders, &config, Some(checkpoint))?;
     let params = Rc::new(RefCell::new(Params::new()));
     let source = sources.for_model().vision;
     let builder = Builder::new(params.clone(), "vision", source, (Kind::Float, Device::Cpu));

@@ -134,14 +134,14 @@ fn an_empty_file_misses_everything() {
 
     error: `model.vision.from`: missing
       --> stage.yaml:1
-      hint: name a folder with `from`, or a shape with `random: { model_type: ... }`
+      hint: name a folder or `hf:org/name` with `from`, or a shape with `random: { model_type: ... }`
 
     error: `model.vision.image_px`: missing
       --> stage.yaml:1
 
     error: `model.llm.from`: missing
       --> stage.yaml:1
-      hint: name a folder with `from`, or a shape with `random: { model_type: ... }`
+      hint: name a folder or `hf:org/name` with `from`, or a shape with `random: { model_type: ... }`
 
     error: `train.vision`: missing
       --> stage.yaml:1
@@ -383,7 +383,7 @@ fn model_sources() {
 
     error: `model.llm.from`: missing
       --> stage.yaml:4
-      hint: name a folder with `from`, or a shape with `random: { model_type: ... }`
+      hint: name a folder or `hf:org/name` with `from`, or a shape with `random: { model_type: ... }`
     ");
     let edits = [
         ("from: weights/vit", "random: { hidden_size: 8 }"),
@@ -397,6 +397,19 @@ fn model_sources() {
     error: `model.llm.tokenizer`: missing
       --> stage.yaml:4
       hint: `random` weights bring no tokenizer: name a `tokenizer.json`
+    ");
+}
+
+#[test]
+fn references_to_a_hub() {
+    let edits =
+        [("from: weights/vit", "from: \"hf:vit\""), ("{ from: weights/llm }", "{ from: hf:org/llm@../x }")];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `model.vision.from`: `hf:vit`: names no `org/name`; write `hf:org/name` or `hf:org/name@revision`
+      --> stage.yaml:3
+
+    error: `model.llm.from`: `hf:org/llm@../x`: the revision is no branch, tag or commit; write `hf:org/name` or `hf:org/name@revision`
+      --> stage.yaml:4
     ");
 }
 

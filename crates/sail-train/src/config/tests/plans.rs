@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
+use sail_model::weights::ModelRef;
 
-use super::super::{Config, CurriculumPlan, Module, ModulePlan, Plan, load};
+use super::super::{Config, CurriculumPlan, ModelSource, Module, ModulePlan, Plan, load};
 use super::{STAGE, edited, load_files, plan};
 
 fn shipped(name: &str, sets: &[&str]) -> CurriculumPlan {
@@ -22,12 +23,33 @@ fn defaults_and_derived_values() {
     let plan = plan(STAGE, &[]);
     assert_eq!(plan.run.seed, 42);
     assert_eq!(plan.run.dir, PathBuf::from("runs/demo"));
-    assert_eq!(plan.model.llm.tokenizer, PathBuf::from("weights/llm/tokenizer.json"));
+    assert_eq!(plan.model.llm.tokenizer, Some(PathBuf::from("weights/llm/tokenizer.json")));
     assert_eq!(plan.schedule.warmup_steps, 2, "3% of 60");
     assert_eq!(plan.optimizer.clip_norm, Some(1.0));
     assert_eq!(plan.train.get(Module::Projector), &ModulePlan::Train { lr: 1e-3, weight_decay: 0.0 });
     assert_eq!(plan.train.iter().map(|(module, _)| module).collect::<Vec<_>>(), Module::ALL);
     assert!(plan.init.is_none() && plan.eval.is_none() && plan.export.is_none());
+}
+
+#[test]
+fn models_may_be_on_a_hub() {
+    let text = edited(&[
+        ("from: weights/vit", "from: hf:org/vit@v1.0"),
+        ("{ from: weights/llm }", "{ from: \"hf:org/llm\" }"),
+    ]);
+    let resolved = plan(&text, &[]);
+    let revision = Some("v1.0".to_owned());
+    let vit = ModelRef::Hub { repo: "org/vit".to_owned(), revision };
+    assert_eq!(resolved.model.vision.source, ModelSource::From(vit));
+    assert_eq!(resolved.model.llm.tokenizer, None);
+    let written = resolved.to_yaml();
+    assert!(
+        written.contains("from: hf:org/vit@v1.0\n") && written.contains("from: hf:org/llm\n"),
+        "{written}"
+    );
+    assert_eq!(plan(&written, &[]), resolved);
+    let own = plan(&text, &["model.llm.tokenizer=own.json"]);
+    assert_eq!(own.model.llm.tokenizer, Some(PathBuf::from("own.json")));
 }
 
 #[test]
