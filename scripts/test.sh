@@ -27,6 +27,7 @@ step cargo clippy --release --workspace --all-targets -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --release --workspace --no-deps --quiet
 step .venv/bin/python scripts/fetch_demo_weights.py
 step cargo test --release --workspace
+step .venv/bin/python tests/reference/test_remote_code.py
 if [ "$extended" = yes ]; then
   step cargo test --release --workspace -- --ignored
 fi

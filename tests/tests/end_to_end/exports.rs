@@ -63,7 +63,7 @@ fn mllm_answers_alike(checkpoint: &str, dir: &Path, tokens: &str) {
 fn what_is_exported_answers_and_scores_as_the_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let set = under(dir.path());
-    run(&["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=2"], 0);
+    run(&["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=2", "--set", "eval=null"], 0);
     let checkpoint = dir.path().join("runs/tiny/stage1");
     let checkpoint = checkpoint.to_str().unwrap();
     mllm_answers_alike(checkpoint, dir.path(), "12");
@@ -93,7 +93,7 @@ fn what_is_exported_answers_and_scores_as_the_checkpoint() {
 fn what_cannot_be_exported_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let set = under(dir.path());
-    run(&["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=1"], 0);
+    run(&["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=2", "--set", "eval=null"], 0);
     let run_dir = dir.path().join("runs/tiny/stage1");
     let (run_dir, out) = (run_dir.to_str().unwrap(), dir.path().join("out"));
     let out = out.to_str().unwrap();

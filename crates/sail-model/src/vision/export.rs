@@ -167,7 +167,7 @@ mod tests {
             (AIMV2, sail, 42),
             ("dinov2", ours, 28),
             (INTERNVIT, ours, 28),
-            (INTERNVIT, sail, 28),
+            (INTERNVIT, VitLayout::Original, 28),
             (SIGLIP, ours, 42),
         ];
         for (model_type, layout, image_size) in cases {
