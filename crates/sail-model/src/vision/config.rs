@@ -139,7 +139,7 @@ impl VisionConfig {
         Self(Arc::from(self.0.with_image_size(px)))
     }
 
-    /// Layout and config.json of the SAIL code, where the family has them.
+    /// Layout and config.json of the code the family was published with, where it has them.
     pub(super) fn sail_layout(&self) -> Option<(Layout, Value)> {
         self.0.sail_layout()
     }

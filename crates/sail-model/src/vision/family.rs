@@ -29,7 +29,7 @@ pub trait VisionModel {
     /// block takes `[n, prefix + h * w, d]`, positions added, rows of the grid first.
     fn embed(&self, pixels_nchw: &Tensor) -> Tensor;
 
-    /// All blocks and the final norm: `[t, d]` -> `[t, d]`, every image a segment that sees itself only.
+    /// All blocks and the final norm, where there is one: `[t, d]` -> `[t, d]`, every image a segment that sees itself only.
     fn encode(&self, x_td: &Tensor, images: &Segments) -> Tensor;
 }
 
@@ -115,7 +115,8 @@ pub trait VisionFamily:
         let _ = (keys, written_by);
     }
 
-    /// The model in the layout and with the config.json of the SAIL code, where it has one.
+    /// The model in the layout and with the config.json of the code the family was published with, SAIL's or
+    /// `InternVL`'s, where it has one.
     fn sail_layout(&self) -> Option<(Layout, Value)> {
         None
     }

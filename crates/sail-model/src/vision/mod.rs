@@ -72,7 +72,7 @@ impl Vision {
     }
 
     /// Batches of normalised images, each `[n, 3, height, width]` of any float type, to the features of
-    /// their patches after the final norm, without class tokens.
+    /// their patches after the last layer, without class tokens.
     ///
     /// # Errors
     /// As [`VisionConfig::grid`], and [`Error::BatchShape`] for what is not a batch of images.
