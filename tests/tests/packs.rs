@@ -170,3 +170,18 @@ fn packs_of_siglip_are_their_samples() {
 fn packs_of_internvit_are_their_samples() {
     check(&vision("internvl_vision"), &llm());
 }
+
+/// The largest image of SAIL-ViT-AnyRes, 1792 x 1792 at a patch of 14, beside a small one.
+#[test]
+fn an_image_of_16384_patches_shares_a_pack() {
+    let vlm = model(&vision("aimv2_vision_model"), &llm());
+    let images = [(128, 128), (4, 4)].map(|(h, w)| random("image", &[1, 3, h * PATCH, w * PATCH], 1.0));
+    tch::no_grad(|| {
+        let (packed, tokens) = vlm.image_features(&images).unwrap();
+        assert_eq!(tokens, [4096, 4]);
+        let alone: Vec<Tensor> =
+            images.iter().map(|image| vlm.image_features(&[image.shallow_clone()]).unwrap().0).collect();
+        let alone = Tensor::cat(&alone, 0);
+        assert!(norm(&(&packed - &alone)) / norm(&alone) <= TOLERANCE);
+    });
+}

@@ -60,7 +60,7 @@ fn lines(shapes: impl IntoIterator<Item = (String, Vec<i64>)>) -> Vec<String> {
     counts.into_iter().map(|(name, count)| format!("{count} {name}")).collect()
 }
 
-/// The models of vision_keys.txt, each with its lines.
+/// The models of `vision_keys.txt`, each with its lines.
 fn published() -> Vec<(VisionConfig, Vec<String>)> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/vision_keys.txt");
     let mut models: Vec<(VisionConfig, Vec<String>)> = Vec::new();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use sail_data::Preprocessor;
+use sail_model::vision::Vision;
 use sail_model::weights::{Shards, write_safetensors};
 use tch::{Device, Tensor, no_grad};
 
@@ -35,10 +36,17 @@ pub fn embed(vit: &Path, input: &Input, out: &Path) -> Result<()> {
     let one = pixels.len() == 1;
     for (i, pixels_nchw) in pixels.into_iter().enumerate() {
         let name = |name: &str| if one { name.to_owned() } else { format!("{name}.{i}") };
-        tensors.insert(name("last_hidden_state"), no_grad(|| model.last_hidden_state(&pixels_nchw))?);
+        tensors.insert(name("last_hidden_state"), features(&model, &pixels_nchw)?);
         tensors.insert(name("pixel_values"), pixels_nchw);
     }
     Ok(write_safetensors(out, &tensors)?)
+}
+
+/// Image by image, so that memory does not grow with their number.
+fn features(model: &Vision, pixels_nchw: &Tensor) -> Result<Tensor> {
+    let images = pixels_nchw.f_split(1, 0)?.into_iter();
+    let states = images.map(|image| no_grad(|| model.last_hidden_state(&image)));
+    Ok(Tensor::f_cat(&states.collect::<sail_model::Result<Vec<_>>>()?, 0)?)
 }
 
 /// One batch of all images where they have one size, otherwise one of each.

@@ -1,4 +1,4 @@
-//! A trained vision transformer as transformers or SAIL's code reads it.
+//! A trained vision transformer as transformers or the code it was published with reads it.
 //!
 //! Says what goes in the folder; `weights` writes it. Called by the trainer's export.
 
@@ -19,7 +19,7 @@ use crate::weights::{Layout, Stored, arrange, own_names};
 pub enum VitLayout {
     /// Those of transformers' own class.
     Transformers,
-    /// Those of SAIL's code, which is exported with them.
+    /// Those of the code that the family was published with: SAIL's for AIMv2, `InternVL`'s for `InternViT`.
     Sail,
     /// Those of the family's own published code: SAIL's and Apple's for `AIMv2`, OpenGVLab's for `InternViT`.
     Original,

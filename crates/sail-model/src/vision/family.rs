@@ -29,7 +29,7 @@ pub trait VisionModel {
     /// block takes `[n, prefix + h * w, d]`, positions added, rows of the grid first.
     fn embed(&self, pixels_nchw: &Tensor) -> Tensor;
 
-    /// All blocks and the final norm: `[t, d]` -> `[t, d]`, every image a segment that sees itself only.
+    /// All blocks and the final norm, where there is one: `[t, d]` -> `[t, d]`, every image a segment that sees itself only.
     fn encode(&self, x_td: &Tensor, images: &Segments) -> Tensor;
 }
 

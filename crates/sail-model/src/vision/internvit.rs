@@ -1,5 +1,5 @@
 //! `InternViT` (Chen et al. 2023, arXiv 2312.14238): transformers' `InternVLVisionModel`. Files of `InternVL`'s
-//! own code, which SAIL-VL's has too, are read and written by [`ORIGINAL`].
+//! own code are read and written by [`ORIGINAL`].
 //!
 //! Patches behind a class token, + learned positions resampled to the grid in use; pre-norm blocks of
 //! attention and GELU MLP with a scale per channel. No final norm unless the class token is the image's

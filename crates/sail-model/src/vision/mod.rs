@@ -2,7 +2,7 @@
 //!
 //! Each family is one file: it computes what transformers computes for the same config.json and the
 //! same tensors, and names its parameters as transformers does. A new family is a file like
-//! `siglip.rs` and one line in [`FAMILIES`]; docs/adding-a-model.md goes through it. Nothing here knows
+//! `siglip.rs` and one line in `FAMILIES`; docs/adding-a-model.md goes through it. Nothing here knows
 //! tiles, text or training. Called by `vlm`, by the trainer and by its `embed` and `export` commands.
 //!
 //! Images of different sizes share one forward: their tokens lie end to end, `[t, d]`, and attention
@@ -72,7 +72,7 @@ impl Vision {
     }
 
     /// Batches of normalised images, each `[n, 3, height, width]` of any float type, to the features of
-    /// their patches after the final norm, without class tokens.
+    /// their patches after the last layer, without class tokens.
     ///
     /// # Errors
     /// As [`VisionConfig::grid`], and [`Error::BatchShape`] for what is not a batch of images.

@@ -72,7 +72,7 @@ impl Shards {
     /// A whole tensor as fp32 on the CPU.
     ///
     /// # Errors
-    /// As [`Shards::read_into`].
+    /// [`Error::MissingTensor`], and [`Error::File`] for a type that is not read or an IO error.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let missing = || Error::MissingTensor { path: self.path.clone(), name: name.to_owned() };
         let shape = self.shape(name).ok_or_else(missing)?;
