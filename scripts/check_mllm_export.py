@@ -4,8 +4,8 @@
     .venv/bin/python scripts/check_mllm_export.py runs/demo/export/mllm --image photo.png
     .venv/bin/python scripts/check_mllm_export.py DIR --image a.png b.png --prompt 'What is this?' --expect ids.json
 
-Loads DIR in fp32 with `AutoModel` and `trust_remote_code`, which runs the Python code in DIR, and refuses
-it when a weight is missing or left over. Cuts each image into tiles as DIR's config.json and
+Loads DIR in fp32, in the `sail` layout with `AutoModel` and `trust_remote_code`, which runs the Python code in
+DIR, or as `InternVLForConditionalGeneration`, and refuses it when a weight is missing or left over. Cuts each image into tiles as DIR's config.json and
 preprocessor_config.json say, answers greedily and prints a JSON line {"image", "ids", "text"} for each;
 `ids` end with that of the end of the turn where the answer ended.
 
@@ -94,14 +94,29 @@ def check_preprocessor(preprocessor: dict, config: dict, folder: Path) -> None:
             raise CheckError(f"{folder}/preprocessor_config.json: `{key}` is {preprocessor.get(key)}, not {value}")
 
 
-def load_model(folder: Path):
+def tile_settings(config: dict, preprocessor: dict) -> dict:
+    """What the `sail` layout's config.json says of tiles, of either layout."""
+    if config["model_type"] != "internvl":
+        return config
+    side = config["vision_config"]["image_size"]
+    return {
+        "force_image_size": side if isinstance(side, int) else side[0],
+        "dynamic_image_size": preprocessor["crop_to_patches"],
+        "min_dynamic_patch": preprocessor["min_patches"],
+        "max_dynamic_patch": preprocessor["max_patches"],
+        "use_thumbnail": True,
+    }
+
+
+def load_model(folder: Path, internvl: bool):
     import torch
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer, InternVLForConditionalGeneration
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     options = {"trust_remote_code": True, "local_files_only": True}
-    model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    kind = InternVLForConditionalGeneration if internvl else AutoModel
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if wrong:
         raise CheckError(f"{folder} does not fit {type(model).__name__}: {wrong}")
@@ -112,8 +127,16 @@ def answer(model, tokenizer, pixels_nchw, prompt: str, max_new_tokens: int) -> l
     """The ids that follow the prompt, the likeliest each time."""
     import torch
 
-    ids = model.prompt_ids(tokenizer, prompt, pixels_nchw)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    if model.config.model_type == "internvl":
+        turns = [{"role": "user", "content": "<image>\n" + prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        tokens = len(pixels_nchw) * model.config.image_seq_length
+        block = tokenizer.start_image_token + tokenizer.context_image_token * tokens + tokenizer.end_image_token
+        ids = tokenizer(text.replace("<image>", block), add_special_tokens=False)["input_ids"]
+        whole = model.generate(input_ids=torch.tensor([ids]), pixel_values=pixels_nchw, **options)
+        return whole[0, len(ids) :].tolist()
+    ids = model.prompt_ids(tokenizer, prompt, pixels_nchw)
     return model.generate(pixels_nchw, torch.tensor([ids]), **options)[0].tolist()
 
 
@@ -135,11 +158,12 @@ def compare(results: list[dict], expected: list[dict]) -> None:
 def run(args) -> None:
     config = read_json(args.folder / "config.json")
     preprocessor = read_json(args.folder / "preprocessor_config.json")
-    check_preprocessor(preprocessor, config, args.folder)
-    model, tokenizer = load_model(args.folder)
+    tiles = tile_settings(config, preprocessor)
+    check_preprocessor(preprocessor, tiles, args.folder)
+    model, tokenizer = load_model(args.folder, config["model_type"] == "internvl")
     results = []
     for path in args.image:
-        ids = answer(model, tokenizer, load_tiles(path, config, preprocessor), args.prompt, args.tokens)
+        ids = answer(model, tokenizer, load_tiles(path, tiles, preprocessor), args.prompt, args.tokens)
         results.append({"image": str(path), "ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True)})
         print(json.dumps(results[-1], ensure_ascii=False), flush=True)
     if args.expect:

@@ -47,10 +47,10 @@ fn answers(model: &str, images: &[String], tokens: &str) -> serde_json::Value {
 }
 
 /// The exported model gives transformers the ids that it gives `sail-train`, before and after.
-fn mllm_answers_alike(checkpoint: &str, dir: &Path, tokens: &str) {
+fn mllm_answers_alike(checkpoint: &str, layout: &str, dir: &Path, tokens: &str) {
     let images = images(dir);
     let [mllm, expected] = ["mllm", "expected.json"].map(|name| dir.join(name).to_str().unwrap().to_owned());
-    run(&["export", "--checkpoint", checkpoint, "--what", "mllm", "--layout", "sail", "--out", &mllm], 0);
+    run(&["export", "--checkpoint", checkpoint, "--what", "mllm", "--layout", layout, "--out", &mllm], 0);
     let from_checkpoint = answers(checkpoint, &images, tokens);
     assert_eq!(answers(&mllm, &images, tokens), from_checkpoint);
     std::fs::write(&expected, from_checkpoint.to_string()).unwrap();
@@ -66,7 +66,7 @@ fn what_is_exported_answers_and_scores_as_the_checkpoint() {
     run(&["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=2", "--set", "eval=null"], 0);
     let checkpoint = dir.path().join("runs/tiny/stage1");
     let checkpoint = checkpoint.to_str().unwrap();
-    mllm_answers_alike(checkpoint, dir.path(), "12");
+    mllm_answers_alike(checkpoint, "sail", dir.path(), "12");
 
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let score = |model: &str, out: &str| {
@@ -87,6 +87,21 @@ fn what_is_exported_answers_and_scores_as_the_checkpoint() {
         std::fs::read(out).unwrap()
     });
     assert!(ours == sail, "the same features");
+}
+
+/// `InternViT` and Qwen2 leave as transformers' own class.
+#[test]
+fn an_internvl_answers_alike_in_transformers() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let vision = "model.vision.random={model_type: internvl_vision, hidden_size: 64, num_attention_heads: 2, \
+                  intermediate_size: 96, num_hidden_layers: 2, image_size: 56, attention_bias: true}";
+    let llm = "model.llm.random={model_type: qwen2, vocab_size: 2048, hidden_size: 64, num_attention_heads: 4, \
+               num_key_value_heads: 2, intermediate_size: 96, num_hidden_layers: 2, initializer_range: 0.2}";
+    let args = ["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", vision, "--set", llm];
+    run(&[&args[..], &["--set", "schedule.steps=2", "--set", "eval=null"]].concat(), 0);
+    let checkpoint = dir.path().join("runs/tiny/stage1");
+    mllm_answers_alike(checkpoint.to_str().unwrap(), "transformers", dir.path(), "12");
 }
 
 #[test]
@@ -118,5 +133,5 @@ fn the_demo_model_answers_alike_in_transformers() {
     args.extend(sets.iter().flat_map(|set| ["--set", set]));
     run(&args, 0);
     let checkpoint: PathBuf = dir.path().join("runs/demo/stage1");
-    mllm_answers_alike(checkpoint.to_str().unwrap(), dir.path(), "40");
+    mllm_answers_alike(checkpoint.to_str().unwrap(), "sail", dir.path(), "40");
 }
