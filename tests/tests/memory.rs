@@ -51,8 +51,7 @@ fn write(config: &VisionConfig, dir: &Path) {
     let (model, params) = build(config, &RandomSource::new(1, "vision"));
     drop(model);
     let local = params.into_iter().map(|(name, tensor)| (name["vision.".len()..].to_owned(), tensor));
-    let VisionExport { tensors, config } =
-        export(config, local.collect(), 448, VitLayout::Sail, "").unwrap();
+    let VisionExport { tensors, config } = export(config, local.collect(), 448, VitLayout::Sail, "").unwrap();
     Folder::new(tensors).json("config.json", &config).write(dir).unwrap();
 }
 

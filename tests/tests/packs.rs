@@ -126,7 +126,8 @@ fn check(vision: &Value, llm: &Value) {
     let scale = |name: &str| {
         // The bias of the keys shifts all scores of a query alike: its gradient is rounding alone, and is
         // measured by that of their weight.
-        let keys = name.strip_suffix("bias").filter(|name| name.ends_with("key.") || name.ends_with("k_proj."));
+        let keys =
+            name.strip_suffix("bias").filter(|name| name.ends_with("key.") || name.ends_with("k_proj."));
         let name = keys.map_or(name.to_owned(), |keys| format!("{keys}weight"));
         norm(&alone.1[&name])
     };

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 
-use sail_model::generate::greedy;
+use sail_model::generate::{GenerateOptions, from_ids};
 use sail_model::llm::{Llm, LlmConfig};
 use sail_model::params::{Builder, Params};
 use sail_model::weights::{FileSource, read_json};
@@ -43,7 +43,8 @@ fn smollm2_continues_as_transformers() {
     for case in cases {
         let expected = ids(case, "generated_ids");
         assert_eq!(expected.len() as u64, golden["new_tokens"].as_u64().unwrap());
-        let found = greedy(&llm, &ids(case, "prompt_ids"), expected.len(), &[]).unwrap();
-        assert_eq!(found, expected, "{}", case["question"]);
+        let options = GenerateOptions::greedy(expected.len(), &[]);
+        let found = from_ids(&llm, &[&ids(case, "prompt_ids")], &options, &mut |_, _| true).unwrap();
+        assert_eq!(found, [expected], "{}", case["question"]);
     }
 }

@@ -178,7 +178,6 @@ fn sail_vl2_2b_has_its_published_size() {
 }
 
 #[test]
-#[ignore = "needs the qwen2 family"]
 fn sail_vl_1_6_8b_has_its_published_size() {
     let qwen2 = json!({
         "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,

@@ -5,6 +5,7 @@
 
 use sail_model::Error;
 use sail_model::attention::Segments;
+use sail_model::generate::GenerateOptions;
 use sail_model::llm::LlmConfig;
 use sail_model::params::{Init, Params, RandomSource, TensorSource};
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
@@ -256,28 +257,82 @@ fn parts_that_do_not_fit_are_named() {
     assert!(matches!(vlm.module_params("visoin"), Err(Error::UnknownModule { .. })));
 }
 
+/// Continuations of prompts, greedily.
+fn generate(vlm: &Vlm, prompts: &[Prompt], options: &GenerateOptions) -> Vec<Vec<i64>> {
+    let mut told = vec![Vec::new(); prompts.len()];
+    let mut on_token = |sequence: usize, id: i64| {
+        told[sequence].push(id);
+        true
+    };
+    let answers = vlm.generate(prompts, options, &mut on_token).unwrap();
+    assert_eq!(answers, told);
+    answers
+}
+
+fn prompt(sample: &Sample, ids: &[i64]) -> Prompt {
+    Prompt {
+        ids: ids.to_vec(),
+        images: sample.tiles.iter().map(Tensor::shallow_clone).collect(),
+        image_rows: sample.image_rows.clone(),
+    }
+}
+
 #[test]
 fn answers_are_the_likeliest_tokens() {
     let vlm = model_training(&[]);
     for sample in &samples() {
-        let prompt = |ids: &[i64]| Prompt {
-            ids: ids.to_vec(),
-            images: sample.tiles.iter().map(Tensor::shallow_clone).collect(),
-            image_rows: sample.image_rows.clone(),
+        let greedy = |ids: &[i64], max_new_tokens, stop_ids: &[i64]| {
+            let options = GenerateOptions::greedy(max_new_tokens, stop_ids);
+            generate(&vlm, &[prompt(sample, ids)], &options).pop().unwrap()
         };
-        let answer = vlm.generate(&prompt(&sample.ids), 6, &[]).unwrap();
+        let answer = greedy(&sample.ids, 6, &[]);
         // Each token again, by a whole forward without a cache: the answer is its own target.
         let mut ids = sample.ids.clone();
         for expected in &answer {
-            assert_eq!(vlm.generate(&prompt(&ids), 1, &[]).unwrap(), [*expected]);
+            assert_eq!(greedy(&ids, 1, &[]), [*expected]);
             ids.push(*expected);
         }
         let stop = answer[2];
         let end = answer.iter().position(|id| *id == stop).unwrap();
-        assert_eq!(vlm.generate(&prompt(&sample.ids), 6, &[stop]).unwrap(), answer[..=end]);
+        assert_eq!(greedy(&sample.ids, 6, &[stop]), answer[..=end]);
+        assert_eq!(greedy(&sample.ids, 0, &[]), [0i64; 0]);
     }
     let without = Prompt { ids: vec![1, 2, 3], images: vec![], image_rows: vec![1] };
-    assert!(matches!(vlm.generate(&without, 1, &[]), Err(Error::ImageRows { rows: 1, features: 0, .. })));
+    let error = vlm.generate(&[without], &GenerateOptions::greedy(1, &[]), &mut |_, _| true).unwrap_err();
+    assert!(matches!(error, Error::ImageRows { rows: 1, features: 0, .. }), "{error}");
+}
+
+#[test]
+fn prompts_of_different_lengths_are_answered_together_as_alone() {
+    let vlm = model_training(&[]);
+    let samples = samples();
+    let prompts = || samples.iter().map(|sample| prompt(sample, &sample.ids)).collect::<Vec<_>>();
+    let greedy = GenerateOptions::greedy(6, &[]);
+    let together = generate(&vlm, &prompts(), &greedy);
+    for (prompt, answer) in prompts().into_iter().zip(&together) {
+        assert_eq!(&generate(&vlm, &[prompt], &greedy)[0], answer);
+    }
+    // A sequence that ends early leaves the others as they are.
+    let stop = GenerateOptions::greedy(6, &[together[1][1]]);
+    let stopped = generate(&vlm, &prompts(), &stop);
+    for (all, some) in together.iter().zip(&stopped) {
+        assert!(all.starts_with(some) && (some.len() == 6 || stop.stop_ids.contains(some.last().unwrap())));
+    }
+    assert!(stopped[1].len() <= 2);
+    let mut tokens = 0;
+    let answers = vlm.generate(&prompts(), &greedy, &mut |sequence, _| {
+        tokens += 1;
+        sequence != 0
+    });
+    let lengths: Vec<usize> = answers.unwrap().iter().map(Vec::len).collect();
+    assert_eq!((lengths.as_slice(), tokens), (&[1, 6, 6][..], 13));
+    // What is drawn depends on the place of a prompt, not on the other prompts.
+    let sample = GenerateOptions { temperature: Some(1.5), top_p: Some(0.9), seed: 3, ..greedy };
+    let drawn = generate(&vlm, &prompts(), &sample);
+    assert_ne!(drawn, together);
+    assert_eq!(generate(&vlm, &prompts()[..1], &sample)[0], drawn[0]);
+    assert_eq!(generate(&vlm, &prompts(), &sample), drawn);
+    assert!(vlm.generate(&[], &sample, &mut |_, _| true).unwrap().is_empty());
 }
 
 #[test]
@@ -291,10 +346,8 @@ fn bf16_parameters_give_nearly_the_same_loss() {
     let bf16 = vlm.loss_sum(&batch(&samples.each_ref())).unwrap();
     assert_eq!(bf16.kind(), Kind::Float);
     assert_close("bf16", &bf16, &fp32, 0.05);
-    assert_eq!(
-        vlm.generate(&Prompt { ids: vec![1, 2], images: vec![], image_rows: vec![] }, 3, &[]).unwrap().len(),
-        3
-    );
+    let prompt = Prompt { ids: vec![1, 2], images: vec![], image_rows: vec![] };
+    assert_eq!(generate(&vlm, &[prompt], &GenerateOptions::greedy(3, &[]))[0].len(), 3);
 }
 
 #[test]

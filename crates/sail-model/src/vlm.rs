@@ -15,8 +15,8 @@ use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::attention::Segments;
 use crate::error::{Error, Result};
-use crate::generate::greedy_from_embeddings;
-use crate::llm::{Llm, LlmConfig};
+use crate::generate::{GenerateOptions, OnToken, from_embeddings};
+use crate::llm::{Llm, LlmConfig, Routing, Trunk};
 use crate::params::{Builder, Params, TensorSource};
 use crate::projector::{Projector, ProjectorConfig};
 use crate::vision::{Vision, VisionConfig};
@@ -80,6 +80,16 @@ pub struct Batch {
     pub targets_t: Tensor,
     /// Weight of each row's loss `[t]` fp32.
     pub weights_t: Tensor,
+}
+
+/// What a batch costs: 0-dimensional fp32 tensors.
+#[derive(Debug)]
+pub struct Loss {
+    /// Sum over rows of weight times cross-entropy.
+    pub sum: Tensor,
+    /// `router_aux_loss_coef` times the loss for unevenly used experts, a mean over the batch's rows; None
+    /// for a language model without experts.
+    pub balance: Option<Tensor>,
 }
 
 /// A question to be answered by [`Vlm::generate`].
@@ -176,9 +186,18 @@ impl Vlm {
     /// [`Error::BatchShape`], [`Error::Segments`], [`Error::ImageRows`] when the parts of the batch do
     /// not fit together.
     pub fn loss_sum(&self, batch: &Batch) -> Result<Tensor> {
+        Ok(self.loss(batch)?.sum)
+    }
+
+    /// As [`Vlm::loss_sum`], with the loss for unevenly used experts beside it.
+    ///
+    /// # Errors
+    /// As [`Vlm::loss_sum`].
+    pub fn loss(&self, batch: &Batch) -> Result<Loss> {
         let rows_r = rows_with_target(batch);
-        let losses_r = self.losses_of(batch, &rows_r)?;
-        Ok((losses_r * batch.weights_t.index_select(0, &rows_r)).sum(Kind::Float))
+        let (losses_r, routing) = self.losses_of(batch, &rows_r)?;
+        let sum = (losses_r * batch.weights_t.index_select(0, &rows_r)).sum(Kind::Float);
+        Ok(Loss { sum, balance: routing.map(|routing| routing.weighted_balance_loss()) })
     }
 
     /// Cross-entropy, without weights, of the rows that have a target, in their order `[r]` fp32.
@@ -186,18 +205,20 @@ impl Vlm {
     /// # Errors
     /// As [`Vlm::loss_sum`].
     pub fn row_losses(&self, batch: &Batch) -> Result<Tensor> {
-        self.losses_of(batch, &rows_with_target(batch))
+        Ok(self.losses_of(batch, &rows_with_target(batch))?.0)
     }
 
-    fn losses_of(&self, batch: &Batch, rows_r: &Tensor) -> Result<Tensor> {
+    fn losses_of(&self, batch: &Batch, rows_r: &Tensor) -> Result<(Tensor, Option<Routing>)> {
         let segments = batch.check(&self.config)?;
         let x_td = self.embed(&batch.ids_t, &batch.images, &batch.image_rows)?;
-        let x_td = self.llm.trunk(&x_td, &batch.positions_t, &segments, None);
+        let Trunk { x_td, routing } = self.llm.trunk(&x_td, &batch.positions_t, &segments, None);
         let x_rd = self.llm.final_norm(&x_td.index_select(0, rows_r));
         let logits_rv = self.llm.logits(&x_rd).to_kind(Kind::Float);
         let targets_r = batch.targets_t.index_select(0, rows_r);
         let no_class_weights = None::<&Tensor>;
-        Ok(logits_rv.f_cross_entropy_loss(&targets_r, no_class_weights, Reduction::None, IGNORE, 0.0)?)
+        let losses_r =
+            logits_rv.f_cross_entropy_loss(&targets_r, no_class_weights, Reduction::None, IGNORE, 0.0)?;
+        Ok((losses_r, routing))
     }
 
     /// Embeddings `[t, d]` with visual tokens in `image_rows`, which were checked to be as many. Those
@@ -212,21 +233,26 @@ impl Vlm {
         Ok(x_td.f_index_copy(0, &rows_v, &x_vd.to_kind(x_td.kind()))?)
     }
 
-    /// Answers greedily, without a graph: at most `max_new_tokens` ids, of which the last is one of
-    /// `stop_ids` when that ended the answer.
+    /// Answers questions together, without a graph; see [`from_embeddings`].
     ///
     /// # Errors
-    /// [`Error::ImageRows`], and [`Error::Segments`] for an empty prompt.
-    pub fn generate(&self, prompt: &Prompt, max_new_tokens: usize, stop_ids: &[i64]) -> Result<Vec<i64>> {
-        tch::no_grad(|| {
+    /// [`Error::ImageRows`], [`Error::Segments`] for an empty prompt, and for options that make no sense.
+    pub fn generate(
+        &self,
+        prompts: &[Prompt],
+        options: &GenerateOptions,
+        on_token: OnToken,
+    ) -> Result<Vec<Vec<i64>>> {
+        let embed = |(i, prompt): (usize, &Prompt)| -> Result<Tensor> {
             let ids_t = Tensor::from_slice(&prompt.ids).to_device(self.device);
             let images: Vec<Tensor> =
                 prompt.images.iter().map(|batch| batch.to_device(self.device)).collect();
             let tokens = image_tokens(&self.config, &images)?.iter().sum();
-            check_rows("the prompt", prompt.image_rows.len() as i64, tokens)?;
-            let x_td = self.embed(&ids_t, &images, &prompt.image_rows)?;
-            greedy_from_embeddings(&self.llm, &x_td, max_new_tokens, stop_ids)
-        })
+            check_rows(&format!("prompt {i}"), prompt.image_rows.len() as i64, tokens)?;
+            self.embed(&ids_t, &images, &prompt.image_rows)
+        };
+        let prompts = tch::no_grad(|| prompts.iter().enumerate().map(embed).collect::<Result<Vec<_>>>())?;
+        from_embeddings(&self.llm, &prompts, options, on_token)
     }
 }
 

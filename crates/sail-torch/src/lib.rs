@@ -335,9 +335,16 @@ mod tests {
         });
         let expected = Tensor::cat(&alone, 0);
         let gradients = |y: &Tensor| {
-            Tensor::run_backward(&[y.to_kind(Kind::Float).square().sum(Kind::Float)], &[&q, &k, &v], true, false)
+            Tensor::run_backward(
+                &[y.to_kind(Kind::Float).square().sum(Kind::Float)],
+                &[&q, &k, &v],
+                true,
+                false,
+            )
         };
-        let close = |a: &Tensor, b: &Tensor| a.to_kind(Kind::Float).allclose(&b.to_kind(Kind::Float), 2e-2, 2e-2, false);
+        let close = |a: &Tensor, b: &Tensor| {
+            a.to_kind(Kind::Float).allclose(&b.to_kind(Kind::Float), 2e-2, 2e-2, false)
+        };
         assert!(close(&out, &expected));
         for (found, expected) in gradients(&out).iter().zip(gradients(&expected)) {
             assert!(close(found, &expected));

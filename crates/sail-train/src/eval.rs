@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use sail_data::{DataSpec, LossWeight, Pack, Role, Sample, TextEncoder, read_samples};
+use sail_model::generate::GenerateOptions;
 use sail_model::vlm::{Prompt, Vlm};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, no_grad};
@@ -190,7 +191,8 @@ impl Evaluator {
             images: to_images(&asked.tiles, device),
             image_rows: asked.prompt.image_rows,
         };
-        let ids = model.generate(&prompt, self.plan.max_new_tokens, &[encoder.end_of_turn()])?;
+        let options = GenerateOptions::greedy(self.plan.max_new_tokens, &[encoder.end_of_turn()]);
+        let ids = model.generate(&[prompt], &options, &mut |_, _| true)?.pop().unwrap_or_default();
         Ok(Generation {
             sample: sample.id.to_string(),
             question: sample

@@ -12,7 +12,7 @@ use sail_data::{Loader, Pack, TextEncoder, TextSpec};
 use sail_model::llm::LlmConfig;
 use sail_model::params::Params;
 use sail_model::vision::{VisionConfig, VitLayout};
-use sail_model::vlm::{Vlm, VlmConfig};
+use sail_model::vlm::{Loss, Vlm, VlmConfig};
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::batch::to_batch;
@@ -144,7 +144,12 @@ impl Session {
     pub fn accumulate(&mut self, step: &Step) -> Result<Tensor> {
         let mut total = Tensor::zeros([], (Kind::Float, self.device));
         for pack in &step.packs {
-            let loss = self.model.loss_sum(&to_batch(pack, self.device))? / step.weight;
+            let Loss { sum, balance } = self.model.loss(&to_batch(pack, self.device))?;
+            let mut loss = sum / step.weight;
+            // A frozen router is as it is; one that trains is kept from sending all rows one way.
+            if let Some(balance) = balance.filter(|_| self.plan.train.llm.is_trained()) {
+                loss += balance / step.packs.len() as f64;
+            }
             // A pack of text alone reaches nothing that is trained before the language model.
             if loss.requires_grad() {
                 loss.backward();

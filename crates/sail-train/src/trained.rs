@@ -88,6 +88,9 @@ pub(crate) fn specs(plan: &Plan, config: &VlmConfig) -> Result<(ImageSpec, TextS
 /// A checkpoint by its own folder, or the newest of a run.
 pub fn open_any(path: &Path) -> Result<Checkpoint> {
     checkpoint::open_or_newest(path)?.ok_or_else(|| {
-        Error::checkpoint(path, "is neither a complete checkpoint, nor a run that holds one, nor an exported model")
+        Error::checkpoint(
+            path,
+            "is neither a complete checkpoint, nor a run that holds one, nor an exported model",
+        )
     })
 }

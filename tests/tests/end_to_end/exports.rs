@@ -63,7 +63,19 @@ fn mllm_answers_alike(checkpoint: &str, layout: &str, dir: &Path, tokens: &str) 
 fn what_is_exported_answers_and_scores_as_the_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let set = under(dir.path());
-    run(&["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=2", "--set", "eval=null"], 0);
+    run(
+        &[
+            "--config",
+            "configs/tiny/stage1.yaml",
+            "--set",
+            &set,
+            "--set",
+            "schedule.steps=2",
+            "--set",
+            "eval=null",
+        ],
+        0,
+    );
     let checkpoint = dir.path().join("runs/tiny/stage1");
     let checkpoint = checkpoint.to_str().unwrap();
     mllm_answers_alike(checkpoint, "sail", dir.path(), "12");
@@ -108,12 +120,25 @@ fn an_internvl_answers_alike_in_transformers() {
 fn what_cannot_be_exported_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let set = under(dir.path());
-    run(&["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=2", "--set", "eval=null"], 0);
+    run(
+        &[
+            "--config",
+            "configs/tiny/stage1.yaml",
+            "--set",
+            &set,
+            "--set",
+            "schedule.steps=2",
+            "--set",
+            "eval=null",
+        ],
+        0,
+    );
     let run_dir = dir.path().join("runs/tiny/stage1");
     let (run_dir, out) = (run_dir.to_str().unwrap(), dir.path().join("out"));
     let out = out.to_str().unwrap();
     let refused = |args: &[&str], expected: &str| {
-        let error = crate::stderr(&run(&[&["export", "--checkpoint", run_dir, "--out", out], args].concat(), 2));
+        let error =
+            crate::stderr(&run(&[&["export", "--checkpoint", run_dir, "--out", out], args].concat(), 2));
         assert!(error.contains(expected) && error.contains("hint:"), "{error}");
         assert!(!Path::new(out).exists());
     };

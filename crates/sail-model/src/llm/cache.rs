@@ -30,10 +30,18 @@ impl KvCache {
     pub fn rows(&self) -> i64 {
         self.layers.first().map_or(0, |layer| layer.rows)
     }
+}
 
-    /// The blocks' parts, in order.
-    pub(super) fn layers_mut(&mut self) -> &mut [LayerCache] {
-        &mut self.layers
+/// One block's parts of the caches of several sequences.
+pub(super) struct LayerCaches<'a> {
+    pub(super) caches: &'a mut [KvCache],
+    pub(super) layer: usize,
+}
+
+impl LayerCaches<'_> {
+    /// The parts, in the order of the sequences.
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut LayerCache> {
+        self.caches.iter_mut().map(|cache| &mut cache.layers[self.layer])
     }
 }
 
@@ -69,7 +77,7 @@ mod tests {
         let mut cache = KvCache::new(2, 3, 4, 2, (Kind::Float, Device::Cpu));
         let all = Tensor::arange(7 * 3 * 4, (Kind::Float, Device::Cpu)).reshape([7, 3, 4]);
         for (start, rows) in [(0, 2), (2, 1), (3, 4)] {
-            for layer in cache.layers_mut() {
+            for layer in &mut cache.layers {
                 let k_tmh = all.narrow(0, start, rows);
                 let (k, v) = layer.append(&k_tmh, &(&k_tmh + 0.5));
                 let expected = all.narrow(0, 0, start + rows).transpose(0, 1).unsqueeze(0);

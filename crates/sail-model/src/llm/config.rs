@@ -1,56 +1,31 @@
-//! What config.json says about a language model, by `model_type`.
+//! What config.json says about a language model of any family.
 //!
-//! The fields of transformers 5.17 (`LlamaConfig`, `Qwen3Config`); refuses what the decoder does not
-//! compute, and writes a whole config.json back. Defaults and older spellings are [`super::resolve`]'s.
-//! Called by the trainer's configuration, by [`super::Llm`] and by the export.
+//! Refuses what the decoder does not compute, and writes a whole config.json back. Defaults and older
+//! spellings are `resolve`'s, a family's own keys those of its file. Called by the trainer's
+//! configuration, by [`super::Llm`] and by the export.
 
+use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::resolve::{UnknownKeys, config_error, resolve};
+use super::family::{AnyFamily, DecoderShape};
+use super::resolve::{config_error, resolve};
+use super::rope::RopeParameters;
 use crate::error::{Error, Result};
-use crate::weights::{Naming, read_json};
+use crate::vision::{Refusal, UnknownKeys};
+use crate::weights::{Layout, Naming, read_json};
 
-/// A language model's description: one variant per family, named by config.json's `model_type`.
+/// A language model's description, of the family that `model_type` names.
 ///
 /// (De)serialises as config.json does; reading skips unknown keys, see [`LlmConfig::from_json`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
-pub enum LlmConfig {
-    /// `llama`: Llama and what shares its architecture, such as `SmolLM2`.
-    Llama(LlamaConfig),
-    /// `qwen3`: dense Qwen3, with normalised queries and keys.
-    Qwen3(Qwen3Config),
-}
-
-/// Fields of `LlamaConfig`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct LlamaConfig {
-    /// What the families share.
-    #[serde(flatten)]
-    pub decoder: DecoderConfig,
-    /// Bias in the feed-forward layers; only false is built.
-    pub mlp_bias: bool,
-    /// Read and written, without effect.
-    pub pretraining_tp: Option<i64>,
-}
-
-/// Fields of `Qwen3Config`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Qwen3Config {
-    /// What the families share.
-    #[serde(flatten)]
-    pub decoder: DecoderConfig,
-    /// Only false is built.
-    pub use_sliding_window: bool,
-    /// Without effect while `use_sliding_window` is false.
-    pub sliding_window: Option<i64>,
-    /// Without effect while `use_sliding_window` is false.
-    pub max_window_layers: i64,
-    /// Kind of attention of each layer; only `full_attention` is built.
-    pub layer_types: Option<Vec<String>>,
+pub struct LlmConfig {
+    decoder: DecoderConfig,
+    family: Arc<dyn AnyFamily>,
 }
 
 /// Fields that all families of the decoder have. Names are config.json's.
@@ -72,7 +47,7 @@ pub struct DecoderConfig {
     pub head_dim: i64,
     /// Only `silu` is built.
     pub hidden_act: String,
-    /// Longest sequence the model was made for; nothing here depends on it.
+    /// Longest sequence the model was made for; only some rotary embeddings depend on it.
     pub max_position_embeddings: i64,
     /// Standard deviation of randomly initialised matrices.
     pub initializer_range: f64,
@@ -82,7 +57,7 @@ pub struct DecoderConfig {
     pub tie_word_embeddings: bool,
     /// Rotary embedding.
     pub rope_parameters: RopeParameters,
-    /// Bias in the attention's projections; only false is built.
+    /// Bias in all four of the attention's projections; only false is built.
     pub attention_bias: bool,
     /// Only 0 is built.
     pub attention_dropout: f64,
@@ -96,16 +71,6 @@ pub struct DecoderConfig {
     pub pad_token_id: Option<i64>,
 }
 
-/// Rotary embedding as transformers 5 describes it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RopeParameters {
-    /// Base of the geometric series of frequencies.
-    pub rope_theta: f64,
-    /// Only `default` is built.
-    pub rope_type: String,
-}
-
 /// One token or several, as config.json may have either.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -116,8 +81,25 @@ pub enum TokenIds {
     Many(Vec<i64>),
 }
 
+/// What other modules' tensors begin with in files of transformers' vision-language models.
+const OTHER_MODULES: [&str; 8] = [
+    "model.vision_tower.",
+    "model.vision_model.",
+    "model.vision_encoder.",
+    "model.visual.",
+    "model.multi_modal_projector.",
+    "model.projector.",
+    "model.connector.",
+    "model.image_newline",
+];
+
 impl LlmConfig {
-    /// Reads `config.json` of a Hugging Face folder.
+    pub(super) fn new(decoder: DecoderConfig, family: Arc<dyn AnyFamily>) -> Self {
+        Self { decoder, family }
+    }
+
+    /// Reads `config.json` of a Hugging Face folder, of a language model or of a larger model that has one
+    /// as its `llm_config` or `text_config`.
     ///
     /// # Errors
     /// [`Error::File`] when it cannot be read or is not JSON, else as [`LlmConfig::from_json`].
@@ -126,12 +108,22 @@ impl LlmConfig {
     }
 
     /// Reads a whole config.json. Keys that the family does not have are skipped, as transformers
-    /// does; missing ones take the family's published defaults.
+    /// does; missing ones take the defaults of transformers 5.17.
     ///
     /// # Errors
     /// [`Error::Config`] names the key that is wrong or asks for what is not built.
     pub fn from_json(config: &Value) -> Result<Self> {
-        resolve(config, UnknownKeys::Skip)
+        let part = |key| config.get(key).filter(|part: &&Value| part.is_object());
+        let Some(inner) = part("llm_config").or(part("text_config")) else {
+            return resolve(config, UnknownKeys::Skip);
+        };
+        let mut inner = inner.clone();
+        // The larger model holds the head, so that it may say alone what the head is.
+        let tied = "tie_word_embeddings";
+        if let (None, Some(value)) = (inner.get(tied), config.get(tied)) {
+            inner[tied] = value.clone();
+        }
+        resolve(&inner, UnknownKeys::Skip)
     }
 
     /// Reads the keys that a person wrote: as [`LlmConfig::from_json`], but refuses unknown keys.
@@ -144,58 +136,62 @@ impl LlmConfig {
 
     /// A whole config.json, readable by transformers 4 and 5.
     pub fn to_json(&self) -> Value {
-        let (architecture, fields) = match self {
-            Self::Llama(config) => ("LlamaForCausalLM", serde_json::to_value(config)),
-            Self::Qwen3(config) => ("Qwen3ForCausalLM", serde_json::to_value(config)),
-        };
-        let mut json = json!({ "architectures": [architecture], "model_type": self.model_type() });
-        let fields = fields.expect("invariant: the fields are numbers, strings and lists");
+        let mut json =
+            json!({ "architectures": [self.family.architecture()], "model_type": self.model_type() });
+        let shared = serde_json::to_value(&self.decoder).expect("invariant: the fields are plain values");
         let map = json.as_object_mut().expect("invariant: written as an object above");
-        map.extend(fields.as_object().cloned().unwrap_or_default());
-        // transformers 4 knows `rope_theta` only, transformers 5 prefers `rope_parameters`.
-        map.insert("rope_theta".into(), self.decoder().rope_parameters.rope_theta.into());
+        for fields in [shared, self.family.fields()] {
+            map.extend(fields.as_object().cloned().unwrap_or_default());
+        }
+        map.retain(|key, _| !self.family.without().contains(&key.as_str()));
+        // transformers 4 does not know `rope_parameters`; transformers 5 makes the same of either.
+        let rope = &self.decoder.rope_parameters;
+        map.insert("rope_theta".into(), rope.rope_theta.into());
+        if let Some(scaling) = rope.scaling_json(self.decoder.max_position_embeddings) {
+            map.insert("rope_scaling".into(), scaling);
+        }
         json
     }
 
-    /// `llama` or `qwen3`.
+    /// `model_type` of config.json.
     pub fn model_type(&self) -> &'static str {
-        match self {
-            Self::Llama(_) => "llama",
-            Self::Qwen3(_) => "qwen3",
-        }
+        self.family.model_type()
     }
 
     /// What the families share.
     pub fn decoder(&self) -> &DecoderConfig {
-        match self {
-            Self::Llama(config) => &config.decoder,
-            Self::Qwen3(config) => &config.decoder,
-        }
+        &self.decoder
     }
 
-    /// Queries and keys of each head pass through an `RMSNorm` before the rotation.
-    pub fn normalises_queries(&self) -> bool {
-        matches!(self, Self::Qwen3(_))
+    /// What block number `layer`, from 0, is made of.
+    pub fn shape(&self, layer: i64) -> DecoderShape {
+        self.family.shape(layer)
     }
 
     /// Width of the residual stream.
     pub fn hidden_size(&self) -> i64 {
-        self.decoder().hidden_size
+        self.decoder.hidden_size
     }
 
     /// Rows of the embedding table.
     pub fn vocab_size(&self) -> i64 {
-        self.decoder().vocab_size
+        self.decoder.vocab_size
     }
 
-    /// How files name its tensors. They may hold the head of a tied model, and the rotary frequencies that
-    /// early Llama files store.
+    /// How files name its tensors, those of larger models included. They may hold the head of a tied
+    /// model, and the rotary frequencies that early Llama files store.
     pub fn naming(&self) -> Naming {
         let mut ignored = vec![".rotary_emb.inv_freq"];
-        if self.decoder().tie_word_embeddings {
+        ignored.extend(OTHER_MODULES);
+        if self.decoder.tie_word_embeddings {
             ignored.push("lm_head.weight");
         }
-        Naming { prefixes: vec!["", "language_model."], ignored, ..Naming::default() }
+        Naming { prefixes: vec!["", "language_model."], layouts: self.family.layouts().to_vec(), ignored }
+    }
+
+    /// The layout that published files of the family have, which is the one to write.
+    pub fn export_layout(&self) -> Layout {
+        self.family.layouts()[0]
     }
 
     /// Checks that the fields fit together and ask for nothing that is not built.
@@ -203,22 +199,20 @@ impl LlmConfig {
     /// # Errors
     /// [`Error::Config`] for the first field that does not pass.
     pub fn validate(&self) -> Result<()> {
-        let refuse = |(key, reason)| Err(config_error(self.model_type(), key, reason));
-        self.decoder().check().or_else(refuse)?;
-        match self {
-            Self::Llama(LlamaConfig { mlp_bias: true, .. }) => {
-                refuse(("mlp_bias", "only false is supported".into()))
-            }
-            Self::Qwen3(Qwen3Config { use_sliding_window: true, .. }) => {
-                refuse(("use_sliding_window", "only false is supported".into()))
-            }
-            Self::Qwen3(Qwen3Config { layer_types: Some(types), .. })
-                if types.iter().any(|kind| kind != "full_attention") =>
-            {
-                refuse(("layer_types", "only `full_attention` is supported".into()))
-            }
-            _ => Ok(()),
-        }
+        let checked = self.decoder.check().and_then(|()| self.family.check(&self.decoder));
+        checked.map_err(|(key, reason)| config_error(self.model_type(), key, reason))
+    }
+}
+
+impl PartialEq for LlmConfig {
+    fn eq(&self, other: &Self) -> bool {
+        self.to_json() == other.to_json()
+    }
+}
+
+impl fmt::Debug for LlmConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple(self.model_type()).field(&self.decoder).field(&self.family).finish()
     }
 }
 
@@ -238,7 +232,7 @@ impl From<LlmConfig> for Value {
 
 impl DecoderConfig {
     /// The first key that does not pass, and why.
-    fn check(&self) -> std::result::Result<(), (&'static str, String)> {
+    fn check(&self) -> std::result::Result<(), Refusal> {
         let positive = [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -252,41 +246,23 @@ impl DecoderConfig {
             return Err((key, format!("must be at least 1, is {value}")));
         }
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
-        let RopeParameters { rope_theta, rope_type } = &self.rope_parameters;
+        let no_divisor = format!("{kv_heads} does not divide {heads} heads");
+        let positive = |value: f64| (value > 0.0, format!("must be positive, is {value}"));
+        let (eps, std) = (positive(self.rms_norm_eps), positive(self.initializer_range));
+        let activation = format!("only `silu` is supported, is `{}`", self.hidden_act);
+        let dropout = format!("only 0 is supported, is {}", self.attention_dropout);
         let checks = [
-            (
-                heads % kv_heads == 0,
-                "num_key_value_heads",
-                format!("{kv_heads} does not divide {heads} heads"),
-            ),
-            (self.head_dim % 2 == 0, "head_dim", format!("must be even, is {}", self.head_dim)),
-            (
-                self.hidden_act == "silu",
-                "hidden_act",
-                format!("only `silu` is supported, is `{}`", self.hidden_act),
-            ),
-            (self.rms_norm_eps > 0.0, "rms_norm_eps", format!("must be positive, is {}", self.rms_norm_eps)),
-            (
-                self.initializer_range > 0.0,
-                "initializer_range",
-                format!("must be positive, is {}", self.initializer_range),
-            ),
-            (*rope_theta > 0.0, "rope_theta", format!("must be positive, is {rope_theta}")),
-            (
-                rope_type == "default",
-                "rope_parameters",
-                format!("rope_type `{rope_type}` is not supported, only `default`"),
-            ),
-            (!self.attention_bias, "attention_bias", "only false is supported".to_owned()),
-            (
-                self.attention_dropout == 0.0,
-                "attention_dropout",
-                format!("only 0 is supported, is {}", self.attention_dropout),
-            ),
+            ("num_key_value_heads", heads % kv_heads == 0, no_divisor),
+            ("head_dim", self.head_dim % 2 == 0, format!("must be even, is {}", self.head_dim)),
+            ("hidden_act", self.hidden_act == "silu", activation),
+            ("rms_norm_eps", eps.0, eps.1),
+            ("initializer_range", std.0, std.1),
+            ("attention_bias", !self.attention_bias, "only false is supported".to_owned()),
+            ("attention_dropout", self.attention_dropout == 0.0, dropout),
         ];
-        match checks.into_iter().find(|(holds, ..)| !holds) {
-            None => Ok(()),
-            Some((_, key, reason)) => Err((key, reason)),
+        match checks.into_iter().find(|(_, holds, _)| !holds) {
+            None => self.rope_parameters.check(),
+            Some((key, _, reason)) => Err((key, reason)),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The decoder block that Llama and Qwen3 share, and its two halves.
+//! The decoder block that all families share, and its two halves.
 //!
 //! Parameters have the names of Hugging Face's `model.layers.N`. Not the whole model: embedding,
 //! last norm and head are [`super::Llm`]'s.
@@ -8,8 +8,10 @@
 
 use tch::Tensor;
 
-use super::cache::LayerCache;
-use super::config::LlmConfig;
+use super::cache::LayerCaches;
+use super::config::DecoderConfig;
+use super::family::DecoderShape;
+use super::moe::{Routing, SparseMlp};
 use super::rotary::Rotation;
 use crate::attention::{Segments, Visibility, cached_attention, packed_attention};
 use crate::error::Result;
@@ -21,33 +23,46 @@ pub(super) struct DecoderBlock {
     input_layernorm: RmsNorm,
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
-    mlp: SwiGlu,
+    mlp: Mlp,
+}
+
+enum Mlp {
+    Dense(SwiGlu),
+    Sparse(SparseMlp),
 }
 
 impl DecoderBlock {
-    pub(super) fn new(config: &LlmConfig, builder: &Builder) -> Result<Self> {
-        let decoder = config.decoder();
+    pub(super) fn new(decoder: &DecoderConfig, shape: DecoderShape, builder: &Builder) -> Result<Self> {
         let norm = |name| RmsNorm::new(&builder.sub(name), decoder.hidden_size, decoder.rms_norm_eps);
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
-            self_attn: Attention::new(config, &builder.sub("self_attn"))?,
+            self_attn: Attention::new(decoder, shape, &builder.sub("self_attn"))?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: SwiGlu::new(config, &builder.sub("mlp"))?,
+            mlp: match shape.moe {
+                None => Mlp::Dense(SwiGlu::new(decoder, &builder.sub("mlp"))?),
+                Some(moe) => Mlp::Sparse(SparseMlp::new(decoder, moe, &builder.sub("mlp"))?),
+            },
         })
     }
 
-    /// `[t, d]` -> `[t, d]`. With a cache the rows continue its one sequence.
+    /// `[t, d]` -> `[t, d]`, and where its router sent the rows. With caches each segment continues one.
     pub(super) fn forward(
         &self,
         x_td: &Tensor,
         rotation: &Rotation,
         segments: &Segments,
-        cache: Option<&mut LayerCache>,
-    ) -> Tensor {
+        caches: Option<LayerCaches>,
+    ) -> (Tensor, Option<Routing>) {
         let normed = self.input_layernorm.forward(x_td);
-        let x_td = x_td + self.self_attn.forward(&normed, rotation, segments, cache);
+        let x_td = x_td + self.self_attn.forward(&normed, rotation, segments, caches);
         let normed = self.post_attention_layernorm.forward(&x_td);
-        x_td + self.mlp.forward(&normed)
+        match &self.mlp {
+            Mlp::Dense(mlp) => (x_td + mlp.forward(&normed), None),
+            Mlp::Sparse(mlp) => {
+                let (y_td, routing) = mlp.forward(&normed);
+                (x_td + y_td, Some(routing))
+            }
+        }
     }
 }
 
@@ -63,20 +78,20 @@ struct Attention {
 }
 
 impl Attention {
-    fn new(config: &LlmConfig, builder: &Builder) -> Result<Self> {
-        let decoder = config.decoder();
+    fn new(decoder: &DecoderConfig, shape: DecoderShape, builder: &Builder) -> Result<Self> {
         let init = Init::Normal(decoder.initializer_range);
-        let linear = |name, inputs, outputs| Linear::new(&builder.sub(name), inputs, outputs, false, init);
+        let linear =
+            |name, inputs, outputs, bias| Linear::new(&builder.sub(name), inputs, outputs, bias, init);
         let norm = |name| RmsNorm::new(&builder.sub(name), decoder.head_dim, decoder.rms_norm_eps);
         let q_width = decoder.num_attention_heads * decoder.head_dim;
         let kv_width = decoder.num_key_value_heads * decoder.head_dim;
         let width = decoder.hidden_size;
         Ok(Self {
-            q_proj: linear("q_proj", width, q_width)?,
-            k_proj: linear("k_proj", width, kv_width)?,
-            v_proj: linear("v_proj", width, kv_width)?,
-            o_proj: linear("o_proj", q_width, width)?,
-            norms: if config.normalises_queries() { Some((norm("q_norm")?, norm("k_norm")?)) } else { None },
+            q_proj: linear("q_proj", width, q_width, shape.qkv_bias)?,
+            k_proj: linear("k_proj", width, kv_width, shape.qkv_bias)?,
+            v_proj: linear("v_proj", width, kv_width, shape.qkv_bias)?,
+            o_proj: linear("o_proj", q_width, width, false)?,
+            norms: if shape.qk_norm { Some((norm("q_norm")?, norm("k_norm")?)) } else { None },
             head_dim: decoder.head_dim,
         })
     }
@@ -86,7 +101,7 @@ impl Attention {
         x_td: &Tensor,
         rotation: &Rotation,
         segments: &Segments,
-        cache: Option<&mut LayerCache>,
+        caches: Option<LayerCaches>,
     ) -> Tensor {
         let rows = x_td.size()[0];
         let heads = |linear: &Linear| linear.forward(x_td).view([rows, -1, self.head_dim]);
@@ -96,11 +111,18 @@ impl Attention {
             (q_tnh, k_tmh) = (q_norm.forward(&q_tnh), k_norm.forward(&k_tmh));
         }
         let (q_tnh, k_tmh) = (rotation.apply(&q_tnh), rotation.apply(&k_tmh));
-        let out_tnh = match cache {
+        let out_tnh = match caches {
             None => packed_attention(&q_tnh, &k_tmh, &v_tmh, segments, Visibility::Causal),
-            Some(cache) => {
-                let (k_1mch, v_1mch) = cache.append(&k_tmh, &v_tmh);
-                cached_attention(&q_tnh, &k_1mch, &v_1mch)
+            Some(mut caches) => {
+                let split = |x: &Tensor| x.split_with_sizes(segments.lengths(), 0).into_iter();
+                let rows = split(&q_tnh).zip(split(&k_tmh)).zip(split(&v_tmh));
+                let outputs: Vec<Tensor> = (rows.zip(caches.iter_mut()))
+                    .map(|(((q_tnh, k_tmh), v_tmh), cache)| {
+                        let (k_1mch, v_1mch) = cache.append(&k_tmh, &v_tmh);
+                        cached_attention(&q_tnh, &k_1mch, &v_1mch)
+                    })
+                    .collect();
+                Tensor::cat(&outputs, 0)
             }
         };
         self.o_proj.forward(&out_tnh.reshape([rows, -1]))
@@ -115,8 +137,7 @@ struct SwiGlu {
 }
 
 impl SwiGlu {
-    fn new(config: &LlmConfig, builder: &Builder) -> Result<Self> {
-        let decoder = config.decoder();
+    fn new(decoder: &DecoderConfig, builder: &Builder) -> Result<Self> {
         let (width, inner) = (decoder.hidden_size, decoder.intermediate_size);
         let init = Init::Normal(decoder.initializer_range);
         let linear = |name, inputs, outputs| Linear::new(&builder.sub(name), inputs, outputs, false, init);

@@ -1,6 +1,8 @@
 //! Language models: decoders with Hugging Face's parameter names, over packed sequences.
 //!
-//! Not a chat interface and not a tokenizer. Called by [`crate::vlm`], which puts visual tokens among
+//! Each family is one file with the keys of its config.json, their published defaults and what it asks of
+//! the decoder that all share; a new one is a file like `qwen3.rs` and one line in [`FAMILIES`]. Not a chat
+//! interface and not a tokenizer. Called by [`crate::vlm`], which puts visual tokens among
 //! the embeddings, and by [`crate::generate`].
 //!
 //! Dimension letters: t rows of the pack, r chosen rows, d model width.
@@ -8,11 +10,22 @@
 mod cache;
 mod config;
 mod decoder;
+mod family;
+mod llama;
+mod moe;
+mod qwen2;
+mod qwen3;
+mod qwen3_moe;
 mod resolve;
+mod rope;
 mod rotary;
+mod window;
 
 pub use cache::KvCache;
-pub use config::{DecoderConfig, LlamaConfig, LlmConfig, Qwen3Config, RopeParameters, TokenIds};
+pub use config::{DecoderConfig, LlmConfig, TokenIds};
+pub use family::{DecoderShape, LlmFamily, MoeShape};
+pub use moe::Routing;
+pub use rope::{RopeParameters, RopeScaling, Yarn};
 
 use tch::{Device, Tensor};
 
@@ -20,8 +33,18 @@ use crate::attention::Segments;
 use crate::error::Result;
 use crate::nn::RmsNorm;
 use crate::params::{Builder, Init};
+use cache::LayerCaches;
 use decoder::DecoderBlock;
+use family::Family;
 use rotary::Rotary;
+
+/// The families there are.
+static FAMILIES: &[Family] = &[
+    Family::of::<llama::Llama>(),
+    Family::of::<qwen2::Qwen2>(),
+    Family::of::<qwen3::Qwen3>(),
+    Family::of::<qwen3_moe::Qwen3Moe>(),
+];
 
 /// A decoder with embedding and head.
 pub struct Llm {
@@ -32,6 +55,15 @@ pub struct Llm {
     /// None: the embedding table serves.
     lm_head_vd: Option<Tensor>,
     rotary: Rotary,
+}
+
+/// What the blocks make of embeddings.
+#[derive(Debug)]
+pub struct Trunk {
+    /// Output of the last block `[t, d]`, before the final norm.
+    pub x_td: Tensor,
+    /// Where the routers sent the rows; None without experts.
+    pub routing: Option<Routing>,
 }
 
 impl Llm {
@@ -45,7 +77,7 @@ impl Llm {
         let model = builder.sub("model");
         let embed_tokens_vd = model.sub("embed_tokens").param("weight", &table, init)?;
         let layers = model.sub("layers");
-        let block = |i| DecoderBlock::new(config, &layers.sub(i));
+        let block = |i| DecoderBlock::new(decoder, config.shape(i), &layers.sub(i));
         let blocks = (0..decoder.num_hidden_layers).map(block).collect::<Result<_>>()?;
         let norm = RmsNorm::new(&model.sub("norm"), decoder.hidden_size, decoder.rms_norm_eps)?;
         let lm_head_vd = if decoder.tie_word_embeddings {
@@ -54,7 +86,7 @@ impl Llm {
             Some(builder.sub("lm_head").param("weight", &table, init)?)
         };
         let device = embed_tokens_vd.device();
-        let rotary = Rotary::new(decoder.head_dim, decoder.rope_parameters.rope_theta, device);
+        let rotary = Rotary::new(decoder.head_dim, &decoder.rope_parameters, device);
         builder.finish()?;
         Ok(Self { config: config.clone(), embed_tokens_vd, blocks, norm, lm_head_vd, rotary })
     }
@@ -74,25 +106,30 @@ impl Llm {
         Tensor::embedding(&self.embed_tokens_vd, ids_t, -1, false, false)
     }
 
-    /// Embeddings `[t, d]` -> output of the last block `[t, d]`, before the final norm.
+    /// Embeddings `[t, d]` through all blocks.
     ///
-    /// `positions_t` `[t]` int64 counts from 0 in each sequence. With a cache there is one segment,
-    /// which continues the cache's sequence, and `positions_t` begins at the cache's `rows()`.
+    /// `positions_t` `[t]` int64 counts from 0 in each sequence. With caches, one for each segment, a
+    /// segment continues its cache's sequence, and its positions begin at the cache's `rows()`.
     pub fn trunk(
         &self,
         x_td: &Tensor,
         positions_t: &Tensor,
         segments: &Segments,
-        cache: Option<&mut KvCache>,
-    ) -> Tensor {
+        mut caches: Option<&mut [KvCache]>,
+    ) -> Trunk {
         let rotation = self.rotary.at(positions_t, x_td.kind());
         let mut x_td = x_td.shallow_clone();
-        let mut caches = cache.map(|cache| cache.layers_mut().iter_mut());
-        for block in &self.blocks {
-            let layer_cache = caches.as_mut().and_then(Iterator::next);
-            x_td = block.forward(&x_td, &rotation, segments, layer_cache);
+        let mut routing: Option<Routing> = None;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let of_layer = caches.as_deref_mut().map(|caches| LayerCaches { caches, layer });
+            let of_block;
+            (x_td, of_block) = block.forward(&x_td, &rotation, segments, of_layer);
+            routing = match (routing, of_block) {
+                (Some(all), Some(one)) => Some(Routing::plus(one, &all)),
+                (all, one) => all.or(one),
+            };
         }
-        x_td
+        Trunk { x_td, routing }
     }
 
     /// As [`Llm::trunk`], after the final norm.
@@ -101,9 +138,9 @@ impl Llm {
         x_td: &Tensor,
         positions_t: &Tensor,
         segments: &Segments,
-        cache: Option<&mut KvCache>,
+        caches: Option<&mut [KvCache]>,
     ) -> Tensor {
-        self.norm.forward(&self.trunk(x_td, positions_t, segments, cache))
+        self.norm.forward(&self.trunk(x_td, positions_t, segments, caches).x_td)
     }
 
     /// The final norm, row by row: `[r, d]` -> `[r, d]`.

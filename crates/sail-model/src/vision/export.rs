@@ -58,15 +58,19 @@ pub fn export(
         }
         config = config.with_image_size(px);
     }
-    let refuse = |reason: &str| {
-        Error::Config { family: config.model_type().into(), key: "layout".into(), reason: reason.into() }
+    let refuse = |reason: &str| Error::Config {
+        family: config.model_type().into(),
+        key: "layout".into(),
+        reason: reason.into(),
     };
     let (names, json): (Layout, Value) = match layout {
         VitLayout::Transformers => (own_names, config.to_json()),
-        VitLayout::Original => config.original_layout().ok_or_else(|| {
-            refuse("the family's own code does not compute this model; use `transformers`")
-        })?,
-        VitLayout::Sail if config.has_sail_layout() => config.original_layout().expect("invariant: just seen"),
+        VitLayout::Original => config
+            .original_layout()
+            .ok_or_else(|| refuse("the family's own code does not compute this model; use `transformers`"))?,
+        VitLayout::Sail if config.has_sail_layout() => {
+            config.original_layout().expect("invariant: just seen")
+        }
         VitLayout::Sail => {
             return Err(refuse(
                 "`sail` is for AIMv2 with learned positions and one setting of biases; use `transformers`",

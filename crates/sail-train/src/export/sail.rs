@@ -75,8 +75,7 @@ pub(super) fn folder(mllm: &Mllm, kind: Kind) -> Result<Folder> {
     }
     let px = mllm.image.tile_px as i64;
     // What SAIL's code computes is written as it does; any other encoder as transformers does.
-    let layout =
-        if config.vision.has_sail_layout() { VitLayout::Sail } else { VitLayout::Transformers };
+    let layout = if config.vision.has_sail_layout() { VitLayout::Sail } else { VitLayout::Transformers };
     let VisionExport { tensors, config: vision_config } =
         vision::export(&config.vision, mllm.params("vision"), px, layout, VISION_PREFIX)?;
     let mut stored: BTreeMap<String, Stored> = tensors;
@@ -147,7 +146,8 @@ pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
         "smollm" => Template::Smollm,
         "sail" | "univl-chat" => Template::Sail,
         other => {
-            let reason = format!("template `{other}` is not known; known are chatml, smollm, sail, univl-chat");
+            let reason =
+                format!("template `{other}` is not known; known are chatml, smollm, sail, univl-chat");
             return Err(sail_model::Error::File { path: file, reason }.into());
         }
     };
