@@ -3,14 +3,18 @@
 `preprocess/images/` has small pictures of several sizes and formats. Every other folder in it is one processor:
 - `preprocessor_config.json`, with the keys of published folders of that family and small sizes,
 - `IMAGE.png`, the grey levels (before rescaling and normalising) that the Pillow backend makes of an image,
+  (`photo.png` is what Pillow decodes from `photo.jpg`, so both have one golden),
 - `levels.f32`, little-endian fp32 `[3, 16, 16]`: what it makes of the levels 0 to 255 without resize and crop.
 `defaults.json` is what each processor class says of itself when the file names nothing but the class.
+
+Pillow 13 or later: it chooses which direction a resize does first, earlier ones always start horizontally.
 """
 
 import json
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -99,6 +103,7 @@ def make_images():
     rgba.save(IMAGES / "rgba.png")
     picture(rng, 59, 41).convert("L").save(IMAGES / "gray.png")
     picture(rng, 131, 87).save(IMAGES / "photo.jpg", quality=90)
+    Image.open(IMAGES / "photo.jpg").save(IMAGES / "photo.png", optimize=True)
 
 
 def process(processor, image, **options):
@@ -124,6 +129,7 @@ def make_kind(name, config):
         Image.fromarray(np.stack(planes, -1).astype(np.uint8)).save(folder / f"{path.stem}.png", optimize=True)
 
 
+assert int(PIL.__version__.split(".")[0]) >= 13, PIL.__version__
 make_images()
 for name, config in KINDS.items():
     make_kind(name, config)

@@ -67,23 +67,13 @@ fn reader<'a>(name: &str, bytes: &'a [u8]) -> std::result::Result<ImageReader<Cu
 }
 
 /// Pillow's antialiased bicubic resize (a = -0.5).
-pub(crate) fn resize(image: &RgbImage, width: usize, height: usize) -> std::result::Result<Vec<u8>, String> {
-    resize_with(image, width, height, FilterType::CatmullRom)
-}
-
-/// Pillow's antialiased resize, to `height * width * 3` bytes.
 ///
 /// One direction after the other, as Pillow does: the values between the two are rounded and clipped to
 /// bytes, so another order gives other pixels at edges.
-pub(crate) fn resize_with(
-    image: &RgbImage,
-    width: usize,
-    height: usize,
-    filter: FilterType,
-) -> std::result::Result<Vec<u8>, String> {
+pub(crate) fn resize(image: &RgbImage, width: usize, height: usize) -> std::result::Result<Vec<u8>, String> {
     let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3)
         .map_err(|e| e.to_string())?;
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
     let mut resizer = Resizer::new();
     let mut wide = ResizedImage::new(width as u32, image.height(), PixelType::U8x3);
     resizer.resize(&source, &mut wide, &options).map_err(|e| e.to_string())?;

@@ -1,22 +1,22 @@
 //! The preprocessing that a published vision folder describes: its `preprocessor_config.json`, applied.
 //!
 //! For pictures of users, one at a time, as transformers' image processors treat them. Training data does
-//! not come through here: its tiles follow an [`ImageSpec`]. `config` reads the file; this module decodes,
-//! resizes, crops, rescales and normalises.
+//! not come through here: its tiles follow an [`ImageSpec`]. `config` reads the file, `pillow` resizes; this module
+//! decodes, crops, rescales and normalises.
 //!
-//! The reference is the Pillow backend of transformers 5.17 (`image_processing_backends.py`, `PilBackend`).
-//! Its torchvision backend, the default where torchvision is installed, resizes a little differently.
+//! The reference is the Pillow backend of transformers 5.17 (`image_processing_backends.py`, `PilBackend`)
+//! with Pillow 13. Its torchvision backend, the default where torchvision is installed, resizes a little
+//! differently.
 //! Decoding is that of the rest of the crate: RGB8, alpha dropped, no EXIF orientation; so pictures become
 //! RGB whatever `do_convert_rgb` says.
 
 mod config;
+mod pillow;
 
 use std::path::Path;
 
-use fast_image_resize::FilterType;
-
 use crate::error::{BadSample, Error, Result};
-use crate::image::{Normaliser, decode, read_size, resize_with};
+use crate::image::{Normaliser, decode, read_size, resize};
 use crate::spec::{ImageSpec, Tiling};
 
 /// Pixels above which Pillow refuses to open a picture (twice its `MAX_IMAGE_PIXELS`).
@@ -57,7 +57,15 @@ struct Size {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Resize {
     target: Target,
-    filter: FilterType,
+    method: Method,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Method {
+    /// As Pillow 13 does.
+    Pillow(pillow::Filter),
+    /// Bicubic, as training does it (`image.rs`), so that an exported encoder sees the pixels it learnt from.
+    Training,
 }
 
 /// The size after resizing.
@@ -94,16 +102,15 @@ impl Preprocessor {
         self.crop.or(resized).map(|size| (size.height, size.width))
     }
 
-    /// The data specification that makes the same pixels as one tile, where there is one: a bicubic resize
-    /// to a square without a crop, / 255, normalised. This is what `sail-train` exports.
+    /// The data specification that makes the very same pixels as one tile, for what `sail-train` exports: a
+    /// bicubic resize to a square without a crop, / 255, normalised. `None` for anything else.
     pub fn image_spec(&self) -> Option<ImageSpec> {
-        let Resize { target: Target::Exact(size), filter: FilterType::CatmullRom } = self.resize? else {
+        let Resize { target: Target::Exact(size), method: Method::Training } = self.resize? else {
             return None;
         };
-        let uncropped = self.crop.is_none_or(|crop| crop == size);
         let bytes_to_unit = self.rescale.is_some_and(|scale| scale.to_bits() == (1.0_f64 / 255.0).to_bits());
         let Statistics { mean, std } = self.normalise?;
-        (size.height == size.width && uncropped && bytes_to_unit).then_some(ImageSpec {
+        (size.height == size.width && self.crop.is_none() && bytes_to_unit).then_some(ImageSpec {
             tile_px: size.width,
             tokens_per_tile: 1,
             tiling: Tiling { min: 1, max: 1, thumbnail: false },
@@ -135,7 +142,7 @@ impl Preprocessor {
         let (width, height) = read_size(name, bytes, MAX_PIXELS)?;
         let source = Size { height: height as usize, width: width as usize };
         let resized = self.resize.map_or(source, |resize| resize.target.of(source));
-        // Between the two passes of a resize a picture is as wide as the target and as high as the source.
+        // Between the two passes a picture may be as wide as the target and as high as the source.
         let most = resized.width as u64 * source.height.max(resized.height) as u64;
         if most > MAX_PIXELS {
             let Size { height, width } = resized;
@@ -144,8 +151,9 @@ impl Preprocessor {
             )));
         }
         let image = decode(name, bytes, MAX_PIXELS)?;
-        let mut rgb = match self.resize {
-            Some(resize) => resize_with(&image, resized.width, resized.height, resize.filter).map_err(bad)?,
+        let mut rgb = match self.resize.map(|resize| resize.method) {
+            Some(Method::Training) => resize(&image, resized.width, resized.height).map_err(bad)?,
+            Some(Method::Pillow(filter)) => pillow::resize(image.into_raw(), source, resized, filter),
             None => image.into_raw(),
         };
         let size = self.crop.unwrap_or(resized);
@@ -243,7 +251,8 @@ mod tests {
     #[test]
     fn a_size_that_no_machine_holds_is_refused_before_decoding() {
         let bytes = crate::testing::png(&crate::testing::gradient(1, 4000));
-        let resize = Resize { target: Target::ShortestEdge(4000), filter: FilterType::Bilinear };
+        let method = Method::Pillow(pillow::Filter::Bilinear);
+        let resize = Resize { target: Target::ShortestEdge(4000), method };
         let preprocessor = Preprocessor { resize: Some(resize), crop: None, rescale: None, normalise: None };
         let message = match preprocessor.apply("x.png", &bytes).unwrap_err() {
             Error::Unusable { cause, .. } => cause.to_string(),

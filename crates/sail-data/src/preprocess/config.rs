@@ -6,10 +6,10 @@
 
 use std::path::Path;
 
-use fast_image_resize::FilterType;
 use serde_json::{Map, Value};
 
-use super::{Preprocessor, Resize, Size, Statistics, Target};
+use super::pillow::Filter;
+use super::{Method, Preprocessor, Resize, Size, Statistics, Target};
 use crate::error::{Error, Result};
 
 /// Largest edge that a file may ask for, in pixels.
@@ -31,7 +31,7 @@ struct Class {
     name: &'static str,
     mean: [f64; 3],
     std: [f64; 3],
-    filter: FilterType,
+    filter: Filter,
     size: Target,
     /// `do_center_crop`, to 224 x 224; the classes without it have no `crop_size` either.
     crops: bool,
@@ -44,12 +44,13 @@ struct Class {
 const CLIP_MEAN: [f64; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 const CLIP_STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 const EDGE: usize = 224;
+const BIT: &str = "BitImageProcessor";
 
 const CLIP: Class = Class {
     name: "CLIPImageProcessor",
     mean: CLIP_MEAN,
     std: CLIP_STD,
-    filter: FilterType::CatmullRom,
+    filter: Filter::Bicubic,
     size: Target::ShortestEdge(EDGE),
     crops: true,
     square: false,
@@ -59,7 +60,7 @@ const VIT: Class = Class {
     name: "ViTImageProcessor",
     mean: [0.5; 3],
     std: [0.5; 3],
-    filter: FilterType::Bilinear,
+    filter: Filter::Bilinear,
     size: Target::Exact(Size { height: EDGE, width: EDGE }),
     crops: false,
     square: true,
@@ -67,9 +68,9 @@ const VIT: Class = Class {
 };
 const CLASSES: [Class; 5] = [
     CLIP,
-    Class { name: "BitImageProcessor", ..CLIP },
+    Class { name: BIT, ..CLIP },
     VIT,
-    Class { name: "SiglipImageProcessor", filter: FilterType::CatmullRom, square: false, ..VIT },
+    Class { name: "SiglipImageProcessor", filter: Filter::Bicubic, square: false, ..VIT },
     Class {
         name: "GotOcr2ImageProcessor",
         size: Target::Exact(Size { height: 384, width: 384 }),
@@ -101,8 +102,8 @@ impl Fields<'_> {
                 return Err(self.invalid(key, format!("is true: {what} is not supported")));
             }
         }
-        let resize = if self.flag("do_resize", true)? { Some(self.resize(class)?) } else { None };
         let crops = self.flag("do_center_crop", class.crops)? && class.can_crop;
+        let resize = if self.flag("do_resize", true)? { Some(self.resize(class, crops)?) } else { None };
         let rescale = if self.flag("do_rescale", true)? { Some(self.rescale_factor()?) } else { None };
         let normalise = if self.flag("do_normalize", true)? { Some(self.statistics(class)?) } else { None };
         let crop = if crops { Some(self.crop_size(class)?) } else { None };
@@ -140,12 +141,12 @@ impl Fields<'_> {
         value.as_bool().ok_or_else(|| self.invalid(key, format!("is {value}, expected true or false")))
     }
 
-    fn resize(&self, class: &Class) -> Result<Resize> {
+    fn resize(&self, class: &Class, crops: bool) -> Result<Resize> {
         let filter = match self.get("resample").map(|value| (value.as_u64(), value)) {
             None => class.filter,
-            Some((Some(1), _)) => FilterType::Lanczos3,
-            Some((Some(2), _)) => FilterType::Bilinear,
-            Some((Some(3), _)) => FilterType::CatmullRom,
+            Some((Some(1), _)) => Filter::Lanczos,
+            Some((Some(2), _)) => Filter::Bilinear,
+            Some((Some(3), _)) => Filter::Bicubic,
             Some((_, value)) => {
                 let detail = format!("is {value}; 1 (Lanczos), 2 (bilinear) and 3 (bicubic) are supported");
                 return Err(self.invalid("resample", detail));
@@ -158,7 +159,11 @@ impl Fields<'_> {
                 self.target("size", value, square)?
             }
         };
-        Ok(Resize { target, filter })
+        // The form of `sail-train`'s exports, which nobody else publishes: as their encoder was trained.
+        let exact = matches!(target, Target::Exact(_));
+        let exported = class.name == BIT && exact && !crops && filter == Filter::Bicubic;
+        let method = if exported { Method::Training } else { Method::Pillow(filter) };
+        Ok(Resize { target, method })
     }
 
     fn crop_size(&self, class: &Class) -> Result<Size> {

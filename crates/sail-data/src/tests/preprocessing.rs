@@ -7,9 +7,12 @@ use serde_json::{Value, json};
 use crate::image::decode;
 use crate::{Error, Preprocessor, load_image};
 
-/// In grey levels, as `scripts/check_export.py` counts: both sides have rounded to bytes once.
-const LIMIT_LEVELS: f32 = 1.0;
-const MEAN_LIMIT_LEVELS: f64 = 0.1;
+/// Largest and mean difference, in grey levels, of lossless files: none, but for rounding when these are
+/// counted in fp32.
+const LIMITS: (f32, f64) = (1e-3, 1e-3);
+/// Of JPEG files with colours at half the resolution, all of it from decoding: libjpeg and our decoder round
+/// differently where they interpolate, and `photo.png` has what libjpeg decodes from `photo.jpg`.
+const JPEG_LIMITS: (f32, f64) = (4.0 + 1e-3, 0.5);
 
 const KINDS: [&str; 10] = [
     "dinov2",
@@ -23,8 +26,8 @@ const KINDS: [&str; 10] = [
     "padded",
     "lanczos",
 ];
-const IMAGES: [&str; 7] =
-    ["odd.png", "portrait.png", "tiny.png", "palette.png", "rgba.png", "gray.png", "photo.jpg"];
+const IMAGES: [&str; 8] =
+    ["odd.png", "portrait.png", "tiny.png", "palette.png", "rgba.png", "gray.png", "photo.png", "photo.jpg"];
 
 fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/preprocess")
@@ -51,7 +54,7 @@ fn levels(kind: &str) -> Vec<f32> {
 }
 
 #[test]
-fn every_pixel_is_within_one_grey_level_of_transformers() {
+fn every_pixel_is_that_of_transformers() {
     for kind in KINDS {
         let folder = goldens().join(kind);
         let preprocessor = Preprocessor::read(&folder.join("preprocessor_config.json")).unwrap();
@@ -74,8 +77,9 @@ fn every_pixel_is_within_one_grey_level_of_transformers() {
             let mean =
                 differences.iter().map(|&value| f64::from(value)).sum::<f64>() / differences.len() as f64;
             println!("{kind} {image}: largest {largest:.4}, mean {mean:.4} levels");
-            assert!(largest <= LIMIT_LEVELS + 1e-3, "{kind} {image}: {largest} levels");
-            assert!(mean <= MEAN_LIMIT_LEVELS, "{kind} {image}: {mean} levels in the mean");
+            let limits = if image == "photo.jpg" { JPEG_LIMITS } else { LIMITS };
+            assert!(largest <= limits.0, "{kind} {image}: {largest} levels");
+            assert!(mean <= limits.1, "{kind} {image}: {mean} levels in the mean");
         }
     }
 }
@@ -135,10 +139,10 @@ fn what_sail_train_exports_gives_the_pixels_of_a_tile_of_training() {
 }
 
 #[test]
-fn only_a_plain_square_is_a_data_specification() {
-    let known: Vec<&str> =
-        KINDS.into_iter().filter(|kind| from_json(&keys(kind)).unwrap().image_spec().is_some()).collect();
-    assert_eq!(known, ["siglip", "internvl"]);
+fn only_the_form_of_our_exports_is_a_data_specification() {
+    for kind in KINDS {
+        assert_eq!(from_json(&keys(kind)).unwrap().image_spec(), None, "{kind}");
+    }
     let sizes = ["dinov2", "siglip2", "uncropped"].map(|kind| from_json(&keys(kind)).unwrap().fixed_size());
     assert_eq!(sizes, [Some((32, 32)), Some((26, 26)), None]);
 }
