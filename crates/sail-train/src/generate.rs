@@ -60,7 +60,7 @@ pub fn answer(trained: &Trained, question: &Question, show: &mut dyn FnMut(&str)
                 let (visible, ended) = visible(&text, question.stop);
                 if let Some(new) = visible.strip_prefix(shown.as_str()).filter(|new| !new.is_empty()) {
                     show(new);
-                    shown = visible.to_owned();
+                    visible.clone_into(&mut shown);
                 }
                 !ended
             }

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sail_data::{DataSpec, IGNORE, Pack, Sample, SourceSpec, for_each_sample};
 use serde::Serialize;
@@ -50,7 +50,7 @@ pub fn score(trained: &Trained, shards: &[String], out: &Path) -> Result<u64> {
         text: trained.text.clone(),
         image: trained.image.clone(),
     };
-    let partial = out.with_added_extension("partial");
+    let partial = PathBuf::from(format!("{}.partial", out.display()));
     let mut lines = BufWriter::new(File::create(&partial).map_err(Error::io(&partial))?);
     let (mut waiting, mut tokens, mut scored) = (Vec::new(), 0, 0);
     let mut write = |samples: &mut Vec<Sample>| -> Result<()> {

@@ -21,7 +21,7 @@ pub enum VitLayout {
     Transformers,
     /// Those of the code that the family was published with: SAIL's for AIMv2, `InternVL`'s for `InternViT`.
     Sail,
-    /// Those of the family's own published code: SAIL's and Apple's for `AIMv2`, OpenGVLab's for `InternViT`.
+    /// Those of the family's own published code: SAIL's and Apple's for `AIMv2`, `OpenGVLab`'s for `InternViT`.
     Original,
 }
 

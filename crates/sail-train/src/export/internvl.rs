@@ -110,20 +110,20 @@ struct InternVlConfig {
 /// When a file is missing or says what is not built.
 pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
     #[derive(Deserialize)]
-    struct Patches {
-        #[serde(default)]
-        crop_to_patches: bool,
-        #[serde(default = "one")]
-        min_patches: usize,
-        #[serde(default = "one")]
-        max_patches: usize,
+    struct Preprocessor {
+        #[serde(default, rename = "crop_to_patches")]
+        tiled: bool,
+        #[serde(default = "one", rename = "min_patches")]
+        min: usize,
+        #[serde(default = "one", rename = "max_patches")]
+        max: usize,
     }
     fn one() -> usize {
         1
     }
     let keys: InternVlConfig = super::read_as(&path.join("config.json"))?;
     let preprocessor = path.join("preprocessor_config.json");
-    let patches: Patches = super::read_as(&preprocessor)?;
+    let tiles: Preprocessor = super::read_as(&preprocessor)?;
     let (mean, std) = super::mean_and_std(&preprocessor)?;
     let merge = super::merge_of(&path.join("config.json"), keys.downsample_ratio)?;
     let projector = ProjectorConfig { kind: ProjectorKind::PixelShuffle, merge };
@@ -135,11 +135,11 @@ pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
         (config.llm.naming(), LLM_PREFIX),
     ];
     let px = config.vision.image_size() as usize;
-    let tiling = if patches.crop_to_patches { patches.max_patches } else { 1 };
+    let max = if tiles.tiled { tiles.max } else { 1 };
     let image = ImageSpec {
         tile_px: px,
         tokens_per_tile: config.visual_tokens(px as i64, px as i64)? as usize,
-        tiling: Tiling { min: patches.min_patches.min(tiling), max: tiling, thumbnail: true },
+        tiling: Tiling { min: tiles.min.min(max), max, thumbnail: true },
         mean,
         std,
         max_pixels: super::MAX_PIXELS,

@@ -1,6 +1,6 @@
 //! The whole model in the layout of SAIL-VL: its config.json, names and the Python code that loads it.
 //!
-//! Read by transformers with `trust_remote_code=True`, by VLMEvalKit's `SailVL`, and by [`read`]. The
+//! Read by transformers with `trust_remote_code=True`, by the class `SailVL` of `VLMEvalKit`, and by [`read`]. The
 //! keys are those of the published SAIL-VL config.json; a few more say what other models fix in code.
 
 use std::collections::BTreeMap;

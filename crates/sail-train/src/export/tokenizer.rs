@@ -70,14 +70,13 @@ fn mark_special(tokenizer: &mut Value, token: &str, id: i64) {
         tokenizer["added_tokens"] = json!([]);
         return mark_special(tokenizer, token, id);
     };
-    match added.iter_mut().find(|entry| entry["content"] == token) {
-        Some(entry) => entry["special"] = true.into(),
-        None => {
-            added.push(json!({
-                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": true,
-            }));
-            added.sort_by_key(|entry| entry["id"].as_i64());
-        }
+    if let Some(entry) = added.iter_mut().find(|entry| entry["content"] == token) {
+        entry["special"] = true.into();
+        return;
     }
+    added.push(json!({
+        "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": true,
+    }));
+    added.sort_by_key(|entry| entry["id"].as_i64());
 }

@@ -432,7 +432,7 @@ fn random_keys_are_named_with_their_lines() {
     error: `model.vision.random.drop_path_rate`: only 0 is supported, is 0.1
       --> stage.yaml:7
 
-    error: `model.llm.random.model_type`: language models are `llama` and `qwen3`, found `gpt2`
+    error: `model.llm.random.model_type`: language models are `llama`, `qwen2`, `qwen3`, `qwen3_moe`, found `gpt2`
       --> stage.yaml:8
     ");
 }
