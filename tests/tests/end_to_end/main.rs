@@ -5,6 +5,7 @@
 mod curriculum;
 mod exports;
 mod faults;
+mod hub;
 mod resume;
 mod usage;
 

@@ -96,7 +96,7 @@ impl Server {
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(bytes).iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
 fn serve(stream: &TcpStream, state: &Mutex<State>, endpoint: &str) {
@@ -110,7 +110,7 @@ fn serve(stream: &TcpStream, state: &Mutex<State>, endpoint: &str) {
         let answer = answer(&request, &mut state.lock().unwrap(), endpoint);
         let mut text = format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
         for (name, value) in &answer.headers {
-            text += &format!("{name}: {value}\r\n");
+            text.extend([name, ": ", value, "\r\n"]);
         }
         let mut writer = stream;
         let sent: &[u8] = if request.method == "HEAD" { &[] } else { &answer.body[..answer.sent] };

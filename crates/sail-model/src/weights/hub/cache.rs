@@ -6,6 +6,7 @@
 //! snapshot has is complete.
 
 use std::fs::{self, File, TryLockError};
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -100,7 +101,7 @@ impl Cached {
         if path.is_symlink() {
             fs::remove_file(&path).map_err(file_error(&path))?;
         }
-        std::os::unix::fs::symlink(Path::new("../../blobs").join(etag), &path).map_err(file_error(&path))
+        symlink(Path::new("../../blobs").join(etag), &path).map_err(file_error(&path))
     }
 
     /// Waits until no other process works on a blob, and keeps others from it for as long as the returned
@@ -109,13 +110,21 @@ impl Cached {
         let path = self.locks.join(format!("{etag}.lock"));
         make_parent(&path)?;
         make_parent(&self.blob(etag))?;
-        let options = File::options().write(true).create(true).truncate(false).open(&path);
-        let file = options.map_err(file_error(&path))?;
+        let open = || {
+            let file = File::options().write(true).create(true).truncate(false).open(&path);
+            file.map_err(file_error(&path))
+        };
+        let mut file = open()?;
         let length = || fs::metadata(self.incomplete(etag)).map_or(0, |metadata| metadata.len());
         let mut seen: Option<(u64, Instant)> = None;
         loop {
             match file.try_lock() {
-                Ok(()) => return Ok(file),
+                Ok(()) if file.metadata().map_err(file_error(&path))?.nlink() > 0 => return Ok(file),
+                // Its last holder removed it, as some programs do: it keeps nobody out any more.
+                Ok(()) => {
+                    file = open()?;
+                    continue;
+                }
                 Err(TryLockError::Error(error)) => return Err(file_error(&path)(error)),
                 Err(TryLockError::WouldBlock) => {}
             }
