@@ -66,6 +66,9 @@ fn a_stage_fetches_its_language_model() {
     let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(manifest).unwrap()).unwrap();
     assert_eq!(manifest["untouched"]["llm"]["from"], "hf:org/name");
 
+    let fetched =
+        |name: &str| server.requests().iter().filter(|r| r.starts_with("GET") && r.ends_with(name)).count();
+    assert_eq!(fetched("model.safetensors"), 1);
     let warm = train("http://127.0.0.1:1", "1", "warm");
     assert_eq!(warm.status.code(), Some(3), "{}", stderr(&warm));
 }

@@ -1,7 +1,7 @@
 //! Language models: decoders with Hugging Face's parameter names, over packed sequences.
 //!
 //! Each family is one file with the keys of its config.json, their published defaults and what it asks of
-//! the decoder that all share; a new one is a file like `qwen3.rs` and one line in [`FAMILIES`]. Not a chat
+//! the decoder that all share; a new one is a file like `qwen3.rs` and one line in `FAMILIES`. Not a chat
 //! interface and not a tokenizer. Called by [`crate::vlm`], which puts visual tokens among
 //! the embeddings, and by [`crate::generate`].
 //!
