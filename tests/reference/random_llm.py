@@ -76,17 +76,23 @@ def configuration(family, rng):
     if family in ("llama", "qwen2") and hidden % (2 * heads) == 0 and rng.random() < 0.5:
         del keys["head_dim"]
     if family == "qwen3_moe":
+        # All experts for every row, or one expert with its weight divided by itself, would leave the routers a
+        # gradient of zero, which rounding makes anything.
         experts = rng.randint(2, 12)
+        top_k = rng.randint(1, min(experts - 1, 4))
         layers = keys["num_hidden_layers"]
         keys |= {
             "num_experts": experts,
-            "num_experts_per_tok": rng.randint(1, min(experts, 4)),
+            "num_experts_per_tok": top_k,
             "moe_intermediate_size": rng.randint(1, 33),
-            "norm_topk_prob": rng.random() < 0.5,
+            "norm_topk_prob": top_k > 1 and rng.random() < 0.5,
             "decoder_sparse_step": rng.choice([1, 1, 2]),
             "mlp_only_layers": [layer for layer in range(layers) if rng.random() < 0.2],
             "router_aux_loss_coef": rng.choice([0.001, 0.1]),
         }
+        only = keys["mlp_only_layers"]
+        if all(layer in only or (layer + 1) % keys["decoder_sparse_step"] for layer in range(layers)):
+            keys |= {"decoder_sparse_step": 1, "mlp_only_layers": []}  # transformers needs one with experts
     return FAMILIES[family](**keys)
 
 

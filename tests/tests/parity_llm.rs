@@ -2,7 +2,8 @@
 //! each sequence alone, all three in one pack, generation with a cache, and files written as they were read.
 //! The ignored test does the same for many random configurations, made by `reference/random_llm.py`.
 //!
-//! The error of a tensor is max |found - golden| / max |golden|.
+//! The error of a tensor is max |found - golden| / max |golden|; between a pack and its sequences alone it is
+//! that of the Euclidean norms, as in `packs.rs`.
 
 #![expect(clippy::unwrap_used, reason = "a failure here fails the test")]
 
@@ -133,8 +134,9 @@ impl Case {
         worst.check("logits", &what("packed"), &self.logits(&ids), &golden, FORWARD_TOLERANCE);
     }
 
-    /// Loss and the gradient of every parameter, none left over on either side.
-    fn check_gradients(&mut self, worst: &mut Worst) {
+    /// Loss and the gradient of every parameter, none left over on either side; and the pack's against those of
+    /// its sequences alone.
+    fn check_gradients(&mut self, worst: &mut Worst, packed_tolerance: f64) {
         let folder = self.folder.display().to_string();
         let alone = self.loss_and_gradients(&[&[0], &[1], &[2]]);
         let packed = self.loss_and_gradients(&[&[0, 1, 2]]);
@@ -153,7 +155,9 @@ impl Case {
         }
         worst.check("packed loss", &folder, &packed.0, &alone.0, 1e-6);
         for (name, grad) in &packed.1 {
-            worst.check("packed gradient", &format!("{folder} {name}"), grad, &alone.1[name], 1e-5);
+            let alone = &alone.1[name];
+            let error = (grad - alone).norm().double_value(&[]) / alone.norm().double_value(&[]).max(1e-12);
+            assert!(error <= packed_tolerance, "{folder} {name}: a pack differs by {error:e}");
         }
     }
 
@@ -220,7 +224,7 @@ fn models_compute_what_transformers_computes() {
 
 #[test]
 fn models_have_the_gradients_of_transformers() {
-    goldens().for_each(|folder| Case::read(&folder).check_gradients(&mut Worst::default()));
+    goldens().for_each(|folder| Case::read(&folder).check_gradients(&mut Worst::default(), 1e-5));
 }
 
 #[test]
@@ -273,7 +277,8 @@ fn random_models_are_those_of_transformers() {
         let (cases, worst) = by_family.entry(case.llm.config().model_type()).or_default();
         *cases += 1;
         case.check_forward(worst);
-        case.check_gradients(worst);
+        // A drawn bias may have a gradient that is mostly cancelled, and with it more of its rounding left.
+        case.check_gradients(worst, GRADIENT_TOLERANCE);
         case.check_balance(worst);
         case.check_generation();
         case.check_writing();
