@@ -59,15 +59,13 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def load_tiles(path: Path, config: dict, preprocessor: dict):
-    """An image file as normalised tiles [n, 3, px, px], row by row, the thumbnail last."""
+def load_tiles(image, config: dict, preprocessor: dict):
+    """An RGB image as normalised tiles [n, 3, px, px], row by row, the thumbnail last."""
     import numpy as np
     import torch
     from PIL import Image
 
     px = config["force_image_size"]
-    with Image.open(path) as opened:
-        image = to_rgb(opened)
     columns, rows = choose_grid(*image.size, config)
     resized = image.resize((px * columns, px * rows), Image.Resampling.BICUBIC)
     corners = [(px * column, px * row) for row in range(rows) for column in range(columns)]
@@ -110,7 +108,7 @@ def tile_settings(config: dict, preprocessor: dict) -> dict:
 
 def load_model(folder: Path, internvl: bool):
     import torch
-    from transformers import AutoModel, AutoTokenizer, InternVLForConditionalGeneration
+    from transformers import AutoModel, AutoProcessor, AutoTokenizer, InternVLForConditionalGeneration
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -120,22 +118,25 @@ def load_model(folder: Path, internvl: bool):
     wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if wrong:
         raise CheckError(f"{folder} does not fit {type(model).__name__}: {wrong}")
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+    words = AutoProcessor if internvl else AutoTokenizer
+    return model.eval(), words.from_pretrained(folder, **options)
 
 
-def answer(model, tokenizer, pixels_nchw, prompt: str, max_new_tokens: int) -> list[int]:
+def answer(model, tokenizer, image, pixels_nchw, prompt: str, max_new_tokens: int) -> list[int]:
     """The ids that follow the prompt, the likeliest each time."""
     import torch
 
     options = {"do_sample": False, "max_new_tokens": max_new_tokens}
     if model.config.model_type == "internvl":
-        turns = [{"role": "user", "content": "<image>\n" + prompt}]
+        # Here `tokenizer` is the processor. Its pixels are those of another resize, its text is what is used.
+        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        tokens = len(pixels_nchw) * model.config.image_seq_length
-        block = tokenizer.start_image_token + tokenizer.context_image_token * tokens + tokenizer.end_image_token
-        ids = tokenizer(text.replace("<image>", block), add_special_tokens=False)["input_ids"]
-        whole = model.generate(input_ids=torch.tensor([ids]), pixel_values=pixels_nchw, **options)
-        return whole[0, len(ids) :].tolist()
+        inputs = tokenizer(images=[image], text=[text], return_tensors="pt")
+        if inputs["pixel_values"].shape != pixels_nchw.shape:
+            raise CheckError(f"the processor's tiles are {list(inputs['pixel_values'].shape)}, not {list(pixels_nchw.shape)}")
+        ids = inputs["input_ids"]
+        whole = model.generate(input_ids=ids, attention_mask=inputs["attention_mask"], pixel_values=pixels_nchw, **options)
+        return whole[0, ids.shape[1] :].tolist()
     ids = model.prompt_ids(tokenizer, prompt, pixels_nchw)
     return model.generate(pixels_nchw, torch.tensor([ids]), **options)[0].tolist()
 
@@ -156,6 +157,8 @@ def compare(results: list[dict], expected: list[dict]) -> None:
 
 
 def run(args) -> None:
+    from PIL import Image
+
     config = read_json(args.folder / "config.json")
     preprocessor = read_json(args.folder / "preprocessor_config.json")
     tiles = tile_settings(config, preprocessor)
@@ -163,7 +166,9 @@ def run(args) -> None:
     model, tokenizer = load_model(args.folder, config["model_type"] == "internvl")
     results = []
     for path in args.image:
-        ids = answer(model, tokenizer, load_tiles(path, tiles, preprocessor), args.prompt, args.tokens)
+        with Image.open(path) as opened:
+            image = to_rgb(opened)
+        ids = answer(model, tokenizer, image, load_tiles(image, tiles, preprocessor), args.prompt, args.tokens)
         results.append({"image": str(path), "ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True)})
         print(json.dumps(results[-1], ensure_ascii=False), flush=True)
     if args.expect:

@@ -120,8 +120,9 @@ impl TextEncoder {
 
     /// The tokens that only the template may write, with their ids: start and end of a turn, then start,
     /// visual token and end of an image. `spec` is the one that the encoder was made with.
-    pub fn structure_tokens(&self, spec: &TextSpec) -> Vec<(String, i64)> {
-        structure_names(spec).into_iter().map(|(name, _)| name).zip(self.structure.ids()).collect()
+    pub fn structure_tokens(&self, spec: &TextSpec) -> [(String, i64); 5] {
+        let (names, ids) = (structure_names(spec), self.structure.ids());
+        std::array::from_fn(|i| (names[i].0.clone(), ids[i]))
     }
 
     /// The id that stands for a visual token.

@@ -148,7 +148,8 @@ pub fn foreach_mul(tensors: &[Tensor], factor: &Tensor) -> Result<()> {
     outcome(OP, message)
 }
 
-/// Whether [`varlen_attention`] takes queries of this type, device and head width.
+/// Whether [`varlen_attention`] takes queries of this type, device and head width. The kernel itself needs a
+/// GPU of compute capability 8.0 (Ampere) or newer, as bf16 does to be fast.
 pub fn has_varlen_attention(q_tnh: &Tensor) -> bool {
     let head_dim = q_tnh.size().last().copied().unwrap_or(0);
     q_tnh.device().is_cuda()

@@ -70,10 +70,12 @@ class SAILVLModel(PreTrainedModel, GenerationMixin):
         height, width = pixel_values.shape[-2:]
         patch = self.config.vision_config.patch_size
         patch = patch if isinstance(patch, int) else patch[0]
-        step = patch * self.config.merge
-        if height % step or width % step:
-            raise ValueError(f"tiles of {height} x {width} pixels do not divide into squares of {step} pixels")
-        return height // patch, width // patch
+        # Pixels that are left over after whole patches are not looked at, as by the convolution.
+        h, w = height // patch, width // patch
+        merge = self.config.merge
+        if h < merge or w < merge or h % merge or w % merge:
+            raise ValueError(f"tiles of {h} x {w} patches do not divide into squares of {merge} x {merge} patches")
+        return h, w
 
     def extract_feature(self, pixel_values):
         """Normalised tiles `[n, 3, height, width]` -> visual tokens `[n, v, d]`, rows of the grid first."""

@@ -39,7 +39,9 @@ pub fn embed(vit: &Path, input: &Input, out: &Path) -> Result<()> {
         tensors.insert(name("last_hidden_state"), features(&model, &pixels_nchw)?);
         tensors.insert(name("pixel_values"), pixels_nchw);
     }
-    Ok(write_safetensors(out, &tensors)?)
+    let partial = PathBuf::from(format!("{}.partial", out.display()));
+    write_safetensors(&partial, &tensors)?;
+    std::fs::rename(&partial, out).map_err(Error::io(out))
 }
 
 /// Image by image, so that memory does not grow with their number.
@@ -54,8 +56,7 @@ fn prepare(vit: &Path, images: &[PathBuf]) -> Result<Vec<Tensor>> {
     let preprocessor = Preprocessor::read(&vit.join("preprocessor_config.json"))?;
     let mut batches = Vec::with_capacity(images.len());
     for image in images {
-        let bytes = std::fs::read(image).map_err(Error::io(image))?;
-        let pixels = preprocessor.apply(&image.display().to_string(), &bytes)?;
+        let pixels = preprocessor.apply_file(image)?;
         let (height, width) = (pixels.height as i64, pixels.width as i64);
         batches.push(Tensor::from_slice(&pixels.pixels).f_reshape([1, 3, height, width])?);
     }

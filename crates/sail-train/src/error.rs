@@ -94,11 +94,11 @@ pub enum Error {
         problem: &'static str,
     },
     /// An export, read back, is not what was in memory.
-    #[error("{}: features read back differ from those in memory by {difference:e}", path.display())]
+    #[error("{}: what was written computes something else than what is in memory: relative difference {difference:e}", path.display())]
     ExportMismatch {
         /// The exported folder.
         path: PathBuf,
-        /// Largest absolute difference.
+        /// Largest difference of features, losses or scores, relative to their size.
         difference: f64,
     },
 }

@@ -7,7 +7,7 @@ use sail_model::generate::GenerateOptions;
 use sail_model::vlm::Prompt;
 
 use crate::batch::to_images;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::trained::Trained;
 
 /// A question and how it is to be answered.
@@ -37,6 +37,9 @@ pub struct Answer {
 /// # Errors
 /// When an image cannot be read, marks and images differ in number, or the options make no sense.
 pub fn answer(trained: &Trained, question: &Question, show: &mut dyn FnMut(&str)) -> Result<Answer> {
+    if question.stop.iter().any(String::is_empty) {
+        return Err(Error::usage("`--stop` is empty", "give the text that ends the answer, or leave it out"));
+    }
     let mut tiles = Vec::with_capacity(question.images.len());
     for image in question.images {
         tiles.push(load_image(image, &trained.image)?);

@@ -219,11 +219,11 @@ struct CheckpointSource<'a> {
 impl TensorSource for CheckpointSource<'_> {
     fn fill(&self, name: &str, target: &Tensor, _init: Init) -> sail_model::Result<()> {
         let full = format!("{}.{name}", self.module);
-        let missing = || sail_model::Error::MissingTensor {
+        let unreadable = |error: Error| sail_model::Error::File {
             path: self.checkpoint.dir().to_owned(),
-            name: full.clone(),
+            reason: error.to_string(),
         };
-        let tensor = self.checkpoint.tensor(&full, StateKind::Param).map_err(|_| missing())?;
+        let tensor = self.checkpoint.tensor(&full, StateKind::Param).map_err(unreadable)?;
         if tensor.size() == target.size() {
             target.shallow_clone().f_copy_(&tensor)?;
             return Ok(());

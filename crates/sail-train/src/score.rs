@@ -15,6 +15,8 @@ use crate::batch::to_batch;
 use crate::error::{Error, Result};
 use crate::trained::Trained;
 
+/// Share of unusable samples above which nothing is written, as in training by default.
+const MAX_ERROR_RATE: f64 = 0.05;
 /// Tokens of samples that go through the model together.
 const TOKENS_PER_PACK: usize = 4096;
 
@@ -33,8 +35,9 @@ struct Score {
     sum: f64,
 }
 
-/// Scores every good sample of `shards` and writes the lines to `out`, which is there once all are.
-/// Returns how many there are.
+/// Scores every sample of `shards` and writes the lines to `out`, which is there once all are. A sample that
+/// cannot be used is named in the log; more than one in twenty of them is an error. Returns how many
+/// there are.
 ///
 /// # Errors
 /// Those of reading the shards and of running the model, and when `out` cannot be written.
@@ -46,7 +49,7 @@ pub fn score(trained: &Trained, shards: &[String], out: &Path) -> Result<u64> {
         tokens_per_pack: usize::MAX,
         shuffle_buffer: 1,
         pack_buffer: 1,
-        max_error_rate: 0.5,
+        max_error_rate: MAX_ERROR_RATE,
         text: trained.text.clone(),
         image: trained.image.clone(),
     };

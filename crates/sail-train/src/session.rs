@@ -11,7 +11,7 @@ use std::time::Instant;
 use sail_data::{Loader, Pack, TextEncoder, TextSpec};
 use sail_model::llm::LlmConfig;
 use sail_model::params::Params;
-use sail_model::vision::{VisionConfig, VitLayout};
+use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Loss, Vlm, VlmConfig};
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -266,10 +266,9 @@ pub fn preflight(plan: &Plan) -> Result<()> {
         let spec = plan.data_spec(tokens_per_tile);
         encoder(&folders.tokenizer(plan), &spec.text, &config.llm)?;
         sail_data::check_sources(&spec)?;
-        let sail = plan.export.as_ref().is_some_and(|export| export.vit == VitLayout::Sail);
-        if sail && !config.vision.has_sail_layout() {
+        if plan.export.as_ref().is_some_and(|export| !config.vision.has_layout(export.vit)) {
             return Err(Error::usage(
-                format!("`export.vit` is `sail`, which a `{}` has no form in", config.vision.model_type()),
+                format!("`export.vit`: this `{}` has no such layout", config.vision.model_type()),
                 "write `export: { vit: transformers }`",
             ));
         }
@@ -349,8 +348,8 @@ pub(crate) fn choose_device(choice: DeviceChoice) -> Result<Device> {
         return Ok(Device::Cuda(index));
     }
     Err(Error::usage(
-        format!("`run.device` is `{choice}`, but libtorch sees {found} CUDA devices"),
-        "set `run.device: cpu`, or check `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+        format!("the device is `{choice}`, but libtorch sees {found} CUDA devices"),
+        "choose `cpu` (`run.device` or `--device`), or check `nvidia-smi` and CUDA_VISIBLE_DEVICES",
     ))
 }
 

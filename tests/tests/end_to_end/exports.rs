@@ -111,9 +111,19 @@ fn an_internvl_answers_alike_in_transformers() {
     let llm = "model.llm.random={model_type: qwen2, vocab_size: 2048, hidden_size: 64, num_attention_heads: 4, \
                num_key_value_heads: 2, intermediate_size: 96, num_hidden_layers: 2, initializer_range: 0.2}";
     let args = ["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", vision, "--set", llm];
-    run(&[&args[..], &["--set", "schedule.steps=2", "--set", "eval=null"]].concat(), 0);
+    let sets =
+        ["schedule.steps=2", "eval=null", "data.system=Be brief.", "data.tiling={ max: 2, thumbnail: true }"];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    run(&[&args[..], &sets].concat(), 0);
     let checkpoint = dir.path().join("runs/tiny/stage1");
     mllm_answers_alike(checkpoint.to_str().unwrap(), "transformers", dir.path(), "12");
+
+    // Its processor always adds a thumbnail.
+    let whole = ["--set", "data.tiling.thumbnail=false", "--set", "run.dir=bare"];
+    run(&[&args[..], &sets, &whole].concat(), 0);
+    let [bare, out] = ["bare", "out"].map(|name| dir.path().join(name).to_str().unwrap().to_owned());
+    let error = run(&["export", "--checkpoint", &bare, "--what", "mllm", "--out", &out], 2);
+    assert!(crate::stderr(&error).contains("no tiling without a thumbnail"), "{}", crate::stderr(&error));
 }
 
 #[test]
@@ -143,6 +153,16 @@ fn what_cannot_be_exported_says_why() {
         assert!(!Path::new(out).exists());
     };
     refused(&["--what", "mllm"], "no `aimv2_vision_model` encoder");
+    let ask = ["generate", "--checkpoint", run_dir, "--prompt", "?", "--stop", ""];
+    assert!(crate::stderr(&run(&ask, 2)).contains("`--stop` is empty"));
+    // Found before a step is trained.
+    let vision = "model.vision.random={model_type: siglip_vision_model, hidden_size: 64, num_attention_heads: 2, \
+                  image_size: 112, patch_size: 14, num_hidden_layers: 1}";
+    let args =
+        ["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "run.dir=siglip", "--set", vision];
+    let error = crate::stderr(&run(&[&args[..], &["--set", "export={ vit: original }"]].concat(), 2));
+    assert!(error.contains("`export.vit`: this `siglip_vision_model` has no such layout"), "{error}");
+    assert!(!dir.path().join("siglip").exists());
     refused(&["--what", "llm", "--layout", "sail"], "transformers' layout only");
     refused(&["--what", "mllm", "--layout", "original"], "no `original` layout");
 }

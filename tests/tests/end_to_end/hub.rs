@@ -60,15 +60,14 @@ fn a_stage_fetches_its_language_model() {
     let first = train(&server.endpoint, "0", "first");
     assert_eq!(first.status.code(), Some(3), "{}", stderr(&first));
     assert!(stderr(&first).contains("fetching `model.safetensors` of `hf:org/name`, "), "{}", stderr(&first));
+    let is_download = |request: &&String| request.starts_with("GET /cdn/");
+    assert_eq!(server.requests().iter().filter(is_download).count(), 1);
     let snapshot = dir.path().join("hf/hub/models--org--name/snapshots").join(COMMIT);
     assert!(snapshot.join("model.safetensors").is_file());
     let manifest = dir.path().join("first/step-00000001/manifest.json");
     let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(manifest).unwrap()).unwrap();
     assert_eq!(manifest["untouched"]["llm"]["from"], "hf:org/name");
 
-    let fetched =
-        |name: &str| server.requests().iter().filter(|r| r.starts_with("GET") && r.ends_with(name)).count();
-    assert_eq!(fetched("model.safetensors"), 1);
     let warm = train("http://127.0.0.1:1", "1", "warm");
     assert_eq!(warm.status.code(), Some(3), "{}", stderr(&warm));
 }

@@ -10,11 +10,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::FAMILIES;
 use super::family::{AnyFamily, Geometry, Positions, VisionModel};
+use super::{FAMILIES, VitLayout};
 use crate::error::{Error, Result};
 use crate::params::Builder;
-use crate::weights::{Layout, Naming, read_json};
+use crate::weights::{Layout, Naming, own_names, read_json};
 
 /// A vision transformer's description, of the family that `model_type` names.
 ///
@@ -138,14 +138,20 @@ impl VisionConfig {
         Self(Arc::from(self.0.with_image_size(px)))
     }
 
-    /// Whether SAIL's own code computes this model.
-    pub fn has_sail_layout(&self) -> bool {
-        self.original_layout().is_some_and(|(_, config)| config["model_type"] == "sailvit")
+    /// Whether this model can be written so.
+    pub fn has_layout(&self, layout: VitLayout) -> bool {
+        self.layout(layout).is_some()
     }
 
-    /// Names and config.json of the family's own code, where that computes this model.
-    pub(super) fn original_layout(&self) -> Option<(Layout, Value)> {
-        self.0.original_layout()
+    /// Names and config.json in a layout; None where its code does not compute this model.
+    pub(super) fn layout(&self, layout: VitLayout) -> Option<(Layout, Value)> {
+        match layout {
+            VitLayout::Transformers => Some((own_names, self.to_json())),
+            VitLayout::Original => self.0.original_layout(),
+            VitLayout::Sail => {
+                self.0.original_layout().filter(|(_, config)| config["model_type"] == "sailvit")
+            }
+        }
     }
 
     pub(super) fn build(&self, builder: &Builder) -> Result<Box<dyn VisionModel + Send>> {

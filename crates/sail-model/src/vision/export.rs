@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 use super::VisionConfig;
 use super::parts::resize_positions;
 use crate::error::{Error, Result};
-use crate::weights::{Layout, Stored, arrange, own_names};
+use crate::weights::{Stored, arrange};
 
 /// The names and the config.json of an exported vision transformer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,7 +19,7 @@ use crate::weights::{Layout, Stored, arrange, own_names};
 pub enum VitLayout {
     /// Those of transformers' own class.
     Transformers,
-    /// Those of the code that the family was published with: SAIL's for AIMv2, `InternVL`'s for `InternViT`.
+    /// Those of SAIL's code, for `AIMv2`; the code goes with them.
     Sail,
     /// Those of the family's own published code: SAIL's and Apple's for `AIMv2`, `OpenGVLab`'s for `InternViT`.
     Original,
@@ -58,25 +58,14 @@ pub fn export(
         }
         config = config.with_image_size(px);
     }
-    let refuse = |reason: &str| Error::Config {
-        family: config.model_type().into(),
-        key: "layout".into(),
-        reason: reason.into(),
-    };
-    let (names, json): (Layout, Value) = match layout {
-        VitLayout::Transformers => (own_names, config.to_json()),
-        VitLayout::Original => config
-            .original_layout()
-            .ok_or_else(|| refuse("the family's own code does not compute this model; use `transformers`"))?,
-        VitLayout::Sail if config.has_sail_layout() => {
-            config.original_layout().expect("invariant: just seen")
-        }
-        VitLayout::Sail => {
-            return Err(refuse(
-                "`sail` is for AIMv2 with learned positions and one setting of biases; use `transformers`",
-            ));
-        }
-    };
+    let (names, json) = config.layout(layout).ok_or_else(|| {
+        let reason = match layout {
+            VitLayout::Sail => "`sail` is for AIMv2 with learned positions and one setting of biases",
+            _ => "the family's own code does not compute this model",
+        };
+        let reason = format!("{reason}; use `transformers`");
+        Error::Config { family: config.model_type().into(), key: "layout".into(), reason }
+    })?;
     Ok(VisionExport { tensors: arrange(&tensors, names, prefix)?, config: json })
 }
 

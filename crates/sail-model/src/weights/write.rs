@@ -98,8 +98,11 @@ impl Folder {
             Ok(fs::rename(&partial, dir).map_err(file_error(dir))?)
         });
         if let Err(error) = written {
-            // The first error is the one to report; what is left bears `.partial-` in its name.
+            // The first error is the one to report; what is left bears `.partial-` or `.old-` in its name.
             drop(fs::remove_dir_all(&partial));
+            if old.exists() && !dir.exists() {
+                drop(fs::rename(&old, dir));
+            }
             return Err(error);
         }
         sync(partial.parent().unwrap_or(Path::new("/")))?;

@@ -96,7 +96,7 @@ impl Server {
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+    Sha256::digest(bytes).iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 fn serve(stream: &TcpStream, state: &Mutex<State>, endpoint: &str) {
@@ -108,10 +108,9 @@ fn serve(stream: &TcpStream, state: &Mutex<State>, endpoint: &str) {
             return;
         }
         let answer = answer(&request, &mut state.lock().unwrap(), endpoint);
-        let mut text = format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
-        for (name, value) in &answer.headers {
-            text.extend([name, ": ", value, "\r\n"]);
-        }
+        let first = format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
+        let headers = answer.headers.iter();
+        let text = headers.fold(first, |text, (name, value)| text + name + ": " + value + "\r\n");
         let mut writer = stream;
         let sent: &[u8] = if request.method == "HEAD" { &[] } else { &answer.body[..answer.sent] };
         let written = writer.write_all((text + "\r\n").as_bytes()).and_then(|()| writer.write_all(sent));
@@ -157,14 +156,18 @@ fn answer(request: &Request, state: &mut State, endpoint: &str) -> Answer {
             return Answer::new(404, Vec::new()).with("X-Error-Code", "RevisionNotFound");
         }
         let siblings: Vec<_> = state.files.keys().map(|name| json!({ "rfilename": name })).collect();
-        return Answer::new(200, json!({ "sha": COMMIT, "siblings": siblings }).to_string().into_bytes());
+        return Answer::new(
+            200,
+            json!({ "id": "org/name", "sha": COMMIT, "siblings": siblings }).to_string().into_bytes(),
+        );
     }
     if let Some(name) = path.strip_prefix(&format!("/org/name/resolve/{COMMIT}/")) {
         return resolve(name, state, endpoint);
     }
     if let Some(name) = path.strip_prefix("/api/resolve-cache/") {
         let bytes = state.files[name].clone();
-        return Answer::new(200, bytes).with("ETag", "\"small\"").with("X-Repo-Commit", COMMIT);
+        let etag = format!("\"{}\"", &sha256(&bytes)[..40]);
+        return Answer::new(200, bytes).with("ETag", etag).with("X-Repo-Commit", COMMIT);
     }
     if let Some(name) = path.strip_prefix("/cdn/") {
         return content(name, request.range, state);

@@ -238,7 +238,7 @@ fn export(checkpoint: &Path, (what, layout): (What, Layout), kind: Kind, out: &P
             };
             export::vit_of(&open_any(checkpoint)?, layout, kind, out)
         }
-        (What::Llm, Layout::Transformers) => export::llm(&trained()?, kind, out),
+        (What::Llm, Layout::Transformers) => export::llm(trained()?, kind, out),
         (What::Llm, Layout::Sail | Layout::Original) => Err(Error::usage(
             "a language model alone has transformers' layout only",
             "leave `--layout` out, or export the whole model with `--what mllm --layout sail`",

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use sail_data::{ImageSpec, LossWeight, Template, TextSpec, Tiling};
+use sail_data::{ImageSpec, Tiling};
 use sail_model::llm::LlmConfig;
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::vision::{self, VisionConfig, VisionExport, VitLayout};
@@ -14,7 +14,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
-use super::{Mllm, tokenizer};
+use super::text::{self, TextKeys};
+use super::{Mllm, with_keys};
 use crate::error::{Error, Result};
 use crate::trained::Trained;
 
@@ -34,7 +35,7 @@ fn projector_names(name: &str, shape: &[i64]) -> Vec<Piece> {
 /// The folder of a whole model.
 ///
 /// # Errors
-/// [`Error::Usage`] for an encoder, a projector or a template that the class does not have.
+/// [`Error::Usage`] for an encoder, a projector or tiles that the class does not have.
 pub(super) fn folder(mllm: &Mllm, kind: Kind) -> Result<Folder> {
     let config = mllm.config;
     let refuse = |what: String| {
@@ -48,6 +49,10 @@ pub(super) fn folder(mllm: &Mllm, kind: Kind) -> Result<Folder> {
     }
     if config.projector.kind != ProjectorKind::PixelShuffle {
         return refuse(format!("`{:?}` projector", config.projector.kind));
+    }
+    let tiling = mllm.image.tiling;
+    if tiling.max > 1 && !tiling.thumbnail {
+        return refuse("tiling without a thumbnail".into());
     }
     let px = mllm.image.tile_px as i64;
     let VisionExport { tensors, config: vision_config } =
@@ -64,12 +69,14 @@ pub(super) fn folder(mllm: &Mllm, kind: Kind) -> Result<Folder> {
             "processor_config.json",
             &json!({ "processor_class": "InternVLProcessor", "image_seq_length": tokens }),
         );
-    tokenizer::add_files(folder, mllm)
+    // The processor puts the tokens of an image in place of one.
+    let mark = format!("{}\n", mllm.text.image_tokens.context);
+    text::add_files(folder, mllm, &mark)
 }
 
 fn config_json(mllm: &Mllm, vision_config: &Value, kind: Kind) -> Value {
     let config = mllm.config;
-    json!({
+    let json = json!({
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": MODEL_TYPE,
         "dtype": vision::dtype_name(kind),
@@ -82,7 +89,8 @@ fn config_json(mllm: &Mllm, vision_config: &Value, kind: Kind) -> Value {
         "tie_word_embeddings": config.llm.decoder().tie_word_embeddings,
         "vision_config": vision_config,
         "text_config": config.llm.to_json(),
-    })
+    });
+    with_keys(json, TextKeys::of(mllm.text).to_json())
 }
 
 fn preprocessor_json(mllm: &Mllm) -> Value {
@@ -102,9 +110,11 @@ struct InternVlConfig {
     vision_config: VisionConfig,
     text_config: LlmConfig,
     downsample_ratio: f64,
+    #[serde(flatten)]
+    text: TextKeys,
 }
 
-/// Reads a model in this layout, in fp32, with the tokens and the template of the published ones.
+/// Reads a model in this layout, in fp32; where it does not say how turns are written, as the published ones.
 ///
 /// # Errors
 /// When a file is missing or says what is not built.
@@ -121,11 +131,12 @@ pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
     fn one() -> usize {
         1
     }
-    let keys: InternVlConfig = super::read_as(&path.join("config.json"))?;
+    let file = path.join("config.json");
+    let keys: InternVlConfig = super::read_as(&file)?;
     let preprocessor = path.join("preprocessor_config.json");
     let tiles: Preprocessor = super::read_as(&preprocessor)?;
     let (mean, std) = super::mean_and_std(&preprocessor)?;
-    let merge = super::merge_of(&path.join("config.json"), keys.downsample_ratio)?;
+    let merge = super::merge_of(&file, keys.downsample_ratio)?;
     let projector = ProjectorConfig { kind: ProjectorKind::PixelShuffle, merge };
     let config = VlmConfig { vision: keys.vision_config, projector, llm: keys.text_config };
     let projector_naming = Naming { layouts: vec![projector_names], ..Naming::default() };
@@ -144,11 +155,6 @@ pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
         std,
         max_pixels: super::MAX_PIXELS,
     };
-    let text = TextSpec {
-        template: Template::Chatml,
-        system: None,
-        image_tokens: super::default_image_tokens(),
-        loss_weight: LossWeight::Token,
-    };
+    let text = keys.text.spec(&file)?;
     super::open_parts(path, &config, parts, image, text, device)
 }

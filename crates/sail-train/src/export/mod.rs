@@ -6,13 +6,15 @@
 
 mod internvl;
 mod sail;
-mod tokenizer;
+mod text;
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use sail_data::{ImageSpec, ImageTokens, Role, TextEncoder, TextSpec, Turn};
+use sail_data::{ImageSpec, Role, TextEncoder, TextSpec, Turn};
+use sail_model::attention::Segments;
+use sail_model::llm::{Llm, LlmConfig};
 use sail_model::params::{Builder, Params};
 use sail_model::vision::{self, Vision, VisionConfig, VisionExport, VitLayout};
 use sail_model::vlm::{Batch, Vlm, VlmConfig, VlmSources};
@@ -133,14 +135,22 @@ fn local(params: Params) -> Params {
 /// and returns `out`.
 ///
 /// # Errors
-/// When the folder cannot be written, or exists and is no model folder.
-pub fn llm(trained: &Trained, kind: Kind, out: &Path) -> Result<PathBuf> {
-    let config = &trained.model.config().llm;
+/// [`Error::ExportMismatch`] when what was written gives other scores than what is in memory.
+pub fn llm(trained: Trained, kind: Kind, out: &Path) -> Result<PathBuf> {
+    round(trained.model.params(), kind);
+    let config = trained.model.config().llm.clone();
+    let expected = scores_of(trained.model.llm())?;
     let tensors = arrange(&trained.local_params(Module::Llm)?, config.export_layout(), "")?;
-    let folder = Folder::new(tensors).in_kind(kind);
-    let folder = folder.json("config.json", &with_dtype(config.to_json(), kind));
     let tokenizer = read_json(&trained.tokenizer)?;
-    folder.json("tokenizer.json", &tokenizer).write(out)?;
+    // From here on the folder alone holds the weights, until they are written.
+    drop(trained);
+    let folder = Folder::new(tensors).in_kind(kind).json("tokenizer.json", &tokenizer);
+    folder.json("config.json", &with_dtype(config.to_json(), kind)).write_checked(out, |written| {
+        let config = LlmConfig::read(written)?;
+        let source = FileSource::open(written)?.with(config.naming());
+        let builder = Builder::new(Rc::default(), "llm", &source, (Kind::Float, Device::Cpu));
+        compare(out, &scores_of(&Llm::new(&config, &builder)?)?, &expected)
+    })?;
     Ok(out.to_owned())
 }
 
@@ -197,6 +207,18 @@ fn sample_losses(model: &Vlm, encoder: &TextEncoder, image: &ImageSpec) -> Resul
     Ok(no_grad(|| model.row_losses(&batch))?)
 }
 
+/// Scores of every token after a few.
+fn scores_of(model: &Llm) -> Result<Tensor> {
+    const ROWS: i64 = 8;
+    no_grad(|| {
+        let positions_t = Tensor::arange(ROWS, (Kind::Int64, Device::Cpu));
+        let ids: Vec<i64> = (0..ROWS).map(|row| row * 7 % model.config().vocab_size()).collect();
+        let ids_t = Tensor::from_slice(&ids);
+        let x_td = model.hidden(&model.embed(&ids_t), &positions_t, &Segments::single(ROWS)?, None);
+        Ok(model.logits(&x_td))
+    })
+}
+
 fn features_of(model: &Vision, px: usize) -> Result<Tensor> {
     Ok(no_grad(|| model.last_hidden_state(&pattern(px)))?)
 }
@@ -224,6 +246,14 @@ fn round(params: &Params, kind: Kind) {
             param.shallow_clone().set_data(&param.to_kind(kind).to_kind(Kind::Float));
         }
     }
+}
+
+/// Both objects' members in one.
+fn with_keys(mut json: Value, keys: Value) -> Value {
+    if let (Value::Object(json), Value::Object(keys)) = (&mut json, keys) {
+        json.extend(keys);
+    }
+    json
 }
 
 fn with_dtype(mut config: Value, kind: Kind) -> Value {
@@ -266,11 +296,6 @@ fn open_parts(
     let tokenizer = path.join("tokenizer.json");
     let encoder = session::encoder(&tokenizer, &text, &config.llm)?;
     Ok(Trained { model, image, text, tokenizer, encoder, device })
-}
-
-fn default_image_tokens() -> ImageTokens {
-    let [start, context, end] = ["<img>", "<IMG_CONTEXT>", "</img>"].map(str::to_owned);
-    ImageTokens { start, context, end }
 }
 
 /// The merge factor that `downsample_ratio` of a config.json means.

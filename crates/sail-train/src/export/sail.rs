@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use sail_data::{ImageSpec, ImageTokens, LossWeight, Template, TextSpec, Tiling};
+use sail_data::{ImageSpec, Tiling};
 use sail_model::llm::LlmConfig;
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::vision::{self, VisionConfig, VisionExport, VitLayout};
@@ -16,7 +16,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::{Mllm, tokenizer};
+use super::text::{self, TextKeys};
+use super::{Mllm, with_keys};
 use crate::error::{Error, Result};
 use crate::trained::Trained;
 
@@ -38,12 +39,8 @@ struct SailConfig {
     vision_config: VisionConfig,
     llm_config: LlmConfig,
     downsample_ratio: f64,
-    template: String,
-    #[serde(default)]
-    system_message: String,
-    image_start_token: Option<String>,
-    image_context_token: Option<String>,
-    image_end_token: Option<String>,
+    #[serde(flatten)]
+    text: TextKeys,
     force_image_size: usize,
     dynamic_image_size: bool,
     min_dynamic_patch: usize,
@@ -75,7 +72,8 @@ pub(super) fn folder(mllm: &Mllm, kind: Kind) -> Result<Folder> {
     }
     let px = mllm.image.tile_px as i64;
     // What SAIL's code computes is written as it does; any other encoder as transformers does.
-    let layout = if config.vision.has_sail_layout() { VitLayout::Sail } else { VitLayout::Transformers };
+    let layout =
+        if config.vision.has_layout(VitLayout::Sail) { VitLayout::Sail } else { VitLayout::Transformers };
     let VisionExport { tensors, config: vision_config } =
         vision::export(&config.vision, mllm.params("vision"), px, layout, VISION_PREFIX)?;
     let mut stored: BTreeMap<String, Stored> = tensors;
@@ -91,12 +89,12 @@ pub(super) fn folder(mllm: &Mllm, kind: Kind) -> Result<Folder> {
         .json("config.json", &config_json(mllm, &vision_config, kind))
         .json("preprocessor_config.json", &vision::preprocessor_json(px, mllm.image.mean, mllm.image.std));
     let folder = REMOTE_CODE.iter().fold(folder, |folder, (name, text)| folder.file(*name, *text));
-    tokenizer::add_files(folder, mllm)
+    text::add_files(folder, mllm, "<image>")
 }
 
 fn config_json(mllm: &Mllm, vision_config: &Value, kind: Kind) -> Value {
-    let (config, tiling, text) = (mllm.config, mllm.image.tiling, mllm.text);
-    json!({
+    let (config, tiling) = (mllm.config, mllm.image.tiling);
+    let json = json!({
         "architectures": ["SAILVLModel"],
         "auto_map": {
             "AutoConfig": "configuration_sailvl.SAILVLConfig",
@@ -108,11 +106,6 @@ fn config_json(mllm: &Mllm, vision_config: &Value, kind: Kind) -> Value {
         "downsample_ratio": 1.0 / config.projector.merge as f64,
         "ps_version": "v2",
         "select_layer": -1,
-        "template": template_name(text),
-        "system_message": tokenizer::system_prompt(text),
-        "image_start_token": text.image_tokens.start,
-        "image_context_token": text.image_tokens.context,
-        "image_end_token": text.image_tokens.end,
         "image_context_token_id": mllm.encoder.image_context_id(),
         "force_image_size": mllm.image.tile_px,
         "dynamic_image_size": tiling.max > 1,
@@ -122,16 +115,8 @@ fn config_json(mllm: &Mllm, vision_config: &Value, kind: Kind) -> Value {
         "tie_word_embeddings": config.llm.decoder().tie_word_embeddings,
         "vision_config": vision_config,
         "llm_config": config.llm.to_json(),
-    })
-}
-
-/// The template by the name that the Python code knows, where an empty system message means its own.
-fn template_name(text: &TextSpec) -> &'static str {
-    match text.template {
-        Template::Smollm if !tokenizer::system_prompt(text).is_empty() => "smollm",
-        Template::Chatml | Template::Smollm => "chatml",
-        Template::Sail => "univl-chat",
-    }
+    });
+    with_keys(json, TextKeys::of(mllm.text).to_json())
 }
 
 /// Reads a model in this layout, in fp32.
@@ -141,16 +126,6 @@ fn template_name(text: &TextSpec) -> &'static str {
 pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
     let file = path.join("config.json");
     let keys: SailConfig = super::read_as(&file)?;
-    let template = match keys.template.as_str() {
-        "chatml" => Template::Chatml,
-        "smollm" => Template::Smollm,
-        "sail" | "univl-chat" => Template::Sail,
-        other => {
-            let reason =
-                format!("template `{other}` is not known; known are chatml, smollm, sail, univl-chat");
-            return Err(sail_model::Error::File { path: file, reason }.into());
-        }
-    };
     let merge = super::merge_of(&file, keys.downsample_ratio)?;
     let projector = ProjectorConfig { kind: ProjectorKind::PixelShuffle, merge };
     let config = VlmConfig { vision: keys.vision_config, projector, llm: keys.llm_config };
@@ -174,16 +149,6 @@ pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
         std,
         max_pixels: super::MAX_PIXELS,
     };
-    let usual = super::default_image_tokens();
-    let text = TextSpec {
-        template,
-        system: (!keys.system_message.is_empty()).then_some(keys.system_message),
-        image_tokens: ImageTokens {
-            start: keys.image_start_token.unwrap_or(usual.start),
-            context: keys.image_context_token.unwrap_or(usual.context),
-            end: keys.image_end_token.unwrap_or(usual.end),
-        },
-        loss_weight: LossWeight::Token,
-    };
+    let text = keys.text.spec(&file)?;
     super::open_parts(path, &config, parts, image, text, device)
 }

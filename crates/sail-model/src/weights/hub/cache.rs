@@ -191,4 +191,22 @@ mod tests {
         assert!(wrong.iter().all(|file| of(&["a.safetensors", file]).is_none()));
         assert!(of(&[]).is_none() && shards(&json!([])).is_none());
     }
+
+    #[test]
+    fn a_lock_keeps_others_out_even_if_its_file_goes_away() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let repo = Repo::model("org/name".to_owned());
+        let cached = || Cached::new(&Cache::new(dir.path().to_owned()), &repo);
+        let path = dir.path().join(".locks/models--org--name/tag.lock");
+        let first = cached().lock("tag").unwrap();
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| cached().lock("tag").unwrap());
+            sleep(LOCK_POLL * 2);
+            assert!(!second.is_finished());
+            fs::remove_file(&path).unwrap();
+            drop(first);
+            let _second = second.join().unwrap();
+            assert!(matches!(File::open(&path).unwrap().try_lock(), Err(TryLockError::WouldBlock)));
+        });
+    }
 }

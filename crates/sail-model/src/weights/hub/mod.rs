@@ -224,7 +224,7 @@ impl Hub {
             Failure::Status { status: 401 | 403, .. } => Some(
                 "check the name; if the model is private or gated, ask for access on its page and set HF_TOKEN",
             ),
-            Failure::Status { status: 404, .. } => Some("check the name and the revision"),
+            Failure::Status { status: 404, .. } => Some("check the name, the revision and HF_ENDPOINT"),
             Failure::Status { .. } => Some("try again later"),
             Failure::Address(_) => Some("unset HF_ENDPOINT, or give it the address of a hub"),
             Failure::Wrong { .. } => Some("try again; if it stays, the server or a proxy changes files"),
@@ -236,7 +236,7 @@ impl Hub {
         let reason = match failure {
             Failure::File(error) => return error,
             Failure::Status { status: 404, .. } if file.is_none() => {
-                "the hub has no such model, or it has no such revision".to_owned()
+                "the hub has no such model, or the model no such revision (404)".to_owned()
             }
             failure => format!("{about}{}", failure.reason()),
         };

@@ -308,7 +308,7 @@ fn check(path: &Path, identity: &Identity) -> Result<(), Failure> {
     let Some(expected) = identity.sha256() else { return Ok(()) };
     let mut hash = Sha256::new();
     io::copy(&mut File::open(path).map_err(io)?, &mut Hashing(&mut hash)).map_err(io)?;
-    let found: String = hash.finalize().iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
+    let found = hash.finalize().iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
     if found.eq_ignore_ascii_case(expected) {
         return Ok(());
     }
