@@ -17,6 +17,7 @@ use std::path::Path;
 
 use crate::error::{BadSample, Error, Result};
 use crate::image::{Normaliser, decode, read_size, resize};
+#[cfg(test)]
 use crate::spec::{ImageSpec, Tiling};
 
 /// Pixels above which Pillow refuses to open a picture (twice its `MAX_IMAGE_PIXELS`).
@@ -93,18 +94,10 @@ impl Preprocessor {
         config::read(path)
     }
 
-    /// Height and width of what every picture becomes, where they do not depend on the picture.
-    pub fn fixed_size(&self) -> Option<(usize, usize)> {
-        let resized = self.resize.and_then(|resize| match resize.target {
-            Target::Exact(size) => Some(size),
-            Target::ShortestEdge(_) => None,
-        });
-        self.crop.or(resized).map(|size| (size.height, size.width))
-    }
-
     /// The data specification that makes the very same pixels as one tile, for what `sail-train` exports: a
     /// bicubic resize to a square without a crop, / 255, normalised. `None` for anything else.
-    pub fn image_spec(&self) -> Option<ImageSpec> {
+    #[cfg(test)]
+    pub(crate) fn image_spec(&self) -> Option<ImageSpec> {
         let Resize { target: Target::Exact(size), method: Method::Training } = self.resize? else {
             return None;
         };

@@ -5,6 +5,7 @@
 pub mod attention;
 mod error;
 pub mod generate;
+pub mod keys;
 pub mod llm;
 pub mod nn;
 pub mod params;

@@ -30,11 +30,6 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Tensor {
         x.linear(&self.weight_oi, self.bias_o.as_ref())
     }
-
-    /// The weight `[outputs, inputs]`.
-    pub fn weight(&self) -> &Tensor {
-        &self.weight_oi
-    }
 }
 
 /// `y = w * x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang and Sennrich 2019, eq. 4).

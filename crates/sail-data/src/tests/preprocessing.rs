@@ -127,7 +127,6 @@ fn what_sail_train_exports_gives_the_pixels_of_a_tile_of_training() {
         "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
     }))
     .unwrap();
-    assert_eq!(preprocessor.fixed_size(), Some((28, 28)));
     let spec = preprocessor.image_spec().unwrap();
     assert_eq!((spec.tile_px, spec.mean, spec.std), (28, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]));
     for image in IMAGES {
@@ -143,8 +142,6 @@ fn only_the_form_of_our_exports_is_a_data_specification() {
     for kind in KINDS {
         assert_eq!(from_json(&keys(kind)).unwrap().image_spec(), None, "{kind}");
     }
-    let sizes = ["dinov2", "siglip2", "uncropped"].map(|kind| from_json(&keys(kind)).unwrap().fixed_size());
-    assert_eq!(sizes, [Some((32, 32)), Some((26, 26)), None]);
 }
 
 #[test]

@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::family::{AnyFamily, DecoderShape};
-use super::resolve::{config_error, resolve};
+use super::resolve::resolve;
 use super::rope::RopeParameters;
 use crate::error::{Error, Result};
-use crate::vision::{Refusal, UnknownKeys};
+use crate::keys::{Refusal, UnknownKeys, config_error};
 use crate::weights::{Layout, Naming, read_json};
 
 /// A language model's description, of the family that `model_type` names.

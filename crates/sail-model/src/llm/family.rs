@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use super::config::{DecoderConfig, LlmConfig};
 use super::resolve;
 use crate::error::Result;
-use crate::vision::{Refusal, UnknownKeys};
+use crate::keys::{Refusal, UnknownKeys};
 use crate::weights::{Layout, Piece, own_names};
 
 /// What a family asks of the decoder that all share.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::config::DecoderConfig;
 use super::family::{DecoderShape, LlmFamily};
-use crate::vision::Refusal;
+use crate::keys::Refusal;
 
 /// Fields of `LlamaConfig` that are its own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

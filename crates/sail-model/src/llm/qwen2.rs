@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::config::DecoderConfig;
 use super::family::{DecoderShape, LlmFamily};
 use super::window::Window;
-use crate::vision::Refusal;
+use crate::keys::Refusal;
 
 /// Fields of `Qwen2Config` that are its own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::config::DecoderConfig;
 use super::family::{DecoderShape, LlmFamily, MoeShape, nested, nested_names};
-use crate::vision::Refusal;
+use crate::keys::Refusal;
 use crate::weights::{Layout, Piece, own_names};
 
 /// Fields of `Qwen3MoeConfig` that are its own.

@@ -11,8 +11,8 @@ use super::FAMILIES;
 use super::config::{DecoderConfig, LlmConfig};
 use super::family::LlmFamily;
 use super::rope;
-use crate::error::{Error, Result};
-use crate::vision::{Refusal, UnknownKeys};
+use crate::error::Result;
+use crate::keys::{Refusal, UnknownKeys, config_error};
 
 /// What most configuration classes of transformers 5.17 have for the keys that all families share; a
 /// family's own defaults go before.
@@ -111,10 +111,6 @@ fn derive_heads(fields: &mut Map<String, Value>) -> std::result::Result<(), Refu
         }
     }
     Ok(())
-}
-
-pub(super) fn config_error(family: &str, key: &str, reason: String) -> Error {
-    Error::Config { family: family.into(), key: key.into(), reason }
 }
 
 #[cfg(test)]

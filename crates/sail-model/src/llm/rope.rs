@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::vision::{Refusal, UnknownKeys};
+use crate::keys::{Refusal, UnknownKeys};
 
 /// Rotary embedding as transformers 5 describes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::vision::Refusal;
+use crate::keys::Refusal;
 
 /// Keys of `Qwen2Config` and `Qwen3Config` about sliding windows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

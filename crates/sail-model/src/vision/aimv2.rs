@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::config::UnknownKeys;
-use super::family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
+use super::family::{Geometry, Positions, VisionFamily, VisionModel};
 use super::parts::{Common, Patches, Renaming, attend, check_activation, resize_positions, side};
 use crate::attention::Segments;
 use crate::error::Result;
+use crate::keys::{Refusal, UnknownKeys};
 use crate::nn::{Linear, RmsNorm};
 use crate::params::{Builder, Init};
 use crate::weights::{Layout, Piece, own_names};

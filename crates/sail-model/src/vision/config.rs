@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::family::{AnyFamily, Geometry, Positions, VisionModel};
 use super::{FAMILIES, VitLayout};
 use crate::error::{Error, Result};
+use crate::keys::{UnknownKeys, config_error};
 use crate::params::Builder;
 use crate::weights::{Layout, Naming, own_names, read_json};
 
@@ -22,15 +23,6 @@ use crate::weights::{Layout, Naming, own_names, read_json};
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
 pub struct VisionConfig(Arc<dyn AnyFamily>);
-
-/// What to do with a key that the family does not have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UnknownKeys {
-    /// A published file may say more than is needed.
-    Skip,
-    /// A person who wrote it meant something by it.
-    Refuse,
-}
 
 impl VisionConfig {
     /// Reads `config.json` of a Hugging Face folder, of a vision transformer or of a larger model that has
@@ -205,10 +197,6 @@ fn resolve(given: &Value, unknown: UnknownKeys) -> Result<VisionConfig> {
     let config = VisionConfig(Arc::from(config?));
     config.validate()?;
     Ok(config)
-}
-
-pub(super) fn config_error(family: &str, key: &str, reason: String) -> Error {
-    Error::Config { family: family.into(), key: key.into(), reason }
 }
 
 #[cfg(test)]

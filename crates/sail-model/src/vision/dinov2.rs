@@ -6,12 +6,13 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
+use super::family::{Geometry, Positions, VisionFamily, VisionModel};
 use super::parts::{
     Common, GELU, Mlp, Patches, attend, behind_class, check_activation, positions_behind_class, side,
 };
 use crate::attention::Segments;
 use crate::error::Result;
+use crate::keys::Refusal;
 use crate::nn::{LayerNorm, Linear};
 use crate::params::{Builder, Init};
 

@@ -215,7 +215,7 @@ mod tests {
         let pixels = [Tensor::randn([1, 3, 28, 28], (Kind::Float, Device::Cpu))];
         let expected = model.features(&pixels).unwrap().x_td;
         for prefix in config.naming().prefixes {
-            let mut tensors = arrange(&params, own_names, prefix).unwrap();
+            let mut tensors = arrange(&params, crate::weights::own_names, prefix).unwrap();
             for other in ["head.probe", "embeddings.position_ids"] {
                 tensors.insert(format!("{prefix}{other}"), Stored::from(&Tensor::from_slice(&[1f32])));
             }

@@ -9,14 +9,11 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::config::{UnknownKeys, config_error};
 use crate::attention::Segments;
 use crate::error::Result;
+use crate::keys::{Refusal, UnknownKeys, config_error};
 use crate::params::Builder;
 use crate::weights::{Layout, own_names};
-
-/// A key that does not pass, and why.
-pub type Refusal = (&'static str, String);
 
 /// A vision transformer under construction or built: pixels to tokens, tokens to features.
 pub trait VisionModel {

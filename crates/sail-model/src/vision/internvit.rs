@@ -9,13 +9,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use super::family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
+use super::family::{Geometry, Positions, VisionFamily, VisionModel};
 use super::parts::{
     Common, GELU, Mlp, Patches, Renaming, attend, behind_class, check_activation, positions_behind_class,
     side,
 };
 use crate::attention::Segments;
 use crate::error::Result;
+use crate::keys::Refusal;
 use crate::nn::{LayerNorm, Linear, RmsNorm};
 use crate::params::{Builder, Init};
 use crate::weights::{Layout, Piece, own_names};

@@ -22,9 +22,9 @@ mod siglip;
 
 use tch::Tensor;
 
-pub use config::{UnknownKeys, VisionConfig};
+pub use config::VisionConfig;
 pub use export::{VisionExport, VitLayout, dtype_name, export, preprocessor_json};
-pub use family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
+pub use family::{Geometry, Positions, VisionFamily, VisionModel};
 
 use crate::attention::Segments;
 use crate::error::{Error, Result};

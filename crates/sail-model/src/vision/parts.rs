@@ -6,9 +6,10 @@
 use serde::{Deserialize, Deserializer};
 use tch::{Kind, Tensor};
 
-use super::family::{Geometry, Refusal};
+use super::family::Geometry;
 use crate::attention::{Segments, Visibility, packed_attention};
 use crate::error::Result;
+use crate::keys::Refusal;
 use crate::nn::Linear;
 use crate::params::{Builder, Init};
 use crate::weights::{Piece, own_names};

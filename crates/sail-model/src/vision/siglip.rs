@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::config::UnknownKeys;
-use super::family::{Geometry, Positions, Refusal, VisionFamily, VisionModel};
+use super::family::{Geometry, Positions, VisionFamily, VisionModel};
 use super::parts::{Common, GELU, Mlp, Patches, attend, check_activation, resize_positions, side};
 use crate::attention::Segments;
 use crate::error::Result;
+use crate::keys::{Refusal, UnknownKeys};
 use crate::nn::{LayerNorm, Linear};
 use crate::params::{Builder, Init};
 
