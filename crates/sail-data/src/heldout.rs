@@ -17,6 +17,14 @@ pub fn check_sources(spec: &DataSpec) -> Result<()> {
     Source::open_all(spec).map(drop)
 }
 
+/// The shards that the sources' patterns name, in order.
+///
+/// # Errors
+/// As [`check_sources`].
+pub fn shard_paths(spec: &DataSpec) -> Result<Vec<String>> {
+    Ok(Source::open_all(spec)?.into_iter().flat_map(|source| source.shards).collect())
+}
+
 /// Every good sample of the sources, in shard order, once, at most `limit` per source (`None`: all), one
 /// at a time.
 ///

@@ -144,6 +144,18 @@ pub(crate) fn cut(
     Ok(())
 }
 
+/// A regular file's contents: a pipe or a device may never end.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>> {
+    let failed = |cause| Error::Io { path: path.to_path_buf(), cause };
+    if std::fs::metadata(path).map_err(failed)?.is_file() {
+        return std::fs::read(path).map_err(failed);
+    }
+    Err(failed(std::io::Error::other("not a regular file")))
+}
+
 /// One image file as tiles `[n, 3, px, px]`, tiled as the only image of a sample.
 ///
 /// # Errors
@@ -151,7 +163,7 @@ pub(crate) fn cut(
 /// [`Error::InvalidSpec`].
 pub fn load_image(path: &Path, spec: &ImageSpec) -> Result<Tiles> {
     spec.validate()?;
-    let bytes = std::fs::read(path).map_err(|cause| Error::Io { path: path.to_path_buf(), cause })?;
+    let bytes = read_file(path)?;
     let name = path.display().to_string();
     let load = || {
         let (width, height) = read_size(&name, &bytes, spec.max_pixels)?;

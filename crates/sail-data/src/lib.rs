@@ -47,7 +47,7 @@ mod tests;
 
 pub use annotation::{Role, Turn};
 pub use error::{BadSample, Error, Result};
-pub use heldout::{check_sources, for_each_sample, read_samples};
+pub use heldout::{check_sources, for_each_sample, read_samples, shard_paths};
 pub use image::load_image;
 pub use loader::{Loaded, Loader};
 pub use preprocess::{Pixels, Preprocessor};

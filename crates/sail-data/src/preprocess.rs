@@ -16,7 +16,7 @@ mod pillow;
 use std::path::Path;
 
 use crate::error::{BadSample, Error, Result};
-use crate::image::{Normaliser, decode, read_size, resize};
+use crate::image::{Normaliser, decode, read_file, read_size, resize};
 #[cfg(test)]
 use crate::spec::{ImageSpec, Tiling};
 
@@ -126,7 +126,7 @@ impl Preprocessor {
     /// # Errors
     /// As there, and [`Error::Io`] when the file cannot be read.
     pub fn apply_file(&self, path: &Path) -> Result<Pixels> {
-        let bytes = std::fs::read(path).map_err(|cause| Error::Io { path: path.to_path_buf(), cause })?;
+        let bytes = read_file(path)?;
         self.apply(&path.display().to_string(), &bytes)
     }
 

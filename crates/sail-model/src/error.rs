@@ -29,6 +29,14 @@ pub enum Error {
         /// Every tensor that does not fit.
         misfits: Misfits,
     },
+    /// There is not enough memory for a parameter.
+    #[error("no memory for parameter `{name}` of shape {shape:?}")]
+    Memory {
+        /// Name inside the module.
+        name: String,
+        /// Its shape.
+        shape: Vec<i64>,
+    },
     /// Two layouts of one model contradict each other.
     #[error("tensor `{name}` cannot be put together: its pieces leave a gap or overlap")]
     Layout {

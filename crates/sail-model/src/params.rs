@@ -163,7 +163,8 @@ impl<'a> Builder<'a> {
     /// What the source reports, and [`Error::DuplicateParameter`].
     pub fn param(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let local = format!("{}{name}", self.prefix);
-        let tensor = Tensor::f_empty(shape, self.to)?;
+        let tensor = Tensor::f_empty(shape, self.to)
+            .map_err(|_| Error::Memory { name: local.clone(), shape: shape.to_vec() })?;
         tch::no_grad(|| self.source.fill(&local, &tensor, init))?;
         let full = format!("{}.{local}", self.module);
         match self.params.borrow_mut().insert(full.clone(), tensor.shallow_clone()) {

@@ -33,6 +33,17 @@ pub enum ProjectorKind {
     Linear,
 }
 
+impl ProjectorKind {
+    /// The word for it in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PixelShuffle => "pixel_shuffle",
+            Self::Mlp => "mlp",
+            Self::Linear => "linear",
+        }
+    }
+}
+
 /// The description of a projector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProjectorConfig {
@@ -63,8 +74,11 @@ impl ProjectorConfig {
     pub fn validate(&self) -> Result<()> {
         match (self.kind, self.merge) {
             (_, merge) if merge < 1 => Err(refuse(format!("must be at least 1, is {merge}"))),
+            (_, merge) if merge > 64 => Err(refuse(format!("must be at most 64, is {merge}"))),
             (ProjectorKind::PixelShuffle, _) | (_, 1) => Ok(()),
-            (kind, merge) => Err(refuse(format!("{kind:?} does not merge patches: must be 1, is {merge}"))),
+            (kind, merge) => {
+                Err(refuse(format!("must be 1 for `{}`, which merges nothing, is {merge}", kind.name())))
+            }
         }
     }
 }

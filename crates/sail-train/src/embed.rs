@@ -10,6 +10,7 @@ use tch::{Device, Tensor, no_grad};
 
 use crate::error::{Error, Result};
 use crate::export::load_vit;
+use crate::output;
 
 /// What the features are of.
 #[derive(Debug)]
@@ -27,6 +28,10 @@ pub enum Input<'a> {
 /// # Errors
 /// When the folder, an image or the pixels cannot be used.
 pub fn embed(vit: &Path, input: &Input, out: &Path) -> Result<()> {
+    match input {
+        Input::Images(images) => output::check(out, images)?,
+        Input::Pixels(file) => output::check(out, &[file.to_path_buf()])?,
+    }
     let model = load_vit(vit, Device::Cpu)?;
     let pixels = match input {
         Input::Images(images) => prepare(vit, images)?,
@@ -39,13 +44,17 @@ pub fn embed(vit: &Path, input: &Input, out: &Path) -> Result<()> {
         tensors.insert(name("last_hidden_state"), features(&model, &pixels_nchw)?);
         tensors.insert(name("pixel_values"), pixels_nchw);
     }
-    let partial = PathBuf::from(format!("{}.partial", out.display()));
-    write_safetensors(&partial, &tensors)?;
-    std::fs::rename(&partial, out).map_err(Error::io(out))
+    output::replace(out, |partial| Ok(write_safetensors(partial, &tensors)?))
 }
 
 /// Image by image, so that memory does not grow with their number.
 fn features(model: &Vision, pixels_nchw: &Tensor) -> Result<Tensor> {
+    if pixels_nchw.size().len() != 4 {
+        return Err(Error::usage(
+            format!("`pixel_values` has shape {:?}", pixels_nchw.size()),
+            "give images `[n, 3, height, width]`",
+        ));
+    }
     let images = pixels_nchw.f_split(1, 0)?.into_iter();
     let states = images.map(|image| no_grad(|| model.last_hidden_state(&image)));
     Ok(Tensor::f_cat(&states.collect::<sail_model::Result<Vec<_>>>()?, 0)?)

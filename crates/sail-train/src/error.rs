@@ -110,7 +110,11 @@ impl Error {
     /// The exit code: 2 for what the user wrote, 1 for what happened afterwards.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Usage { .. } | Self::Preflight { .. } => 2,
+            // Options and layouts that make no sense are the user's as well.
+            Self::Model(sail_model::Error::Config { .. })
+            | Self::Config(_)
+            | Self::Usage { .. }
+            | Self::Preflight { .. } => 2,
             _ => 1,
         }
     }

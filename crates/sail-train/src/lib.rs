@@ -26,6 +26,7 @@ pub mod export;
 pub mod generate;
 pub mod optim;
 mod origin;
+pub mod output;
 pub mod schedule;
 pub mod score;
 pub mod session;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use sail_model::params::{Init, RandomSource, TensorSource};
 use sail_model::vlm::{VlmConfig, VlmSources};
-use sail_model::weights::{FileSource, ModelRef, Naming, Wanted};
+use sail_model::weights::{FileSource, ModelRef, Naming, Shards, Wanted};
 use tch::Tensor;
 
 use crate::checkpoint::{self, Checkpoint, Untouched};
@@ -57,8 +57,17 @@ pub(crate) struct Folders(BTreeMap<Module, PathBuf>);
 
 impl Folders {
     /// With what a check of the plan needs.
+    ///
+    /// # Errors
+    /// Also when a folder that the run starts from has weights that are cut short or not all there.
     pub(crate) fn for_check(plan: &Plan) -> Result<Self> {
-        Self::fetch(plan, |_| false)
+        let folders = Self::fetch(plan, |_| false)?;
+        for module in [Module::Vision, Module::Llm].into_iter().filter(|_| plan.init.is_none()) {
+            if let Some(ModelSource::From(ModelRef::Folder(folder))) = source_of(plan, module) {
+                Shards::open(folder)?;
+            }
+        }
+        Ok(folders)
     }
 
     /// With all that the model is built from, where `stored` holds a part of it.

@@ -3,16 +3,17 @@
 //! One line of JSON per sample, in shard order. Not an evaluation: no mean, no exchanged images, which
 //! are [`crate::eval`]'s.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use sail_data::{DataSpec, IGNORE, Pack, Sample, SourceSpec, for_each_sample};
+use sail_data::{DataSpec, IGNORE, Pack, Sample, SourceSpec, for_each_sample, shard_paths};
 use serde::Serialize;
 use tch::{Kind, no_grad};
 
 use crate::batch::to_batch;
 use crate::error::{Error, Result};
+use crate::output;
 use crate::trained::Trained;
 
 /// Share of unusable samples above which nothing is written, as in training by default.
@@ -53,29 +54,34 @@ pub fn score(trained: &Trained, shards: &[String], out: &Path) -> Result<u64> {
         text: trained.text.clone(),
         image: trained.image.clone(),
     };
-    let partial = PathBuf::from(format!("{}.partial", out.display()));
-    let mut lines = BufWriter::new(File::create(&partial).map_err(Error::io(&partial))?);
-    let (mut waiting, mut tokens, mut scored) = (Vec::new(), 0, 0);
-    let mut write = |samples: &mut Vec<Sample>| -> Result<()> {
-        for line in score_pack(trained, &std::mem::take(samples))? {
-            let line = serde_json::to_string(&line).expect("invariant: a score has only numbers and text");
-            writeln!(lines, "{line}").map_err(Error::io(&partial))?;
-        }
-        Ok(())
-    };
-    for_each_sample(&spec, &trained.encoder, None, |sample| {
-        if !waiting.is_empty() && tokens + sample.ids.len() > TOKENS_PER_PACK {
-            write(&mut waiting)?;
-            tokens = 0;
-        }
-        tokens += sample.ids.len();
-        scored += 1;
-        waiting.push(sample);
-        Result::Ok(())
+    let inputs: Vec<PathBuf> = shard_paths(&spec)?.into_iter().map(PathBuf::from).collect();
+    output::check(out, &inputs)?;
+    let mut scored = 0;
+    output::replace(out, |partial| {
+        let mut lines = BufWriter::new(File::create(partial).map_err(Error::io(partial))?);
+        let (mut waiting, mut tokens) = (Vec::new(), 0);
+        let mut write = |samples: &mut Vec<Sample>| -> Result<()> {
+            for line in score_pack(trained, &std::mem::take(samples))? {
+                let line =
+                    serde_json::to_string(&line).expect("invariant: a score has only numbers and text");
+                writeln!(lines, "{line}").map_err(Error::io(partial))?;
+            }
+            Ok(())
+        };
+        for_each_sample(&spec, &trained.encoder, None, |sample| {
+            if !waiting.is_empty() && tokens + sample.ids.len() > TOKENS_PER_PACK {
+                write(&mut waiting)?;
+                tokens = 0;
+            }
+            tokens += sample.ids.len();
+            scored += 1;
+            waiting.push(sample);
+            Result::Ok(())
+        })?;
+        write(&mut waiting)?;
+        let file = lines.into_inner().map_err(|error| Error::io(partial)(error.into_error()))?;
+        file.sync_all().map_err(Error::io(partial))
     })?;
-    write(&mut waiting)?;
-    let file = lines.into_inner().map_err(|error| Error::io(&partial)(error.into_error()))?;
-    file.sync_all().and_then(|()| fs::rename(&partial, out)).map_err(Error::io(out))?;
     Ok(scored)
 }
 

@@ -314,7 +314,7 @@ pub(crate) fn tokens_per_tile(plan: &Plan, config: &VlmConfig) -> Result<usize> 
                 config.vision.patch_size(),
                 config.projector.merge
             ),
-            format!("choose {} or {}", (px / unit).max(1) * unit, (px / unit + 1) * unit),
+            format!("choose a multiple of {unit}, such as {}", (px / unit).max(1) * unit),
         )
     })
 }

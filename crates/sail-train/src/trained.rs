@@ -86,11 +86,15 @@ pub(crate) fn specs(plan: &Plan, config: &VlmConfig) -> Result<(ImageSpec, TextS
 }
 
 /// A checkpoint by its own folder, or the newest of a run.
+///
+/// # Errors
+/// When it is neither.
 pub fn open_any(path: &Path) -> Result<Checkpoint> {
     checkpoint::open_or_newest(path)?.ok_or_else(|| {
-        Error::checkpoint(
-            path,
-            "is neither a complete checkpoint, nor a run that holds one, nor an exported model",
+        Error::usage(
+            format!("`{}` is neither a complete checkpoint nor a run that holds one", path.display()),
+            "name a run's folder or one of its `step-…` folders; `generate`, `score` and `export --what mllm` also take \
+             an exported whole model",
         )
     })
 }

@@ -15,7 +15,7 @@ use super::family::{AnyFamily, DecoderShape};
 use super::resolve::resolve;
 use super::rope::RopeParameters;
 use crate::error::{Error, Result};
-use crate::keys::{Refusal, UnknownKeys, config_error};
+use crate::keys::{Refusal, UnknownKeys, check_sizes, config_error, in_file};
 use crate::weights::{Layout, Naming, read_json};
 
 /// A language model's description, of the family that `model_type` names.
@@ -104,7 +104,8 @@ impl LlmConfig {
     /// # Errors
     /// [`Error::File`] when it cannot be read or is not JSON, else as [`LlmConfig::from_json`].
     pub fn read(folder: &Path) -> Result<Self> {
-        Self::from_json(&read_json(&folder.join("config.json"))?)
+        let path = folder.join("config.json");
+        Self::from_json(&read_json(&path)?).map_err(in_file(&path))
     }
 
     /// Reads a whole config.json. Keys that the family does not have are skipped, as transformers
@@ -242,9 +243,7 @@ impl DecoderConfig {
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim),
         ];
-        if let Some((key, value)) = positive.into_iter().find(|(_, value)| *value < 1) {
-            return Err((key, format!("must be at least 1, is {value}")));
-        }
+        check_sizes(&positive)?;
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
         let no_divisor = format!("{kv_heads} does not divide {heads} heads");
         let positive = |value: f64| (value > 0.0, format!("must be positive, is {value}"));

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::config::DecoderConfig;
 use super::family::{DecoderShape, LlmFamily, MoeShape, nested, nested_names};
-use crate::keys::Refusal;
+use crate::keys::{Refusal, check_sizes};
 use crate::weights::{Layout, Piece, own_names};
 
 /// Fields of `Qwen3MoeConfig` that are its own.
@@ -77,9 +77,7 @@ impl LlmFamily for Qwen3Moe {
             ("num_experts_per_tok", self.num_experts_per_tok),
             ("num_experts", self.num_experts),
         ];
-        if let Some((key, value)) = positive.into_iter().find(|(_, value)| *value < 1) {
-            return Err((key, format!("must be at least 1, is {value}")));
-        }
+        check_sizes(&positive)?;
         if self.num_experts_per_tok > self.num_experts {
             let reason = format!("{} is more than {} experts", self.num_experts_per_tok, self.num_experts);
             return Err(("num_experts_per_tok", reason));

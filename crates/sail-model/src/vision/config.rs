@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::family::{AnyFamily, Geometry, Positions, VisionModel};
 use super::{FAMILIES, VitLayout};
 use crate::error::{Error, Result};
-use crate::keys::{UnknownKeys, config_error};
+use crate::keys::{UnknownKeys, config_error, in_file};
 use crate::params::Builder;
 use crate::weights::{Layout, Naming, own_names, read_json};
 
@@ -31,7 +31,8 @@ impl VisionConfig {
     /// # Errors
     /// [`Error::File`] when it cannot be read or is not JSON, else as [`VisionConfig::from_json`].
     pub fn read(folder: &Path) -> Result<Self> {
-        Self::from_json(&read_json(&folder.join("config.json"))?)
+        let path = folder.join("config.json");
+        Self::from_json(&read_json(&path)?).map_err(in_file(&path))
     }
 
     /// Reads a whole config.json. Keys that the family does not have are skipped, as transformers

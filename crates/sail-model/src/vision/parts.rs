@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 use super::family::Geometry;
 use crate::attention::{Segments, Visibility, packed_attention};
 use crate::error::Result;
-use crate::keys::Refusal;
+use crate::keys::{Refusal, check_sizes};
 use crate::nn::Linear;
 use crate::params::{Builder, Init};
 use crate::weights::{Piece, own_names};
@@ -156,17 +156,14 @@ impl Common {
     pub(super) fn check(&self) -> std::result::Result<(), Refusal> {
         let Geometry { hidden_size: hidden, num_layers, image_size: image, patch_size: patch } =
             self.geometry;
-        let counts = [
+        check_sizes(&[
             ("hidden_size", hidden),
             self.inner,
             ("num_hidden_layers", num_layers),
             ("num_attention_heads", self.heads),
             ("image_size", image),
             ("patch_size", patch),
-        ];
-        if let Some((key, value)) = counts.iter().find(|(_, value)| *value < 1) {
-            return Err((key, format!("must be at least 1, is {value}")));
-        }
+        ])?;
         if let Some((key, value)) = self.dropouts.iter().find(|(_, rate)| *rate != 0.0) {
             return Err((key, format!("only 0 is supported, is {value}")));
         }

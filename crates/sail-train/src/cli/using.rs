@@ -96,10 +96,10 @@ pub(super) enum Command {
         #[arg(long, default_value_t = 256, value_name = "N")]
         max_new_tokens: usize,
         /// Samples with this temperature, above 0; without it the likeliest token is taken
-        #[arg(long, value_name = "T")]
+        #[arg(long, value_name = "T", allow_negative_numbers = true)]
         temperature: Option<f64>,
         /// Samples from the likeliest tokens that together have this probability
-        #[arg(long, value_name = "P", requires = "temperature")]
+        #[arg(long, value_name = "P", requires = "temperature", allow_negative_numbers = true)]
         top_p: Option<f64>,
         /// Seed of the samples
         #[arg(long, default_value_t = 0, value_name = "N")]
@@ -205,6 +205,7 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
             machine,
         } => {
             let options = GenerateOptions { max_new_tokens, temperature, top_p, seed, stop_ids: Vec::new() };
+            options.validate()?;
             let question = Question { images: &image, prompt: &prompt, options, stop: &stop };
             generate(&machine.open(&checkpoint)?, &question, json)?;
         }

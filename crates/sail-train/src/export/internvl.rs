@@ -48,7 +48,7 @@ pub(super) fn folder(mllm: &Mllm, kind: Kind) -> Result<Folder> {
         return refuse(format!("`{}` encoder", config.vision.model_type()));
     }
     if config.projector.kind != ProjectorKind::PixelShuffle {
-        return refuse(format!("`{:?}` projector", config.projector.kind));
+        return refuse(format!("`{}` projector", config.projector.kind.name()));
     }
     let tiling = mllm.image.tiling;
     if tiling.max > 1 && !tiling.thumbnail {

@@ -66,8 +66,11 @@ pub(super) fn folder(mllm: &Mllm, kind: Kind) -> Result<Folder> {
     let config = mllm.config;
     if config.projector.kind != ProjectorKind::PixelShuffle {
         return Err(Error::usage(
-            format!("the `sail` layout has no place for a `{:?}` projector", config.projector.kind),
-            "only `model.projector.kind: pixel_shuffle` can be exported so",
+            format!(
+                "a whole model with a `{}` projector has no published layout",
+                config.projector.kind.name()
+            ),
+            "only `model.projector.kind: pixel_shuffle` can be exported so; export the encoder with `--what vit`",
         ));
     }
     let px = mllm.image.tile_px as i64;
