@@ -155,7 +155,7 @@ def write_mllm(folder, vision_config, llm_config, ratio, template, message, syst
     }, tensors)
     shutil.copy(TOKENIZER, folder)
     chat_template = (REMOTE_CODE / "chat_template.jinja").read_text(encoding="utf-8")
-    for name, value in [("@SYSTEM@", system), ("@SEPARATOR@", separator)]:
+    for name, value in [("@SYSTEM@", system), ("@SEPARATOR@", separator), ("@IMAGE@", "<image>")]:
         chat_template = chat_template.replace(name, json.dumps(value))
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
