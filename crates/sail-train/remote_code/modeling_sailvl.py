@@ -70,11 +70,14 @@ class SAILVLModel(PreTrainedModel, GenerationMixin):
         height, width = pixel_values.shape[-2:]
         patch = self.config.vision_config.patch_size
         patch = patch if isinstance(patch, int) else patch[0]
-        # Pixels that are left over after whole patches are not looked at, as by the convolution.
+        # Of an image of the encoder's own size the rest after whole patches is left out, as by its convolution.
+        own = self.config.vision_config.image_size
+        whole = all(side % patch == 0 or side == own for side in (height, width))
         h, w = height // patch, width // patch
         merge = self.config.merge
-        if h < merge or w < merge or h % merge or w % merge:
-            raise ValueError(f"tiles of {h} x {w} patches do not divide into squares of {merge} x {merge} patches")
+        if not whole or h < merge or w < merge or h % merge or w % merge:
+            step = patch * merge
+            raise ValueError(f"tiles of {height} x {width} pixels do not divide into squares of {step} pixels")
         return h, w
 
     def extract_feature(self, pixel_values):
