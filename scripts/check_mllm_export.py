@@ -49,11 +49,12 @@ def choose_grid(width: int, height: int, config: dict) -> tuple[int, int]:
     return best
 
 
-def to_rgb(image):
+def load_rgb(path: Path):
     """8-bit RGB: palettes looked up, grey repeated, 16-bit grey scaled, alpha dropped and not composited."""
     import numpy as np
     from PIL import Image
 
+    image = Image.open(path)
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(np.asarray(image, dtype=np.float64) * 255 / 65535).astype(np.uint8))
     return image.convert("RGB")
@@ -157,8 +158,6 @@ def compare(results: list[dict], expected: list[dict]) -> None:
 
 
 def run(args) -> None:
-    from PIL import Image
-
     config = read_json(args.folder / "config.json")
     preprocessor = read_json(args.folder / "preprocessor_config.json")
     tiles = tile_settings(config, preprocessor)
@@ -166,8 +165,7 @@ def run(args) -> None:
     model, tokenizer = load_model(args.folder, config["model_type"] == "internvl")
     results = []
     for path in args.image:
-        with Image.open(path) as opened:
-            image = to_rgb(opened)
+        image = load_rgb(path)
         ids = answer(model, tokenizer, image, load_tiles(image, tiles, preprocessor), args.prompt, args.tokens)
         results.append({"image": str(path), "ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True)})
         print(json.dumps(results[-1], ensure_ascii=False), flush=True)

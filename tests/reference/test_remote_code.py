@@ -409,7 +409,7 @@ def check_script():
     halves = np.split(np.asarray(rgb.resize((2 * PX, PX), Image.Resampling.BICUBIC)), 2, axis=1)
     tiles = np.stack([*halves, np.asarray(rgb.resize((PX, PX), Image.Resampling.BICUBIC))])
     pixels = (torch.tensor(tiles).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    found = script.load_tiles(wide, config, {"image_mean": MEAN, "image_std": STD})
+    found = script.load_tiles(script.load_rgb(wide), config, {"image_mean": MEAN, "image_std": STD})
     assert found.shape == pixels.shape and (found - pixels).abs().max() < 1e-6
     assert script.to_rgb(Image.open(grey)).tobytes() == Image.fromarray(rgba[..., 0]).convert("RGB").tobytes()
 
