@@ -411,7 +411,7 @@ def check_script():
     pixels = (torch.tensor(tiles).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     found = script.load_tiles(script.load_rgb(wide), config, {"image_mean": MEAN, "image_std": STD})
     assert found.shape == pixels.shape and (found - pixels).abs().max() < 1e-6
-    assert script.to_rgb(Image.open(grey)).tobytes() == Image.fromarray(rgba[..., 0]).convert("RGB").tobytes()
+    assert script.load_rgb(grey).tobytes() == Image.fromarray(rgba[..., 0]).convert("RGB").tobytes()
 
     def run(*arguments):
         """Exit status, answers and error of the script."""
