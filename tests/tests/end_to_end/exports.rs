@@ -126,6 +126,26 @@ fn an_internvl_answers_alike_in_transformers() {
     assert!(crate::stderr(&error).contains("no tiling without a thumbnail"), "{}", crate::stderr(&error));
 }
 
+/// A table of 16 x 16 positions, used and written as 8 x 8: it must be resampled before it is rounded.
+#[test]
+fn a_resampled_position_table_survives_bf16() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let vision = "model.vision.random={model_type: dinov2, hidden_size: 64, num_attention_heads: 2, \
+                  num_hidden_layers: 2, image_size: 224, initializer_range: 0.3}";
+    let args = ["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", vision];
+    run(&[&args[..], &["--set", "schedule.steps=2", "--set", "eval=null"]].concat(), 0);
+    let checkpoint = dir.path().join("runs/tiny/stage1");
+    let mllm = dir.path().join("mllm");
+    let [checkpoint, out] = [&checkpoint, &mllm].map(|path| path.to_str().unwrap());
+    let args =
+        ["export", "--checkpoint", checkpoint, "--what", "mllm", "--layout", "sail", "--dtype", "bf16"];
+    run(&[&args[..], &["--out", out]].concat(), 0);
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(mllm.join("config.json")).unwrap()).unwrap();
+    assert_eq!((&config["vision_config"]["image_size"], &config["dtype"]), (&112.into(), &"bfloat16".into()));
+}
+
 #[test]
 fn what_cannot_be_exported_says_why() {
     let dir = tempfile::tempdir().unwrap();

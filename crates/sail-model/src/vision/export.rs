@@ -61,12 +61,32 @@ pub fn export(
     let (names, json) = config.layout(layout).ok_or_else(|| {
         let reason = match layout {
             VitLayout::Sail => "`sail` is for AIMv2 with learned positions and one setting of biases",
-            _ => "the family's own code does not compute this model",
+            _ => "`original` is for AIMv2 and InternViT as their own code computes them",
         };
         let reason = format!("{reason}; use `transformers`");
         Error::Config { family: config.model_type().into(), key: "layout".into(), reason }
     })?;
     Ok(VisionExport { tensors: arrange(&tensors, names, prefix)?, config: json })
+}
+
+/// Gives the model in memory, whose parameters by its own names are `params`, the position table that
+/// [`export`] writes, so that rounding both is the same. `whole` says that it is part of a larger model.
+///
+/// # Errors
+/// [`Error::Config`] when `px` does not divide into patches.
+pub fn fit_positions(
+    config: &VisionConfig,
+    params: &BTreeMap<String, Tensor>,
+    px: i64,
+    whole: bool,
+) -> Result<()> {
+    let grid = config.grid(px, px)?;
+    let positions = config.positions();
+    if let Some(table) = params.get(positions.name).filter(|_| whole || !positions.resampled) {
+        let resized = tch::no_grad(|| resize_table(&table.detach(), positions.prefix, grid));
+        table.shallow_clone().set_data(&resized);
+    }
+    Ok(())
 }
 
 /// A position table `[.., p, d]` with `prefix` rows before those of the patches, of another grid.

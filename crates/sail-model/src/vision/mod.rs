@@ -23,7 +23,7 @@ mod siglip;
 use tch::Tensor;
 
 pub use config::VisionConfig;
-pub use export::{VisionExport, VitLayout, dtype_name, export, preprocessor_json};
+pub use export::{VisionExport, VitLayout, dtype_name, export, fit_positions, preprocessor_json};
 pub use family::{Geometry, Positions, VisionFamily, VisionModel};
 
 use crate::attention::Segments;

@@ -161,11 +161,11 @@ pub(super) enum What {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Layout {
-    /// As transformers' own classes read it
+    /// As transformers' own classes read it; the whole model only with an `InternViT`
     Transformers,
-    /// As SAIL's code does, which goes with it
+    /// As SAIL's code does, which goes with it: AIMv2 alone, or the whole model with any encoder
     Sail,
-    /// As the encoder's own published code does
+    /// As the encoder's own published code does: `AIMv2` or `InternViT` alone
     Original,
 }
 

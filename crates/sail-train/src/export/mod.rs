@@ -56,7 +56,18 @@ struct Mllm<'a> {
     encoder: &'a TextEncoder,
 }
 
-impl Mllm<'_> {
+impl<'a> Mllm<'a> {
+    fn of(trained: &'a Trained) -> Self {
+        Self {
+            config: trained.model.config(),
+            model: &trained.model,
+            image: &trained.image,
+            text: &trained.text,
+            tokenizer: &trained.tokenizer,
+            encoder: &trained.encoder,
+        }
+    }
+
     fn params(&self, module: &str) -> Params {
         self.model.module_params(module).expect("invariant: the three modules' names are in the code")
     }
@@ -93,8 +104,10 @@ pub fn vit_of(checkpoint: &Checkpoint, layout: VitLayout, kind: Kind, out: &Path
     let model = Vision::new(&config.vision, &builder)?;
     let params = params.take();
     as_in_its_folder(plan, Some(checkpoint), Module::Vision, &Fingerprints::new(&params))?;
+    let (image, _) = specs(plan, &config)?;
+    vision::fit_positions(&config.vision, &local(shared(&params)), image.tile_px as i64, false)?;
     round(&params, kind);
-    write_vit(model, params, &specs(plan, &config)?.0, layout, kind, out)
+    write_vit(model, params, &image, layout, kind, out)
 }
 
 /// `params` are the model's own, under their full names.
@@ -125,6 +138,11 @@ fn write_vit(
     Ok(out.to_owned())
 }
 
+/// The same tensors once more.
+fn shared(params: &Params) -> Params {
+    params.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+}
+
 /// Parameters of one module by the names of its own files.
 fn local(params: Params) -> Params {
     let rest = |name: &str| name.split_once('.').map_or(name, |(_, rest)| rest).to_owned();
@@ -141,10 +159,9 @@ pub fn llm(trained: Trained, kind: Kind, out: &Path) -> Result<PathBuf> {
     let config = trained.model.config().llm.clone();
     let expected = scores_of(trained.model.llm())?;
     let tensors = arrange(&trained.local_params(Module::Llm)?, config.export_layout(), "")?;
-    let tokenizer = read_json(&trained.tokenizer)?;
+    let folder = text::add_files(Folder::new(tensors).in_kind(kind), &Mllm::of(&trained), "<image>")?;
     // From here on the folder alone holds the weights, until they are written.
     drop(trained);
-    let folder = Folder::new(tensors).in_kind(kind).json("tokenizer.json", &tokenizer);
     folder.json("config.json", &with_dtype(config.to_json(), kind)).write_checked(out, |written| {
         let config = LlmConfig::read(written)?;
         let source = FileSource::open(written)?.with(config.naming());
@@ -160,16 +177,12 @@ pub fn llm(trained: Trained, kind: Kind, out: &Path) -> Result<PathBuf> {
 /// [`Error::Usage`] for a model that the layout has no place for, [`Error::ExportMismatch`] when what was
 /// written computes another loss than what is in memory.
 pub fn mllm(trained: Trained, layout: MllmLayout, kind: Kind, out: &Path) -> Result<PathBuf> {
+    let vision = trained.local_params(Module::Vision)?;
+    vision::fit_positions(&trained.model.config().vision, &vision, trained.image.tile_px as i64, true)?;
+    drop(vision);
     round(trained.model.params(), kind);
     let expected = sample_losses(&trained.model, &trained.encoder, &trained.image)?;
-    let mllm = Mllm {
-        config: trained.model.config(),
-        model: &trained.model,
-        image: &trained.image,
-        text: &trained.text,
-        tokenizer: &trained.tokenizer,
-        encoder: &trained.encoder,
-    };
+    let mllm = Mllm::of(&trained);
     let folder = match layout {
         MllmLayout::Sail => sail::folder(&mllm, kind)?,
         MllmLayout::InternVl => internvl::folder(&mllm, kind)?,
