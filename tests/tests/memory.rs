@@ -92,6 +92,8 @@ fn sailvit_huge_is_exported_and_loaded_within_six_gigabytes() {
     assert_eq!(parameters, 682_031_616);
     let size = parameters as f64 * 4.0 / MIB;
     println!("{size:.0} MiB: drawn and written with {writing:.0} MiB, read and used with {reading:.0} MiB");
-    assert!(writing <= 1.1 * size, "{writing:.0} MiB");
+    // Drawing leaves some of its chunks to the allocator; a second copy of the weights would be far above.
+    assert!(writing <= 1.3 * size, "{writing:.0} MiB");
+    assert!(reading <= 1.1 * size, "{reading:.0} MiB");
     assert!(status("VmHWM") * MIB <= 6e9, "{} MiB", status("VmHWM"));
 }
