@@ -5,13 +5,12 @@
 
 use crate::annotation::{Annotation, Turn, place_marks};
 use crate::error::{BadSample, Result};
-use crate::image::{cut, decode, read_size};
+use crate::image::Picture;
 use crate::sample::{Sample, SampleId, Tiles};
 use crate::shard::{Member, RawSample, SampleRef};
 use crate::source::Source;
 use crate::spec::{DataSpec, ImageSpec};
 use crate::text::{Encoded, TextEncoder};
-use crate::tiling::{Grid, choose_grid};
 
 const IMAGE_SUFFIXES: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
 
@@ -20,15 +19,8 @@ const IMAGE_SUFFIXES: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
 pub(crate) struct Draft {
     pub(crate) id: SampleId,
     encoded: Encoded,
-    images: Vec<DraftImage>,
+    pictures: Vec<Picture>,
     turns: Vec<Turn>,
-}
-
-#[derive(Clone, Debug)]
-struct DraftImage {
-    name: String,
-    bytes: Vec<u8>,
-    grid: Grid,
 }
 
 /// A sample that cannot be used, and why.
@@ -59,10 +51,10 @@ impl Draft {
         place: SampleRef,
     ) -> Result<std::result::Result<Self, Box<Rejected>>> {
         let shard = &source.shards[place.shard as usize];
-        let raw = RawSample::read(shard, place)?;
+        let raw = source.open(place.shard as usize)?.read(place.extent)?;
         let id = SampleId { source: source.name.clone(), shard: shard.clone(), key: raw.key.clone() };
         Ok(match Self::parse(spec, encoder, raw) {
-            Ok((encoded, images, turns)) => Ok(Self { id, encoded, images, turns }),
+            Ok((encoded, pictures, turns)) => Ok(Self { id, encoded, pictures, turns }),
             Err(cause) => Err(Box::new(Rejected { id, cause })),
         })
     }
@@ -71,20 +63,24 @@ impl Draft {
         spec: &DataSpec,
         encoder: &TextEncoder,
         raw: RawSample,
-    ) -> std::result::Result<(Encoded, Vec<DraftImage>, Vec<Turn>), BadSample> {
+    ) -> std::result::Result<(Encoded, Vec<Picture>, Vec<Turn>), BadSample> {
         raw.check_unique()?;
         let json = raw.member("json").ok_or_else(|| BadSample::NoAnnotation { members: suffixes(&raw) })?;
         let Annotation { mut turns, images } = Annotation::parse(&json.data)?;
         let members = find_images(raw, images)?;
         place_marks(&mut turns, members.len())?;
-        let images = plan_images(members, &spec.image)?;
-        let tiles: Vec<usize> = images.iter().map(|image| image.grid.tiles()).collect();
-        let encoded = encoder.encode(&turns, &tiles, spec.image.tokens_per_tile)?;
+        let count = members.len();
+        let plan = |Member { name, data, .. }| Picture::plan(name, data, count, &spec.image);
+        let pictures =
+            members.into_iter().map(plan).collect::<std::result::Result<Vec<Picture>, BadSample>>()?;
+        let visual_tokens: Vec<usize> =
+            pictures.iter().map(|picture| picture.visual_tokens(&spec.image)).collect();
+        let encoded = encoder.encode(&turns, &visual_tokens)?;
         let (tokens, limit) = (encoded.ids.len(), spec.tokens_per_pack);
         if tokens > limit {
             return Err(BadSample::TooLong { tokens, limit });
         }
-        Ok((encoded, images, turns))
+        Ok((encoded, pictures, turns))
     }
 
     /// Tokens of the sample.
@@ -95,10 +91,8 @@ impl Draft {
     /// Decodes the images.
     pub(crate) fn finish(self, spec: &ImageSpec) -> std::result::Result<Sample, Box<Rejected>> {
         let mut tiles = Tiles::none(spec.tile_px);
-        for DraftImage { name, bytes, grid } in &self.images {
-            let cut = decode(name, bytes, spec.max_pixels)
-                .and_then(|pixels| cut(name, &pixels, *grid, spec, &mut tiles));
-            if let Err(cause) = cut {
+        for picture in &self.pictures {
+            if let Err(cause) = picture.render(spec, &mut tiles) {
                 return Err(Box::new(Rejected { id: self.id, cause }));
             }
         }
@@ -142,14 +136,4 @@ fn find_images(raw: RawSample, names: Option<Vec<String>>) -> std::result::Resul
 
 fn base_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
-}
-
-fn plan_images(members: Vec<Member>, spec: &ImageSpec) -> std::result::Result<Vec<DraftImage>, BadSample> {
-    let count = members.len();
-    let plan = |member: Member| {
-        let (width, height) = read_size(&member.name, &member.data, spec.max_pixels)?;
-        let grid = choose_grid(width, height, count, spec.tiling, spec.tile_px);
-        Ok(DraftImage { name: member.name, bytes: member.data, grid })
-    };
-    members.into_iter().map(plan).collect()
 }

@@ -3,7 +3,7 @@
 use crate::draft::Draft;
 use crate::error::{Error, Result};
 use crate::sample::Sample;
-use crate::shard::Scanner;
+use crate::shard::SampleRef;
 use crate::source::Source;
 use crate::spec::DataSpec;
 use crate::tally::Tally;
@@ -68,10 +68,11 @@ fn visit_source<E: From<Error>>(
 ) -> std::result::Result<(), E> {
     let mut tally = Tally::default();
     let mut given = 0;
-    for (index, shard) in source.shards.iter().enumerate() {
-        let mut scanner = Scanner::open(shard, index as u32, 0, 0)?;
+    for shard in 0..source.shards.len() {
+        let mut scanner = source.open(shard)?.scan(0, 0);
         while given < limit {
-            let Some(place) = scanner.next_sample()? else { break };
+            let Some(extent) = scanner.next_sample()? else { break };
+            let place = SampleRef { shard: shard as u32, epoch: 0, extent };
             tally.seen += 1;
             match Draft::read(spec, encoder, source, place)?.and_then(|draft| draft.finish(&spec.image)) {
                 Ok(sample) => {

@@ -144,6 +144,45 @@ pub(crate) fn cut(
     Ok(())
 }
 
+/// One image of a sample: its pixels are still encoded, its number of visual tokens is known.
+#[derive(Clone, Debug)]
+pub(crate) struct Picture {
+    name: String,
+    bytes: Vec<u8>,
+    grid: Grid,
+}
+
+impl Picture {
+    /// Plans one of `count` images of a sample from its header.
+    ///
+    /// # Errors
+    /// As [`read_size`].
+    pub(crate) fn plan(
+        name: String,
+        bytes: Vec<u8>,
+        count: usize,
+        spec: &ImageSpec,
+    ) -> std::result::Result<Self, BadSample> {
+        let (width, height) = read_size(&name, &bytes, spec.max_pixels)?;
+        let grid = choose_grid(width, height, count, spec.tiling, spec.tile_px);
+        Ok(Self { name, bytes, grid })
+    }
+
+    /// Visual tokens that the model makes of it.
+    pub(crate) fn visual_tokens(&self, spec: &ImageSpec) -> usize {
+        self.grid.tiles() * spec.tokens_per_tile
+    }
+
+    /// Decodes it and appends its tiles.
+    ///
+    /// # Errors
+    /// As [`decode`].
+    pub(crate) fn render(&self, spec: &ImageSpec, tiles: &mut Tiles) -> std::result::Result<(), BadSample> {
+        let image = decode(&self.name, &self.bytes, spec.max_pixels)?;
+        cut(&self.name, &image, self.grid, spec, tiles)
+    }
+}
+
 /// A regular file's contents: a pipe or a device may never end.
 ///
 /// # Errors
@@ -166,11 +205,8 @@ pub fn load_image(path: &Path, spec: &ImageSpec) -> Result<Tiles> {
     let bytes = read_file(path)?;
     let name = path.display().to_string();
     let load = || {
-        let (width, height) = read_size(&name, &bytes, spec.max_pixels)?;
-        let grid = choose_grid(width, height, 1, spec.tiling, spec.tile_px);
-        let image = decode(&name, &bytes, spec.max_pixels)?;
         let mut tiles = Tiles::none(spec.tile_px);
-        cut(&name, &image, grid, spec, &mut tiles)?;
+        Picture::plan(name.clone(), bytes, 1, spec)?.render(spec, &mut tiles)?;
         Ok(tiles)
     };
     load().map_err(|cause| Error::Unusable { what: name.clone(), cause })

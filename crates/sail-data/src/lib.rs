@@ -35,6 +35,7 @@ mod sample;
 mod shard;
 mod source;
 mod spec;
+mod store;
 mod stream;
 mod tally;
 mod text;
@@ -52,7 +53,10 @@ pub use image::load_image;
 pub use loader::{Loaded, Loader};
 pub use preprocess::{Pixels, Preprocessor};
 pub use sample::{IGNORE, Pack, Prompt, Sample, SampleId, SamplePrompt, Tiles};
-pub use spec::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec, Tiling};
+pub use spec::{
+    Alpha, AnyResolution, CacheSpec, DataSpec, ImageSpec, ImageTokens, Layout, Length, LossWeight, MixBy,
+    PageChoice, Reencode, SourceSpec, StoreSpec, Template, TextSpec, Tiling, TooLong,
+};
 pub use stream::StreamState;
 pub use tally::Tally;
 pub use text::{Encoded, TextEncoder};

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::rng::Key;
-use crate::shard::{SampleRef, Scanner, has_samples};
+use crate::shard::{SampleRef, Scanner};
 use crate::source::Source;
 
 /// Position of one stream in one source.
@@ -66,6 +66,7 @@ pub(crate) struct Order {
 
 #[derive(Debug)]
 struct OpenUnit {
+    shard: u32,
     scanner: Scanner,
     part: u64,
 }
@@ -156,14 +157,15 @@ impl Order {
         } else {
             let unit = self.unit(epoch, place);
             let at = self.cursor.at.unwrap_or(InUnit { offset: 0, ordinal: 0 });
-            let path = &self.source.shards[unit.shard as usize];
-            OpenUnit { scanner: Scanner::open(path, unit.shard, at.offset, at.ordinal)?, part: unit.part }
+            let shard = self.source.open(unit.shard as usize)?;
+            OpenUnit { shard: unit.shard, part: unit.part, scanner: shard.scan(at.offset, at.ordinal) }
         };
         let parts = self.source.parts as u64;
         loop {
             let ours = open.scanner.ordinal() % parts == open.part;
             match open.scanner.next_sample()? {
-                Some(sample) if ours => {
+                Some(extent) if ours => {
+                    let sample = SampleRef { shard: open.shard, epoch: epoch as u32, extent };
                     let (offset, ordinal) = (open.scanner.offset(), open.scanner.ordinal());
                     self.cursor.at = Some(InUnit { offset, ordinal });
                     self.scanner = Some(open);
@@ -179,8 +181,8 @@ impl Order {
     }
 
     fn check_not_empty(&self) -> Result<()> {
-        for shard in &self.source.shards {
-            if has_samples(shard)? {
+        for shard in 0..self.source.shards.len() {
+            if self.source.open(shard)?.has_samples()? {
                 return Ok(());
             }
         }

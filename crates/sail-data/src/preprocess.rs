@@ -18,7 +18,7 @@ use std::path::Path;
 use crate::error::{BadSample, Error, Result};
 use crate::image::{Normaliser, decode, read_file, read_size, resize};
 #[cfg(test)]
-use crate::spec::{ImageSpec, Tiling};
+use crate::spec::ImageSpec;
 
 /// Pixels above which Pillow refuses to open a picture (twice its `MAX_IMAGE_PIXELS`).
 const MAX_PIXELS: u64 = 178_956_970;
@@ -104,12 +104,10 @@ impl Preprocessor {
         let bytes_to_unit = self.rescale.is_some_and(|scale| scale.to_bits() == (1.0_f64 / 255.0).to_bits());
         let Statistics { mean, std } = self.normalise?;
         (size.height == size.width && self.crop.is_none() && bytes_to_unit).then_some(ImageSpec {
-            tile_px: size.width,
-            tokens_per_tile: 1,
-            tiling: Tiling { min: 1, max: 1, thumbnail: false },
             mean,
             std,
             max_pixels: MAX_PIXELS,
+            ..ImageSpec::square(size.width, 1)
         })
     }
 

@@ -1,15 +1,19 @@
 //! A source with its shards found: patterns expanded, files there, names distinct.
 
-use webdataset::braceexpand;
-
 use crate::error::{Error, Result};
 use crate::rng::Key;
+use crate::shard::Shard;
 use crate::spec::{DataSpec, SourceSpec};
+use crate::store::Store;
 
 /// A source ready to be read.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Source {
     pub(crate) name: String,
+    /// Where its shards are read from.
+    pub(crate) store: Store,
+    /// What it is made of.
+    pub(crate) spec: SourceSpec,
     /// Shard paths, in the order of the patterns.
     pub(crate) shards: Vec<String>,
     /// Into how many parts each shard is cut, so that there is one for every stream.
@@ -27,14 +31,17 @@ impl Source {
     /// [`Error::InvalidSpec`], [`Error::Pattern`], [`Error::NoShards`], [`Error::DuplicateShard`].
     pub(crate) fn open_all(spec: &DataSpec) -> Result<Vec<Self>> {
         spec.validate()?;
+        let store = Store::new(&spec.store)?;
         let total: f64 = spec.sources.iter().map(|source| source.weight).sum();
         let mut share_end = 0.0;
         let mut sources = Vec::with_capacity(spec.sources.len());
         for source in &spec.sources {
-            let shards = find_shards(source)?;
+            let shards = find_shards(&store, source)?;
             share_end += source.weight / total;
             sources.push(Self {
                 name: source.name.clone(),
+                store: store.clone(),
+                spec: source.clone(),
                 parts: spec.streams.div_ceil(shards.len()),
                 shards,
                 share_end,
@@ -48,6 +55,14 @@ impl Source {
         Ok(sources)
     }
 
+    /// Opens shard number `shard`.
+    ///
+    /// # Errors
+    /// As [`Shard::open`].
+    pub(crate) fn open(&self, shard: usize) -> Result<Shard> {
+        Shard::open(&self.store, &self.shards[shard])
+    }
+
     /// Number of (shard, part) units in an epoch.
     pub(crate) fn units(&self) -> usize {
         self.shards.len() * self.parts
@@ -59,27 +74,11 @@ impl Source {
     }
 }
 
-/// Expands braces, then globs; every expanded pattern must match at least one file.
-fn find_shards(source: &SourceSpec) -> Result<Vec<String>> {
+/// The shards of all patterns, none of them twice.
+fn find_shards(store: &Store, source: &SourceSpec) -> Result<Vec<String>> {
     let mut shards: Vec<String> = Vec::new();
     for pattern in &source.shards {
-        let malformed =
-            |detail: String| Error::Pattern { name: source.name.clone(), pattern: pattern.clone(), detail };
-        if pattern.contains("://") {
-            return Err(malformed("only local files can be read".into()));
-        }
-        for path in braceexpand(pattern).map_err(|e| malformed(e.to_string()))? {
-            let before = shards.len();
-            for file in glob::glob(&path).map_err(|e| malformed(e.to_string()))? {
-                let file = file.map_err(|e| Error::Io { path: e.path().into(), cause: e.into() })?;
-                let file = file.into_os_string().into_string();
-                shards.push(file.map_err(|name| malformed(format!("{} is not UTF-8", name.display())))?);
-            }
-            if shards.len() == before {
-                let (name, pattern) = (source.name.clone(), pattern.clone());
-                return Err(Error::NoShards { name, pattern, missing: path });
-            }
-        }
+        shards.extend(store.find(&source.name, pattern)?);
     }
     let mut sorted: Vec<&String> = shards.iter().collect();
     sorted.sort();

@@ -1,6 +1,8 @@
 //! What a data stream is made of: sources, text and image rules. No defaults; the configuration of
 //! `sail-train` resolves those. [`DataSpec::validate`] is called by everything that takes a specification.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -10,12 +12,20 @@ use crate::error::{Error, Result};
 pub struct DataSpec {
     /// The sources, mixed by their weights.
     pub sources: Vec<SourceSpec>,
+    /// What the weights are shares of.
+    pub mix_by: MixBy,
+    /// How long the stream is.
+    pub length: Length,
     /// Number of logical streams S; pack g comes from stream g mod S.
     pub streams: usize,
     /// Seed of every order decision.
     pub seed: u64,
     /// Largest number of tokens in a pack.
     pub tokens_per_pack: usize,
+    /// Visual tokens that every pack should have, so that devices have equal work; `None` packs for fill alone.
+    pub visual_tokens_per_pack: Option<usize>,
+    /// What happens to a sample with more tokens than a pack.
+    pub too_long: TooLong,
     /// Samples held for shuffling, per stream and source; 1 keeps the order of the shards' samples.
     pub shuffle_buffer: usize,
     /// Candidate samples from which a stream fills a pack; 1 packs in order.
@@ -26,6 +36,70 @@ pub struct DataSpec {
     pub text: TextSpec,
     /// How images become tiles.
     pub image: ImageSpec,
+    /// How shards are fetched.
+    pub store: StoreSpec,
+}
+
+/// What the weights of the sources are shares of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MixBy {
+    /// Samples.
+    Samples,
+    /// Tokens, visual ones included.
+    Tokens,
+}
+
+/// How long the stream is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Length {
+    /// As long as it is read; sources begin anew.
+    Endless,
+    /// Every source is read this many times; one that ends leaves the mixture.
+    Epochs(u64),
+    /// This many samples are taken from the mixture, over all streams; bad ones count.
+    Samples(u64),
+}
+
+/// What happens to a sample with more tokens than a pack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TooLong {
+    /// The run stops.
+    Error,
+    /// It is skipped and counted.
+    Drop,
+    /// Text is cut off at its end, never an image; without an answer left it is skipped.
+    TruncateText,
+}
+
+/// How shards are fetched and kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StoreSpec {
+    /// How often a failed request is tried again.
+    pub retries: usize,
+    /// Longest time to connect, and longest silence of a server, in seconds.
+    pub timeout_secs: f64,
+    /// How far a remote shard is fetched ahead of its reader.
+    pub read_ahead_bytes: u64,
+    /// Where whole shards are kept on disk; `None`: nowhere.
+    pub cache: Option<CacheSpec>,
+}
+
+/// A folder of fetched shards.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CacheSpec {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Most bytes in it; the shards used longest ago go first.
+    pub max_bytes: u64,
+}
+
+impl Default for StoreSpec {
+    fn default() -> Self {
+        Self { retries: 5, timeout_secs: 30.0, read_ahead_bytes: 32 << 20, cache: None }
+    }
 }
 
 /// One source: a set of shards with a weight.
@@ -33,10 +107,60 @@ pub struct DataSpec {
 pub struct SourceSpec {
     /// Unique name, used in logs and counters.
     pub name: String,
-    /// Paths of tar files, with brace expansion (`{000..099}`) and globs.
+    /// Paths or URLs of shards, with brace expansion (`{000..099}`) and globs: tar files (also compressed), or JSON
+    /// lines (`.jsonl`) whose images are files.
     pub shards: Vec<String>,
+    /// Folder or URL that the image names in JSON lines begin at; `None`: the folder of the shard.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<String>,
+    /// How a sample's members become a conversation.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub layout: Layout,
+    /// What is asked in the layouts that have no questions, one of these by the sample's key; empty: the layout's own
+    /// question.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub questions: Vec<String>,
+    /// Which page of a document becomes the sample.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub page: PageChoice,
     /// Weight of the mixture, by samples; relative to the other sources.
     pub weight: f64,
+}
+
+/// How a sample's members become a conversation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// The annotation holds the turns, as `conversations` (LLaVA, InternVL) or as `messages`.
+    #[default]
+    Conversations,
+    /// img2dataset: an image and its caption (`.txt`, or `caption` in `.json`).
+    Captions,
+    /// IDL-WDS: a document's pages (multi-page TIFF) and their text (`pages` in `.json`).
+    Pages,
+    /// Energon, OBELICS: `images` and `texts`, null where the other has its turn. A text after an image is an answer.
+    Interleaved,
+}
+
+/// Which page of a document becomes the sample.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PageChoice {
+    /// The first with text.
+    #[default]
+    First,
+    /// One of those with text, another each epoch.
+    Random,
+}
+
+impl Layout {
+    /// What is asked where the layout has no questions of its own and the source gives none.
+    pub fn default_question(self) -> &'static str {
+        match self {
+            Self::Pages => "Read the text on this page.",
+            _ => "Describe this image.",
+        }
+    }
 }
 
 /// How turns become tokens.
@@ -117,21 +241,61 @@ pub struct ImageTokens {
     pub end: String,
 }
 
-/// How images become tiles.
+/// How images become pixels for the encoder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageSpec {
     /// Side of a square tile, in pixels.
     pub tile_px: usize,
     /// Visual tokens that the model makes of one tile.
     pub tokens_per_tile: usize,
-    /// How many tiles, in which layout.
+    /// How many tiles, in which layout. Not used with `any_resolution`.
     pub tiling: Tiling,
+    /// Images keep their aspect ratio and are not tiled; `None`: square tiles.
+    pub any_resolution: Option<AnyResolution>,
+    /// Most frames of a video; more are thinned out evenly.
+    pub max_frames: usize,
+    /// What becomes of transparency.
+    pub alpha: Alpha,
+    /// Whether images are turned upright as their EXIF orientation says.
+    pub exif_orientation: bool,
+    /// Compress images again before they are used, as an augmentation; `None`: never.
+    pub reencode: Option<Reencode>,
     /// Mean per channel (R, G, B) of values in [0, 1].
     pub mean: [f32; 3],
     /// Standard deviation per channel (R, G, B) of values in [0, 1].
     pub std: [f32; 3],
     /// Images with more pixels (width x height) are bad samples, refused before decoding.
     pub max_pixels: u64,
+}
+
+/// Images at their own aspect ratio.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnyResolution {
+    /// Height and width become multiples of this: patch size times the projector's merge, in pixels.
+    pub unit_px: usize,
+    /// Fewest visual tokens of an image; a smaller one is enlarged.
+    pub min_tokens: usize,
+    /// Most visual tokens of an image; a larger one is shrunk.
+    pub max_tokens: usize,
+}
+
+/// What becomes of transparency.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Alpha {
+    /// Dropped; the colours below it show, as in the published SAIL-VL code.
+    Drop,
+    /// Composited on this colour (R, G, B).
+    Over([u8; 3]),
+}
+
+/// Compression as an augmentation.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reencode {
+    /// Share of the images that are compressed again, in [0, 1].
+    pub probability: f64,
+    /// Lowest and highest JPEG quality, in 1..=100.
+    pub quality: [u8; 2],
 }
 
 /// Number of tiles per image.
@@ -145,7 +309,42 @@ pub struct Tiling {
     pub thumbnail: bool,
 }
 
+impl SourceSpec {
+    /// Conversations in these shards, with weight 1.
+    pub fn new(name: &str, shards: Vec<String>) -> Self {
+        Self {
+            name: name.to_owned(),
+            shards,
+            images: None,
+            layout: Layout::Conversations,
+            questions: Vec::new(),
+            page: PageChoice::First,
+            weight: 1.0,
+        }
+    }
+}
+
 impl DataSpec {
+    /// The sources one after the other, every sample once and whole.
+    pub fn in_order(sources: Vec<SourceSpec>, text: TextSpec, image: ImageSpec) -> Self {
+        Self {
+            sources,
+            mix_by: MixBy::Samples,
+            length: Length::Epochs(1),
+            streams: 1,
+            seed: 0,
+            tokens_per_pack: usize::MAX,
+            visual_tokens_per_pack: None,
+            too_long: TooLong::Error,
+            shuffle_buffer: 1,
+            pack_buffer: 1,
+            max_error_rate: 0.05,
+            text,
+            image,
+            store: StoreSpec::default(),
+        }
+    }
+
     /// Checks every value's range.
     ///
     /// # Errors
@@ -170,11 +369,36 @@ impl DataSpec {
         }
         let rate_ok = (0.0..1.0).contains(&self.max_error_rate);
         check(rate_ok, "max_error_rate", &self.max_error_rate, "a number in [0, 1)")?;
+        let visual = self.visual_tokens_per_pack.unwrap_or(0);
+        let expected = "at most `tokens_per_pack`";
+        check(visual <= self.tokens_per_pack, "visual_tokens_per_pack", &visual, expected)?;
+        if let Length::Epochs(n) | Length::Samples(n) = self.length {
+            check(n >= 1, "length", &n, "at least 1")?;
+        }
+        let timeout = self.store.timeout_secs;
+        check(timeout.is_finite() && timeout > 0.0, "store.timeout_secs", &timeout, "a number above 0")?;
         self.image.validate()
     }
 }
 
 impl ImageSpec {
+    /// One square tile an image, values in [0, 1], nothing optional.
+    pub fn square(tile_px: usize, tokens_per_tile: usize) -> Self {
+        Self {
+            tile_px,
+            tokens_per_tile,
+            tiling: Tiling { min: 1, max: 1, thumbnail: false },
+            any_resolution: None,
+            max_frames: 32,
+            alpha: Alpha::Drop,
+            exif_orientation: true,
+            reencode: None,
+            mean: [0.0; 3],
+            std: [1.0; 3],
+            max_pixels: 178_956_970,
+        }
+    }
+
     /// Checks every value's range.
     ///
     /// # Errors
@@ -190,6 +414,25 @@ impl ImageSpec {
         let tiling = self.tiling;
         check(tiling.max >= tiling.min, "image.tiling.max", &tiling.max, "at least `image.tiling.min`")?;
         check(self.max_pixels >= 1, "image.max_pixels", &self.max_pixels, "at least 1")?;
+        check(self.max_frames >= 1, "image.max_frames", &self.max_frames, "at least 1")?;
+        if let Some(any) = self.any_resolution {
+            check(any.unit_px >= 1, "image.any_resolution.unit_px", &any.unit_px, "at least 1")?;
+            check(any.min_tokens >= 1, "image.any_resolution.min_tokens", &any.min_tokens, "at least 1")?;
+            let expected = "at least `image.any_resolution.min_tokens`";
+            check(
+                any.max_tokens >= any.min_tokens,
+                "image.any_resolution.max_tokens",
+                &any.max_tokens,
+                expected,
+            )?;
+        }
+        if let Some(Reencode { probability, quality: [low, high] }) = self.reencode {
+            let share = (0.0..=1.0).contains(&probability);
+            check(share, "image.reencode.probability", &probability, "a number in [0, 1]")?;
+            let ordered = 1 <= low && low <= high && high <= 100;
+            let found = format!("[{low}, {high}]");
+            check(ordered, "image.reencode.quality", &found, "two numbers of 1 to 100, the lower first")?;
+        }
         for channel in 0..3 {
             let (mean, std) = (self.mean[channel], self.std[channel]);
             check(mean.is_finite(), format!("image.mean[{channel}]"), &mean, "a finite number")?;
@@ -202,6 +445,10 @@ impl ImageSpec {
         }
         Ok(())
     }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn check(

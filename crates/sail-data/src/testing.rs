@@ -8,7 +8,10 @@ use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use serde_json::json;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
-use crate::spec::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec, Tiling};
+use crate::spec::{
+    Alpha, DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec, Template,
+    TextSpec, Tiling, TooLong,
+};
 use crate::text::TextEncoder;
 
 pub(crate) const SPECIALS: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>"];
@@ -26,14 +29,14 @@ pub(crate) fn text_spec() -> TextSpec {
 /// One stream over these shards, 8 px tiles of 4 tokens.
 pub(crate) fn spec(shards: &[&str]) -> DataSpec {
     DataSpec {
-        sources: vec![SourceSpec {
-            name: "demo".into(),
-            shards: shards.iter().map(|&shard| shard.to_owned()).collect(),
-            weight: 1.0,
-        }],
+        sources: vec![SourceSpec::new("demo", shards.iter().map(|&shard| shard.to_owned()).collect())],
+        mix_by: MixBy::Samples,
+        length: Length::Endless,
         streams: 1,
         seed: 7,
         tokens_per_pack: 256,
+        visual_tokens_per_pack: None,
+        too_long: TooLong::Drop,
         shuffle_buffer: 4,
         pack_buffer: 3,
         max_error_rate: 0.5,
@@ -44,8 +47,14 @@ pub(crate) fn spec(shards: &[&str]) -> DataSpec {
             tiling: Tiling { min: 1, max: 4, thumbnail: true },
             mean: [0.5; 3],
             std: [0.5; 3],
+            any_resolution: None,
+            max_frames: 8,
+            alpha: Alpha::Drop,
+            exif_orientation: true,
+            reencode: None,
             max_pixels: 1_000_000,
         },
+        store: StoreSpec::default(),
     }
 }
 

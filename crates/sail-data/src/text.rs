@@ -132,21 +132,16 @@ impl TextEncoder {
 
     /// Tokens and labels of a conversation.
     ///
-    /// `tiles_per_image` gives the number of tiles of each image, in the order of the `<image>` marks.
+    /// `visual_tokens` gives those of each image, in the order of the `<image>` marks.
     /// Labels: the text of every answer and the `<|im_end|>` that ends it, nothing else.
     ///
     /// # Errors
     /// [`BadSample::ImageCount`] when marks and images differ, [`BadSample::Text`] when text cannot be
     /// tokenised, [`BadSample::NoAnswer`] when nothing would be learnt.
-    pub fn encode(
-        &self,
-        turns: &[Turn],
-        tiles_per_image: &[usize],
-        tokens_per_tile: usize,
-    ) -> std::result::Result<Encoded, BadSample> {
+    pub fn encode(&self, turns: &[Turn], visual_tokens: &[usize]) -> std::result::Result<Encoded, BadSample> {
         let mut out = Encoded::default();
         let mut answers = Vec::new();
-        let mut blocks = tiles_per_image.iter().map(|tiles| tiles * tokens_per_tile);
+        let mut blocks = visual_tokens.iter().copied();
         if turns.first().is_none_or(|turn| turn.role != Role::System) {
             self.append_default_system(&mut out)?;
         }
@@ -169,7 +164,7 @@ impl TextEncoder {
         }
         let unused = blocks.count();
         if unused > 0 {
-            let images = tiles_per_image.len();
+            let images = visual_tokens.len();
             return Err(BadSample::ImageCount { marks: images - unused, images });
         }
         let answer_tokens = answers.iter().map(ExactSizeIterator::len).sum();
@@ -193,18 +188,13 @@ impl TextEncoder {
     ///
     /// # Errors
     /// [`Error::Unusable`] when the marks in the question are not as many as the images.
-    pub fn prompt(
-        &self,
-        question: &str,
-        tiles_per_image: &[usize],
-        tokens_per_tile: usize,
-    ) -> Result<Prompt> {
+    pub fn prompt(&self, question: &str, visual_tokens: &[usize]) -> Result<Prompt> {
         let build = || {
             let mut turns = [Turn { role: Role::User, text: question.to_owned() }];
-            place_marks(&mut turns, tiles_per_image.len())?;
+            place_marks(&mut turns, visual_tokens.len())?;
             let mut out = Encoded::default();
             self.append_default_system(&mut out)?;
-            let mut blocks = tiles_per_image.iter().map(|tiles| tiles * tokens_per_tile);
+            let mut blocks = visual_tokens.iter().copied();
             self.append_user(&mut out, &turns[0].text, &mut blocks)?;
             out.ids.push(self.structure.turn_start);
             out.ids.extend(&self.assistant_header);

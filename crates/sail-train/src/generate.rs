@@ -44,8 +44,9 @@ pub fn answer(trained: &Trained, question: &Question, show: &mut dyn FnMut(&str)
     for image in question.images {
         tiles.push(load_image(image, &trained.image)?);
     }
-    let counts: Vec<usize> = tiles.iter().map(|tiles: &Tiles| tiles.n).collect();
-    let prompt = trained.encoder.prompt(question.prompt, &counts, trained.image.tokens_per_tile)?;
+    let per_tile = trained.image.tokens_per_tile;
+    let visual_tokens: Vec<usize> = tiles.iter().map(|tiles: &Tiles| tiles.n * per_tile).collect();
+    let prompt = trained.encoder.prompt(question.prompt, &visual_tokens)?;
     let prompt = Prompt {
         ids: prompt.ids,
         images: tiles.iter().flat_map(|tiles| to_images(tiles, trained.device)).collect(),

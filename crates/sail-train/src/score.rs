@@ -43,17 +43,9 @@ struct Score {
 /// # Errors
 /// Those of reading the shards and of running the model, and when `out` cannot be written.
 pub fn score(trained: &Trained, shards: &[String], out: &Path) -> Result<u64> {
-    let spec = DataSpec {
-        sources: vec![SourceSpec { name: "data".into(), shards: shards.to_vec(), weight: 1.0 }],
-        streams: 1,
-        seed: 0,
-        tokens_per_pack: usize::MAX,
-        shuffle_buffer: 1,
-        pack_buffer: 1,
-        max_error_rate: MAX_ERROR_RATE,
-        text: trained.text.clone(),
-        image: trained.image.clone(),
-    };
+    let sources = vec![SourceSpec::new("data", shards.to_vec())];
+    let in_order = DataSpec::in_order(sources, trained.text.clone(), trained.image.clone());
+    let spec = DataSpec { max_error_rate: MAX_ERROR_RATE, ..in_order };
     let inputs: Vec<PathBuf> = shard_paths(&spec)?.into_iter().map(PathBuf::from).collect();
     output::check(out, &inputs)?;
     let mut scored = 0;

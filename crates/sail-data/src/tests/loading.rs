@@ -43,11 +43,8 @@ fn mixed_spec(dir: &Path) -> DataSpec {
     }
     let path = dir.join("images.tar");
     std::fs::write(&path, tar(&members)).unwrap();
-    spec.sources.push(SourceSpec {
-        name: "images".into(),
-        shards: vec![path.display().to_string()],
-        weight: 0.5,
-    });
+    let images = SourceSpec::new("images", vec![path.display().to_string()]);
+    spec.sources.push(SourceSpec { weight: 0.5, ..images });
     spec.streams = 3;
     spec.max_error_rate = 0.9;
     spec
@@ -173,7 +170,7 @@ fn sources_are_mixed_by_weight() {
     let dir = tempfile::tempdir().unwrap();
     let mut spec = shards_spec(dir.path(), &[10, 10]);
     let second = spec.sources[0].shards.pop().unwrap();
-    spec.sources.push(SourceSpec { name: "second".into(), shards: vec![second], weight: 3.0 });
+    spec.sources.push(SourceSpec { weight: 3.0, ..SourceSpec::new("second", vec![second]) });
     spec.streams = 2;
     let mut loader = loader(&spec, 2);
     take(&mut loader, 300);
@@ -210,7 +207,9 @@ fn epoch_counts(spec: &DataSpec, epochs: u64) -> Vec<BTreeMap<(u32, u64), usize>
             if order.cursor().epoch() >= epochs {
                 break;
             }
-            *counts[order.cursor().epoch() as usize].entry((sample.shard, sample.offset)).or_default() += 1;
+            *counts[order.cursor().epoch() as usize]
+                .entry((sample.shard, sample.extent.offset))
+                .or_default() += 1;
         }
     }
     counts

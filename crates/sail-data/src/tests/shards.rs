@@ -4,7 +4,9 @@ use std::io::Write;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::shard::{RawSample, SampleRef, Scanner};
+use crate::shard::{Extent, RawSample, Shard};
+use crate::spec::StoreSpec;
+use crate::store::Store;
 use crate::testing::tar;
 
 fn write(dir: &Path, bytes: &[u8]) -> String {
@@ -13,8 +15,12 @@ fn write(dir: &Path, bytes: &[u8]) -> String {
     path.display().to_string()
 }
 
-fn scan(path: &str) -> Result<Vec<SampleRef>> {
-    let mut scanner = Scanner::open(path, 3, 0, 0)?;
+fn open(path: &str) -> Result<Shard> {
+    Shard::open(&Store::new(&StoreSpec::default())?, path)
+}
+
+fn scan(path: &str) -> Result<Vec<Extent>> {
+    let mut scanner = open(path)?.scan(0, 0);
     let mut samples = Vec::new();
     while let Some(sample) = scanner.next_sample()? {
         samples.push(sample);
@@ -40,13 +46,14 @@ fn adjacent_members_with_one_key_are_a_sample() {
     let dir = tempfile::tempdir().unwrap();
     let path = write(dir.path(), &archive());
     let samples = scan(&path).unwrap();
-    let read: Vec<RawSample> = samples.iter().map(|&place| RawSample::read(&path, place).unwrap()).collect();
+    let read: Vec<RawSample> =
+        samples.iter().map(|&place| open(&path).unwrap().read(place).unwrap()).collect();
     let keys: Vec<&str> = read.iter().map(|sample| sample.key.as_str()).collect();
     assert_eq!(keys, ["d/a", "d.x/b", "a"]);
     let suffixes: Vec<&str> = read[0].members.iter().map(|member| member.suffix.as_str()).collect();
     assert_eq!(suffixes, ["json", "img1.jpg", "img2.jpg"]);
     assert_eq!(read[0].member("img2.jpg").unwrap().data, b"second");
-    assert_eq!((samples[0].shard, samples[0].offset % 512, samples[0].bytes % 512), (3, 0, 0));
+    assert_eq!((samples[0].offset % 512, samples[0].bytes % 512), (0, 0));
 }
 
 #[test]
@@ -54,10 +61,10 @@ fn a_scan_goes_on_from_any_sample() {
     let dir = tempfile::tempdir().unwrap();
     let path = write(dir.path(), &archive());
     let all = scan(&path).unwrap();
-    let mut scanner = Scanner::open(&path, 3, 0, 0).unwrap();
+    let mut scanner = open(&path).unwrap().scan(0, 0);
     for (done, _) in all.iter().enumerate() {
         assert_eq!(scanner.ordinal(), done as u64);
-        let mut resumed = Scanner::open(&path, 3, scanner.offset(), scanner.ordinal()).unwrap();
+        let mut resumed = open(&path).unwrap().scan(scanner.offset(), scanner.ordinal());
         for expected in &all[done..] {
             assert_eq!(resumed.next_sample().unwrap(), Some(*expected));
         }
@@ -82,7 +89,7 @@ fn archives_written_by_the_library_are_read() {
     writer.close().unwrap();
     let samples = scan(&path).unwrap();
     assert_eq!(samples.len(), 2);
-    let second = RawSample::read(&path, samples[1]).unwrap();
+    let second = open(&path).unwrap().read(samples[1]).unwrap();
     assert_eq!(second.key, long_key);
     assert_eq!(second.member("png").unwrap().data, [7_u8; 3000]);
 }
@@ -141,8 +148,8 @@ fn a_shard_that_changed_under_a_reference_is_an_error() {
     let path = write(dir.path(), &archive());
     let place = scan(&path).unwrap()[0];
     write(dir.path(), &archive()[..700]);
-    assert!(matches!(RawSample::read(&path, place), Err(Error::BrokenShard { .. })));
-    let wrong = SampleRef { bytes: place.bytes * 2, ..place };
+    assert!(matches!(open(&path).unwrap().read(place), Err(Error::BrokenShard { .. })));
+    let wrong = Extent { bytes: place.bytes * 2, ..place };
     write(dir.path(), &archive());
-    assert!(matches!(RawSample::read(&path, wrong), Err(Error::BrokenShard { .. })));
+    assert!(matches!(open(&path).unwrap().read(wrong), Err(Error::BrokenShard { .. })));
 }

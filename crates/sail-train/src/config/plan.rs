@@ -6,7 +6,10 @@
 
 use std::path::PathBuf;
 
-use sail_data::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec, Tiling};
+use sail_data::{
+    DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec, Template, TextSpec,
+    Tiling, TooLong,
+};
 use serde::{Deserialize, Serialize};
 
 use sail_model::projector::ProjectorConfig;
@@ -250,9 +253,13 @@ impl Plan {
         let data = self.data.clone();
         DataSpec {
             sources: sources.to_vec(),
+            mix_by: MixBy::Samples,
+            length: Length::Endless,
             streams: data.streams,
             seed: self.run.seed,
             tokens_per_pack: self.batch.tokens_per_pack,
+            visual_tokens_per_pack: None,
+            too_long: TooLong::Drop,
             shuffle_buffer: data.shuffle_buffer,
             pack_buffer: data.pack_buffer,
             max_error_rate: data.max_error_rate,
@@ -263,13 +270,13 @@ impl Plan {
                 loss_weight: data.loss_weight,
             },
             image: ImageSpec {
-                tile_px: self.model.vision.image_px,
-                tokens_per_tile,
                 tiling: data.tiling,
                 mean: data.mean.map(|value| value as f32),
                 std: data.std.map(|value| value as f32),
                 max_pixels: data.max_pixels,
+                ..ImageSpec::square(self.model.vision.image_px, tokens_per_tile)
             },
+            store: StoreSpec::default(),
         }
     }
 }

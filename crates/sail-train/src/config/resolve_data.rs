@@ -143,5 +143,5 @@ fn source(checker: &mut Checker<'_>, path: &str, raw: RawSource) -> Option<Sourc
     if shards.is_empty() || shards.iter().any(String::is_empty) {
         checker.invalid(&format!("{path}.shards"), "must name at least one path, none of them empty");
     }
-    Some(SourceSpec { name, shards, weight: raw.weight })
+    Some(SourceSpec { weight: raw.weight, ..SourceSpec::new(&name, shards) })
 }

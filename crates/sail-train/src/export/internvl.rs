@@ -148,12 +148,11 @@ pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
     let px = config.vision.image_size() as usize;
     let max = if tiles.tiled { tiles.max } else { 1 };
     let image = ImageSpec {
-        tile_px: px,
-        tokens_per_tile: config.visual_tokens(px as i64, px as i64)? as usize,
         tiling: Tiling { min: tiles.min.min(max), max, thumbnail: true },
         mean,
         std,
         max_pixels: super::MAX_PIXELS,
+        ..ImageSpec::square(px, config.visual_tokens(px as i64, px as i64)? as usize)
     };
     let text = keys.text.spec(&file)?;
     super::open_parts(path, &config, parts, image, text, device)

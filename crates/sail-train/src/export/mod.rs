@@ -204,7 +204,7 @@ fn sample_losses(model: &Vlm, encoder: &TextEncoder, image: &ImageSpec) -> Resul
     let turns = [(Role::User, "<image>\nWhat is this?"), (Role::Assistant, "A pattern of colours.")];
     let turns = turns.map(|(role, text)| Turn { role, text: text.to_owned() });
     let unusable = |cause| sail_data::Error::Unusable { what: "the sample conversation".into(), cause };
-    let encoded = encoder.encode(&turns, &[1], image.tokens_per_tile).map_err(unusable)?;
+    let encoded = encoder.encode(&turns, &[image.tokens_per_tile]).map_err(unusable)?;
     let rows = encoded.ids.len() as i64;
     let batch = Batch {
         ids_t: Tensor::from_slice(&encoded.ids),

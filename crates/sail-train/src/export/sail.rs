@@ -141,8 +141,6 @@ pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
     let (mean, std) = super::mean_and_std(&path.join("preprocessor_config.json"))?;
     let dynamic = keys.dynamic_image_size;
     let image = ImageSpec {
-        tile_px: px,
-        tokens_per_tile: config.visual_tokens(px as i64, px as i64)? as usize,
         tiling: Tiling {
             min: if dynamic { keys.min_dynamic_patch } else { 1 },
             max: if dynamic { keys.max_dynamic_patch } else { 1 },
@@ -151,6 +149,7 @@ pub(crate) fn read(path: &Path, device: Device) -> Result<Trained> {
         mean,
         std,
         max_pixels: super::MAX_PIXELS,
+        ..ImageSpec::square(px, config.visual_tokens(px as i64, px as i64)? as usize)
     };
     let text = keys.text.spec(&file)?;
     super::open_parts(path, &config, parts, image, text, device)

@@ -1,49 +1,24 @@
-//! One tar shard: where its samples lie, and the members of one sample at its offset.
+//! Tar shards: where their samples lie, and the members of one sample.
 //!
-//! The archive format itself is read by `webdataset`. What is added here is the position: a [`Scanner`]
+//! The archive format itself is read by `webdataset`. What is added here is the position: a [`TarScanner`]
 //! walks the headers of a shard and yields the byte range of each sample, from any sample's offset on; the
-//! payloads are not read for that.
+//! payloads of a local shard are not read for that.
 
-use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{Error as IoError, ErrorKind, Read};
+use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use webdataset::core::utils::{base_plus_ext, is_shard_metadata};
 use webdataset::shard::TarEntries;
 
-use crate::error::{BadSample, Error, Result};
+use super::{Extent, Member, RawSample};
+use crate::error::{Error, Result};
+use crate::store::Blob;
 
 const BLOCK: usize = 512;
 
-/// One sample's place: a shard of its source, and a byte range in it. Stored as `[shard, offset, bytes]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(from = "(u32, u64, u64)", into = "(u32, u64, u64)")]
-pub(crate) struct SampleRef {
-    /// Index of the shard in its source.
-    pub(crate) shard: u32,
-    /// Where the header of its first member begins.
-    pub(crate) offset: u64,
-    /// Bytes up to the end of its last member's padding.
-    pub(crate) bytes: u64,
-}
-
-impl From<(u32, u64, u64)> for SampleRef {
-    fn from((shard, offset, bytes): (u32, u64, u64)) -> Self {
-        Self { shard, offset, bytes }
-    }
-}
-
-impl From<SampleRef> for (u32, u64, u64) {
-    fn from(place: SampleRef) -> Self {
-        (place.shard, place.offset, place.bytes)
-    }
-}
-
-/// Yields the byte ranges of the samples of one shard, in order.
+/// Yields the extents of the samples of one archive, in order.
 #[derive(Debug)]
-pub(crate) struct Scanner {
-    path: String,
-    shard: u32,
+pub(super) struct TarScanner {
     archive: Skim,
     /// The member read last, which begins the next sample.
     ahead: Option<Span>,
@@ -58,14 +33,10 @@ struct Span {
     end: u64,
 }
 
-impl Scanner {
-    /// Opens shard number `shard` of a source at the offset of its sample number `ordinal`.
-    ///
-    /// # Errors
-    /// [`Error::Io`] when the file cannot be opened, [`Error::CompressedShard`] when it is no plain tar.
-    pub(crate) fn open(path: &str, shard: u32, offset: u64, ordinal: u64) -> Result<Self> {
-        let archive = Skim::open(path, offset)?;
-        Ok(Self { path: path.to_owned(), shard, archive, ahead: None, ordinal })
+impl TarScanner {
+    /// Goes on at the offset of sample number `ordinal`.
+    pub(super) fn new(blob: Arc<Blob>, offset: u64, ordinal: u64) -> Self {
+        Self { archive: Skim::new(blob, offset), ahead: None, ordinal }
     }
 
     /// Where the next sample begins, or the search for it goes on.
@@ -82,7 +53,7 @@ impl Scanner {
     ///
     /// # Errors
     /// [`Error::BrokenShard`] when the archive is truncated or not a tar.
-    pub(crate) fn next_sample(&mut self) -> Result<Option<SampleRef>> {
+    pub(crate) fn next_sample(&mut self) -> Result<Option<Extent>> {
         let first = match self.ahead.take() {
             Some(member) => member,
             None => match self.next_member()? {
@@ -99,15 +70,15 @@ impl Scanner {
             end = member.end;
         }
         self.ordinal += 1;
-        Ok(Some(SampleRef { shard: self.shard, offset: first.start, bytes: end - first.start }))
+        Ok(Some(Extent { offset: first.start, bytes: end - first.start }))
     }
 
     /// The next regular member that belongs to a sample.
     fn next_member(&mut self) -> Result<Option<Span>> {
         loop {
             let start = self.archive.position;
-            let broken =
-                |detail: String| Error::BrokenShard { shard: self.path.clone(), offset: start, detail };
+            let shard = self.archive.blob.location().to_owned();
+            let broken = |detail: String| Error::BrokenShard { shard, offset: start, detail };
             // Every call reads whole members, so the parser needs no memory between calls.
             match TarEntries::new(&mut self.archive).next() {
                 Some(Ok(entry)) if is_shard_metadata(&entry.name) => {}
@@ -134,8 +105,7 @@ impl Scanner {
 /// That makes walking the headers cheap while the parser still sees a well-formed archive.
 #[derive(Debug)]
 struct Skim {
-    file: BufReader<File>,
-    length: u64,
+    blob: Arc<Blob>,
     /// Bytes handed out so far, counted from the beginning of the file.
     position: u64,
     /// Whether the last header block was the zero block that ends an archive.
@@ -156,40 +126,30 @@ enum Payload {
 }
 
 impl Skim {
-    fn open(path: &str, offset: u64) -> Result<Self> {
-        let io = |cause| Error::Io { path: path.into(), cause };
-        let mut file = File::open(path).map_err(io)?;
-        let length = file.metadata().map_err(io)?.len();
-        let mut magic = Vec::new();
-        file.by_ref().take(4).read_to_end(&mut magic).map_err(io)?;
-        if let Some(codec) = compression(&magic) {
-            return Err(Error::CompressedShard { shard: path.to_owned(), codec });
-        }
-        file.seek(SeekFrom::Start(offset)).map_err(io)?;
-        Ok(Self {
-            file: BufReader::with_capacity(4096, file),
-            length,
+    fn new(blob: Arc<Blob>, offset: u64) -> Self {
+        Self {
+            blob,
             position: offset,
             at_end_mark: false,
             header: [0; BLOCK],
             header_used: BLOCK,
             payload: Payload::Hidden(0),
-        })
+        }
     }
 
     /// Reads the next header block; false at the end of the file.
     fn begin_block(&mut self) -> std::io::Result<bool> {
-        let left = self.length.saturating_sub(self.position).min(BLOCK as u64) as usize;
+        let left = self.blob.len().saturating_sub(self.position).min(BLOCK as u64) as usize;
         if left == 0 {
             return Ok(false);
         }
         if left < BLOCK {
-            return Err(std::io::Error::new(
-                std::io::ErrorKind::UnexpectedEof,
+            return Err(IoError::new(
+                ErrorKind::UnexpectedEof,
                 format!("the file ends after {left} bytes of a header of {BLOCK}"),
             ));
         }
-        self.file.read_exact(&mut self.header)?;
+        self.blob.read_exact_at(self.position, &mut self.header)?;
         self.at_end_mark = self.header.iter().all(|&byte| byte == 0);
         self.header_used = 0;
         let size = payload_bytes(&self.header).div_ceil(BLOCK as u64).saturating_mul(BLOCK as u64);
@@ -215,16 +175,15 @@ impl Read for Skim {
                 return if self.begin_block()? { self.read(buf) } else { Ok(0) };
             }
             Payload::Hidden(left) => {
-                let there = self.length.saturating_sub(self.position);
+                let there = self.blob.len().saturating_sub(self.position);
                 let n = (buf.len() as u64).min(left).min(there) as usize;
                 buf[..n].fill(0);
-                self.file.seek_relative(n as i64)?;
                 self.payload = Payload::Hidden(left - n as u64);
                 n
             }
             Payload::Shown(left) => {
                 let wanted = (buf.len() as u64).min(left) as usize;
-                let n = self.file.read(&mut buf[..wanted])?;
+                let n = self.blob.read_at(self.position, &mut buf[..wanted])?;
                 self.payload = Payload::Shown(left - n as u64);
                 n
             }
@@ -245,6 +204,19 @@ fn payload_bytes(header: &[u8; BLOCK]) -> u64 {
     digits.fold(0, |size, &digit| size * 8 + u64::from(digit - b'0'))
 }
 
+/// Refuses a compressed archive, in which samples have no offsets.
+///
+/// # Errors
+/// [`Error::CompressedShard`], [`Error::Io`].
+pub(super) fn check_plain(blob: &Blob) -> Result<()> {
+    let mut magic = [0; 4];
+    let n = blob.read_at(0, &mut magic).map_err(|cause| Error::Io { path: blob.location().into(), cause })?;
+    match compression(&magic[..n]) {
+        Some(codec) => Err(Error::CompressedShard { shard: blob.location().to_owned(), codec }),
+        None => Ok(()),
+    }
+}
+
 fn compression(magic: &[u8]) -> Option<&'static str> {
     match magic {
         [0x1f, 0x8b, ..] => Some("gzip"),
@@ -255,69 +227,33 @@ fn compression(magic: &[u8]) -> Option<&'static str> {
     }
 }
 
-/// One member of a sample.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Member {
-    pub(crate) name: String,
-    /// Everything after the first dot of the base name, in lower case.
-    pub(crate) suffix: String,
-    pub(crate) data: Vec<u8>,
-}
-
-/// The members of one sample.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct RawSample {
-    pub(crate) key: String,
-    pub(crate) members: Vec<Member>,
-}
-
-impl RawSample {
-    /// Reads the sample at `place` of the shard `path`.
-    ///
-    /// # Errors
-    /// [`Error::Io`] and [`Error::BrokenShard`], also when the file has changed since it was scanned.
-    pub(crate) fn read(path: &str, place: SampleRef) -> Result<Self> {
-        let io = |cause| Error::Io { path: path.into(), cause };
-        let broken =
-            |detail: String| Error::BrokenShard { shard: path.to_owned(), offset: place.offset, detail };
-        let mut file = File::open(path).map_err(io)?;
-        file.seek(SeekFrom::Start(place.offset)).map_err(io)?;
-        let mut bytes = Vec::with_capacity(place.bytes.min(1 << 30) as usize);
-        file.take(place.bytes).read_to_end(&mut bytes).map_err(io)?;
-        let mut found: Option<Self> = None;
-        for entry in TarEntries::new(bytes.as_slice()) {
-            let entry = entry.map_err(|error| broken(error.to_string()))?;
-            let Some((key, suffix)) = base_plus_ext(&entry.name).filter(|_| !is_shard_metadata(&entry.name))
-            else {
-                continue;
-            };
-            let sample = found.get_or_insert_with(|| Self { key: key.to_owned(), members: Vec::new() });
-            if sample.key != key {
-                return Err(broken(format!("found the key `{key}` inside the sample `{}`", sample.key)));
-            }
-            let suffix = suffix.to_ascii_lowercase();
-            sample.members.push(Member { name: entry.name, suffix, data: entry.data });
+/// Reads the sample at `place`.
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::BrokenShard`], also when the file has changed since it was scanned.
+pub(super) fn read_sample(blob: &Blob, place: Extent) -> Result<RawSample> {
+    let broken = |detail: String| Error::BrokenShard {
+        shard: blob.location().to_owned(),
+        offset: place.offset,
+        detail,
+    };
+    let bytes = blob.read(place.offset, place.bytes).map_err(|error| match error.kind() {
+        ErrorKind::UnexpectedEof => broken(error.to_string()),
+        _ => Error::Io { path: blob.location().into(), cause: error },
+    })?;
+    let mut found: Option<RawSample> = None;
+    for entry in TarEntries::new(bytes.as_slice()) {
+        let entry = entry.map_err(|error| broken(error.to_string()))?;
+        let Some((key, suffix)) = base_plus_ext(&entry.name).filter(|_| !is_shard_metadata(&entry.name))
+        else {
+            continue;
+        };
+        let sample = found.get_or_insert_with(|| RawSample { key: key.to_owned(), members: Vec::new() });
+        if sample.key != key {
+            return Err(broken(format!("found the key `{key}` inside the sample `{}`", sample.key)));
         }
-        found.ok_or_else(|| broken("there is no sample".into()))
+        let suffix = suffix.to_ascii_lowercase();
+        sample.members.push(Member { name: entry.name, suffix, data: entry.data });
     }
-
-    /// The member with this suffix.
-    pub(crate) fn member(&self, suffix: &str) -> Option<&Member> {
-        self.members.iter().find(|member| member.suffix == suffix)
-    }
-
-    /// Refuses a sample with two members of the same suffix.
-    pub(crate) fn check_unique(&self) -> std::result::Result<(), BadSample> {
-        for (index, member) in self.members.iter().enumerate() {
-            if self.members[..index].iter().any(|other| other.suffix == member.suffix) {
-                return Err(BadSample::DuplicateMember { name: member.name.clone() });
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether any sample lies in the shard.
-pub(crate) fn has_samples(path: &str) -> Result<bool> {
-    Ok(Scanner::open(path, 0, 0, 0)?.next_sample()?.is_some())
+    found.ok_or_else(|| broken("there is no sample".into()))
 }
