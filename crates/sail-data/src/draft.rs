@@ -5,19 +5,22 @@
 
 use crate::annotation::{Annotation, Turn, place_marks};
 use crate::error::{BadSample, Result};
-use crate::image::Picture;
-use crate::sample::{Sample, SampleId, Tiles};
+use crate::image::{Picture, Share};
+use crate::rng::Key;
+use crate::sample::{Images, Sample, SampleId};
 use crate::shard::{Member, RawSample, SampleRef};
 use crate::source::Source;
 use crate::spec::{DataSpec, ImageSpec};
 use crate::text::{Encoded, TextEncoder};
 
-const IMAGE_SUFFIXES: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
+const IMAGE_SUFFIXES: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "bmp"];
 
 /// A sample whose length is known and whose images are not decoded yet.
 #[derive(Clone, Debug)]
 pub(crate) struct Draft {
     pub(crate) id: SampleId,
+    /// Random draws that belong to this sample in this epoch.
+    key: Key,
     encoded: Encoded,
     pictures: Vec<Picture>,
     turns: Vec<Turn>,
@@ -53,8 +56,9 @@ impl Draft {
         let shard = &source.shards[place.shard as usize];
         let raw = source.open(place.shard as usize)?.read(place.extent)?;
         let id = SampleId { source: source.name.clone(), shard: shard.clone(), key: raw.key.clone() };
+        let key = Key::new(spec.seed).with_name("sample").with_name(&id.key).with(u64::from(place.epoch));
         Ok(match Self::parse(spec, encoder, raw) {
-            Ok((encoded, pictures, turns)) => Ok(Self { id, encoded, pictures, turns }),
+            Ok((encoded, pictures, turns)) => Ok(Self { id, key, encoded, pictures, turns }),
             Err(cause) => Err(Box::new(Rejected { id, cause })),
         })
     }
@@ -70,7 +74,8 @@ impl Draft {
         let members = find_images(raw, images)?;
         place_marks(&mut turns, members.len())?;
         let count = members.len();
-        let plan = |Member { name, data, .. }| Picture::plan(name, data, count, &spec.image);
+        let plan =
+            |Member { name, data, .. }| Picture::plan(name, data.into(), 0, Share::OneOf(count), &spec.image);
         let pictures =
             members.into_iter().map(plan).collect::<std::result::Result<Vec<Picture>, BadSample>>()?;
         let visual_tokens: Vec<usize> =
@@ -90,14 +95,14 @@ impl Draft {
 
     /// Decodes the images.
     pub(crate) fn finish(self, spec: &ImageSpec) -> std::result::Result<Sample, Box<Rejected>> {
-        let mut tiles = Tiles::none(spec.tile_px);
+        let mut images = Images::default();
         for picture in &self.pictures {
-            if let Err(cause) = picture.render(spec, &mut tiles) {
+            if let Err(cause) = picture.render(spec, self.key, &mut images) {
                 return Err(Box::new(Rejected { id: self.id, cause }));
             }
         }
         let Encoded { ids, targets, weights, image_rows } = self.encoded;
-        Ok(Sample { id: self.id, ids, targets, weights, tiles, image_rows, turns: self.turns })
+        Ok(Sample { id: self.id, ids, targets, weights, images, image_rows, turns: self.turns })
     }
 }
 

@@ -25,7 +25,6 @@ mod draft;
 mod error;
 mod heldout;
 mod image;
-mod jpeg;
 mod loader;
 mod order;
 mod packer;
@@ -52,7 +51,7 @@ pub use heldout::{check_sources, for_each_sample, read_samples, shard_paths};
 pub use image::load_image;
 pub use loader::{Loaded, Loader};
 pub use preprocess::{Pixels, Preprocessor};
-pub use sample::{IGNORE, Pack, Prompt, Sample, SampleId, SamplePrompt, Tiles};
+pub use sample::{IGNORE, Images, Pack, Prompt, Sample, SampleId, SamplePrompt};
 pub use spec::{
     Alpha, AnyResolution, CacheSpec, DataSpec, ImageSpec, ImageTokens, Layout, Length, LossWeight, MixBy,
     PageChoice, Reencode, SourceSpec, StoreSpec, Template, TextSpec, Tiling, TooLong,

@@ -1,22 +1,23 @@
 //! The preprocessing that a published vision folder describes: its `preprocessor_config.json`, applied.
 //!
 //! For pictures of users, one at a time, as transformers' image processors treat them. Training data does
-//! not come through here: its tiles follow an [`ImageSpec`]. `config` reads the file, `pillow` resizes; this module
-//! decodes, crops, rescales and normalises.
+//! not come through here: its tiles follow an `ImageSpec`. `config` reads the file; decoding and resizing are those
+//! of training (`image`), which equal Pillow's to the last bit; this module crops, rescales and normalises.
 //!
 //! The reference is the Pillow backend of transformers 5.17 (`image_processing_backends.py`, `PilBackend`)
 //! with Pillow 13. Its torchvision backend, the default where torchvision is installed, resizes a little
 //! differently.
-//! Decoding is that of the rest of the crate: RGB8, alpha dropped, no EXIF orientation; so pictures become
-//! RGB whatever `do_convert_rgb` says.
+//! Pictures become RGB8 whatever `do_convert_rgb` says; alpha is dropped and EXIF orientation is not applied.
 
 mod config;
-mod pillow;
 
 use std::path::Path;
 
 use crate::error::{BadSample, Error, Result};
-use crate::image::{Normaliser, decode, read_file, read_size, resize};
+use crate::image::{
+    Filter, Header, Normaliser, Resized, Size, Treatment, decode, read_file, resize, size_of,
+};
+use crate::spec::Alpha;
 #[cfg(test)]
 use crate::spec::ImageSpec;
 
@@ -48,25 +49,10 @@ pub struct Preprocessor {
     normalise: Option<Statistics>,
 }
 
-/// In pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Size {
-    height: usize,
-    width: usize,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Resize {
     target: Target,
-    method: Method,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Method {
-    /// As Pillow 13 does.
-    Pillow(pillow::Filter),
-    /// Bicubic, as training does it (`image.rs`), so that an exported encoder sees the pixels it learnt from.
-    Training,
+    filter: Filter,
 }
 
 /// The size after resizing.
@@ -94,11 +80,11 @@ impl Preprocessor {
         config::read(path)
     }
 
-    /// The data specification that makes the very same pixels as one tile, for what `sail-train` exports: a
-    /// bicubic resize to a square without a crop, / 255, normalised. `None` for anything else.
+    /// The data specification that makes the very same pixels as one tile: a bicubic resize to a square without
+    /// a crop, / 255, normalised, which is what `sail-train` exports. `None` for anything else.
     #[cfg(test)]
     pub(crate) fn image_spec(&self) -> Option<ImageSpec> {
-        let Resize { target: Target::Exact(size), method: Method::Training } = self.resize? else {
+        let Resize { target: Target::Exact(size), filter: Filter::Bicubic } = self.resize? else {
             return None;
         };
         let bytes_to_unit = self.rescale.is_some_and(|scale| scale.to_bits() == (1.0_f64 / 255.0).to_bits());
@@ -106,12 +92,13 @@ impl Preprocessor {
         (size.height == size.width && self.crop.is_none() && bytes_to_unit).then_some(ImageSpec {
             mean,
             std,
+            exif_orientation: false,
             max_pixels: MAX_PIXELS,
             ..ImageSpec::square(size.width, 1)
         })
     }
 
-    /// Preprocesses the bytes of a JPEG, PNG or WebP file; `name` is for messages.
+    /// Preprocesses the bytes of an image file; `name` is for messages.
     ///
     /// # Errors
     /// [`Error::Unusable`] when it is no usable picture, or would become one of too many pixels.
@@ -130,28 +117,27 @@ impl Preprocessor {
 
     fn process(&self, name: &str, bytes: &[u8]) -> std::result::Result<Pixels, BadSample> {
         let bad = |detail: String| BadSample::BadImage { image: name.to_owned(), detail };
-        let (width, height) = read_size(name, bytes, MAX_PIXELS)?;
-        let source = Size { height: height as usize, width: width as usize };
+        let header = Header::read(name, bytes, 0, MAX_PIXELS)?;
+        let source = header.size(false);
         let resized = self.resize.map_or(source, |resize| resize.target.of(source));
-        // Between the two passes a picture may be as wide as the target and as high as the source.
-        let most = resized.width as u64 * source.height.max(resized.height) as u64;
-        if most > MAX_PIXELS {
+        if resized.area() as u64 > MAX_PIXELS {
             let Size { height, width } = resized;
             return Err(bad(format!(
                 "resizing it to {width}x{height} takes more than the limit of {MAX_PIXELS} pixels"
             )));
         }
-        let image = decode(name, bytes, MAX_PIXELS)?;
-        let mut rgb = match self.resize.map(|resize| resize.method) {
-            Some(Method::Training) => resize(&image, resized.width, resized.height).map_err(bad)?,
-            Some(Method::Pillow(filter)) => pillow::resize(image.into_raw(), source, resized, filter),
-            None => image.into_raw(),
-        };
+        let treatment = Treatment { alpha: Alpha::Drop, turn: false, max_pixels: MAX_PIXELS };
+        let image = decode(name, bytes, 0, &header, treatment)?;
+        // Without a resize too, because it makes planes.
+        let filter = self.resize.map_or(Filter::Bicubic, |resize| resize.filter);
+        let mut image = resize(image.as_raw(), size_of(&image), resized, filter);
         let size = self.crop.unwrap_or(resized);
         if size != resized {
-            rgb = center_crop(&rgb, resized, size);
+            image = Resized::new(center_crop(&image.into_planes(), resized, size), size);
         }
-        Ok(Pixels { height: size.height, width: size.width, pixels: self.normaliser().planes(&rgb) })
+        let mut pixels = Vec::new();
+        self.normaliser().push(&mut pixels, &image, (0, 0), size);
+        Ok(Pixels { height: size.height, width: size.width, pixels })
     }
 
     /// Rescaling in f64 and rounding to fp32, then (value - mean) / std in fp32, as transformers does.
@@ -184,22 +170,23 @@ impl Target {
     }
 }
 
-/// The middle `size` of an RGB image of size `source`, with black around it where it is smaller.
+/// The middle `size` of planes of size `source`, with black around it where it is smaller.
 ///
 /// Half a pixel too many is cut off at the bottom and right, half a pixel missing is added at the top and
 /// left: `center_crop` of transformers' `image_transforms.py`.
-fn center_crop(rgb: &[u8], source: Size, size: Size) -> Vec<u8> {
+fn center_crop(planes: &[u8], source: Size, size: Size) -> Vec<u8> {
     // (first in the source, first in the result, how many), along one axis.
     let overlap = |source: usize, size: usize| {
         (source.saturating_sub(size) / 2, size.saturating_sub(source).div_ceil(2), source.min(size))
     };
     let (from_row, to_row, rows) = overlap(source.height, size.height);
     let (from_column, to_column, columns) = overlap(source.width, size.width);
-    let mut cropped = vec![0; size.height * size.width * 3];
-    for row in 0..rows {
-        let from = ((from_row + row) * source.width + from_column) * 3;
-        let to = ((to_row + row) * size.width + to_column) * 3;
-        cropped[to..to + columns * 3].copy_from_slice(&rgb[from..from + columns * 3]);
+    let mut cropped = vec![0; 3 * size.area()];
+    for (from, to) in planes.chunks_exact(source.area()).zip(cropped.chunks_exact_mut(size.area())) {
+        for row in 0..rows {
+            let from = &from[(from_row + row) * source.width + from_column..][..columns];
+            to[(to_row + row) * size.width + to_column..][..columns].copy_from_slice(from);
+        }
     }
     cropped
 }
@@ -229,7 +216,7 @@ mod tests {
 
     #[test]
     fn odd_rests_of_a_crop_fall_on_the_sides_where_transformers_has_them() {
-        let row = |values: &[u8]| values.iter().flat_map(|&value| [value; 3]).collect::<Vec<u8>>();
+        let row = |values: &[u8]| values.repeat(3);
         let source = row(&[1, 2, 3, 4]);
         for (width, expected) in
             [(3, &[1, 2, 3][..]), (1, &[2]), (5, &[0, 1, 2, 3, 4]), (7, &[0, 0, 1, 2, 3, 4, 0])]
@@ -242,8 +229,7 @@ mod tests {
     #[test]
     fn a_size_that_no_machine_holds_is_refused_before_decoding() {
         let bytes = crate::testing::png(&crate::testing::gradient(1, 4000));
-        let method = Method::Pillow(pillow::Filter::Bilinear);
-        let resize = Resize { target: Target::ShortestEdge(4000), method };
+        let resize = Resize { target: Target::ShortestEdge(4000), filter: Filter::Bilinear };
         let preprocessor = Preprocessor { resize: Some(resize), crop: None, rescale: None, normalise: None };
         let message = match preprocessor.apply("x.png", &bytes).unwrap_err() {
             Error::Unusable { cause, .. } => cause.to_string(),

@@ -27,34 +27,53 @@ impl fmt::Display for SampleId {
     }
 }
 
-/// Image tiles: normalised pixels `[n, 3, px, px]`, row-major.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Tiles {
-    /// Number of tiles; 0 for text-only samples.
-    pub n: usize,
-    /// Side of a tile, in pixels.
-    pub px: usize,
-    /// `n * 3 * px * px` values, (value / 255 - mean) / std per channel.
+/// The tiles of images, or whole images of any resolution, one after the other.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Images {
+    /// Height and width of each, in pixels; none for text-only samples.
+    pub sizes: Vec<(usize, usize)>,
+    /// `[3, height, width]` of each, row-major: (value / 255 - mean) / std per channel.
     pub pixels: Vec<f32>,
 }
 
-impl Tiles {
-    /// No tiles of side `px`.
-    pub fn none(px: usize) -> Self {
-        Self { n: 0, px, pixels: Vec::new() }
+impl Images {
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.sizes.len()
     }
 
-    /// The first `n` tiles.
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.sizes.is_empty()
+    }
+
+    /// Neighbours of one size: how many, their (height, width), and their pixels `[n, 3, height, width]`.
+    pub fn batches(&self) -> impl Iterator<Item = (usize, (usize, usize), &[f32])> {
+        let mut rest = self.pixels.as_slice();
+        self.sizes.chunk_by(PartialEq::eq).map(move |alike| {
+            let (batch, after) = rest.split_at(alike.iter().map(values).sum());
+            rest = after;
+            (alike.len(), alike[0], batch)
+        })
+    }
+
+    /// The first `n` images.
     fn first(&self, n: usize) -> Self {
-        Self { n, px: self.px, pixels: self.pixels[..n * 3 * self.px * self.px].to_vec() }
+        let sizes = self.sizes[..n].to_vec();
+        let pixels = self.pixels[..sizes.iter().map(values).sum()].to_vec();
+        Self { sizes, pixels }
     }
 
-    /// Appends the tiles of `other`, which have the same side.
-    pub(crate) fn extend(&mut self, other: &Self) {
-        debug_assert_eq!(self.px, other.px, "invariant: one tile size per specification");
-        self.n += other.n;
+    /// Appends others.
+    fn extend(&mut self, other: &Self) {
+        self.sizes.extend_from_slice(&other.sizes);
         self.pixels.extend_from_slice(&other.pixels);
     }
+}
+
+/// Values of an image of this height and width.
+fn values(&(height, width): &(usize, usize)) -> usize {
+    3 * height * width
 }
 
 /// One sample ready for the model.
@@ -69,9 +88,10 @@ pub struct Sample {
     pub targets: Vec<i64>,
     /// Loss weight of each position `[t]`; 0 where the target is [`IGNORE`].
     pub weights: Vec<f32>,
-    /// The tiles of all its images, in the order of `image_rows`.
-    pub tiles: Tiles,
-    /// Positions in `ids` that stand for visual tokens, in tile order, the same number per tile.
+    /// The tiles of all its images (or these whole), in the order of `image_rows`.
+    pub images: Images,
+    /// Positions in `ids` that stand for visual tokens, in the order of `images`, as many for each as its area is
+    /// of all.
     pub image_rows: Vec<i64>,
     /// The turns as written.
     pub turns: Vec<Turn>,
@@ -82,7 +102,7 @@ pub struct Sample {
 pub struct Prompt {
     /// Token ids `[t]`, ending with the assistant's header.
     pub ids: Vec<i64>,
-    /// Positions in `ids` that stand for visual tokens, in tile order.
+    /// Positions in `ids` that stand for visual tokens, in the order of the images.
     pub image_rows: Vec<i64>,
 }
 
@@ -91,8 +111,8 @@ pub struct Prompt {
 pub struct SamplePrompt {
     /// Everything up to the first answer.
     pub prompt: Prompt,
-    /// The tiles of the images in the prompt.
-    pub tiles: Tiles,
+    /// The images in the prompt.
+    pub images: Images,
     /// The text of the first answer.
     pub truth: String,
 }
@@ -103,11 +123,16 @@ impl Sample {
         let header_end = self.targets.iter().position(|&target| target != IGNORE);
         let length = header_end.map_or(self.ids.len(), |last| last + 1);
         let rows = self.image_rows.partition_point(|&row| row < length as i64);
-        let tiles = if rows == 0 { 0 } else { self.tiles.n * rows / self.image_rows.len() };
+        // Visual tokens are as many as the area: all tiles have the same, others one for so many pixels.
+        let area = self.images.pixels.len() * rows;
+        let shown = self.images.sizes.iter().scan(0, |pixels, size| {
+            *pixels += values(size) * self.image_rows.len();
+            (*pixels <= area).then_some(())
+        });
         let answer = self.turns.iter().find(|turn| turn.is_answer());
         SamplePrompt {
             prompt: Prompt { ids: self.ids[..length].to_vec(), image_rows: self.image_rows[..rows].to_vec() },
-            tiles: self.tiles.first(tiles),
+            images: self.images.first(shown.count()),
             truth: answer.map_or_else(String::new, |turn| turn.text.clone()),
         }
     }
@@ -138,11 +163,11 @@ pub struct Pack {
     pub positions: Vec<i64>,
     /// Boundaries of the samples in `ids`: `[n + 1]`, from 0 to t.
     pub cu_seqlens: Vec<i64>,
-    /// All tiles, in the order of `image_rows`.
-    pub tiles: Tiles,
-    /// How many of the tiles belong to each sample.
-    pub tiles_per_sample: Vec<usize>,
-    /// Indices into the pack's `ids` that stand for visual tokens, in tile order.
+    /// All images, in the order of `image_rows`.
+    pub images: Images,
+    /// How many of the images belong to each sample.
+    pub images_per_sample: Vec<usize>,
+    /// Indices into the pack's `ids` that stand for visual tokens, in the order of the images.
     pub image_rows: Vec<i64>,
     /// The samples, in order.
     pub samples: Vec<SampleId>,
@@ -153,16 +178,15 @@ impl Pack {
     pub fn collate<S: Borrow<Sample>>(samples: &[S]) -> Self {
         let samples: Vec<&Sample> = samples.iter().map(Borrow::borrow).collect();
         let tokens = samples.iter().map(|sample| sample.ids.len()).sum();
-        let pixels = samples.iter().map(|sample| sample.tiles.pixels.len()).sum();
-        let px = samples.iter().map(|sample| sample.tiles.px).max().unwrap_or(0);
+        let pixels = samples.iter().map(|sample| sample.images.pixels.len()).sum();
         let mut pack = Self {
             ids: Vec::with_capacity(tokens),
             targets: Vec::with_capacity(tokens),
             weights: Vec::with_capacity(tokens),
             positions: Vec::with_capacity(tokens),
             cu_seqlens: vec![0],
-            tiles: Tiles { n: 0, px, pixels: Vec::with_capacity(pixels) },
-            tiles_per_sample: Vec::with_capacity(samples.len()),
+            images: Images { sizes: Vec::new(), pixels: Vec::with_capacity(pixels) },
+            images_per_sample: Vec::with_capacity(samples.len()),
             image_rows: Vec::new(),
             samples: Vec::with_capacity(samples.len()),
         };
@@ -174,8 +198,8 @@ impl Pack {
             pack.positions.extend(0..sample.ids.len() as i64);
             pack.cu_seqlens.push(pack.ids.len() as i64);
             pack.image_rows.extend(sample.image_rows.iter().map(|row| row + start));
-            pack.tiles.extend(&sample.tiles);
-            pack.tiles_per_sample.push(sample.tiles.n);
+            pack.images.extend(&sample.images);
+            pack.images_per_sample.push(sample.images.len());
             pack.samples.push(sample.id.clone());
         }
         pack
@@ -205,7 +229,7 @@ mod tests {
             ids: ids.to_vec(),
             weights: targets.iter().map(|&t| f32::from(u8::from(t != IGNORE))).collect(),
             targets,
-            tiles: Tiles { n: tiles, px: 1, pixels: vec![ids[0] as f32; tiles * 3] },
+            images: Images { sizes: vec![(1, 1); tiles], pixels: vec![ids[0] as f32; tiles * 3] },
             image_rows: rows.to_vec(),
             turns: vec![
                 Turn { role: Role::User, text: "<image>\nq".into() },
@@ -224,10 +248,10 @@ mod tests {
         assert_eq!(pack.cu_seqlens, [0, 4, 7]);
         assert_eq!(pack.image_rows, [1, 2, 4]);
         assert_eq!(
-            pack.tiles,
-            Tiles { n: 3, px: 1, pixels: vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 5.0] }
+            pack.images,
+            Images { sizes: vec![(1, 1); 3], pixels: vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 5.0] }
         );
-        assert_eq!(pack.tiles_per_sample, [2, 1]);
+        assert_eq!(pack.images_per_sample, [2, 1]);
         assert_eq!(pack.samples[1].key, "b");
     }
 
@@ -237,7 +261,33 @@ mod tests {
         two_images.targets = vec![IGNORE, IGNORE, 4, IGNORE, IGNORE];
         let asked = two_images.prompt();
         assert_eq!(asked.prompt, Prompt { ids: vec![1, 2, 3], image_rows: vec![1] });
-        assert_eq!(asked.tiles.n, 1, "the second image comes after the first answer");
+        assert_eq!(asked.images.len(), 1, "the second image comes after the first answer");
         assert_eq!(asked.truth, "a");
+    }
+
+    #[test]
+    fn the_images_of_a_prompt_are_those_whose_tokens_it_has() {
+        let mut sample = sample("a", &[1, 2, 3, 4, 5, 6, 7, 8], &[0, 1, 4], 0);
+        // Two tokens, then one.
+        sample.images = Images { sizes: vec![(2, 4), (2, 2)], pixels: vec![0.0; 36] };
+        sample.targets = vec![IGNORE, IGNORE, 4, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE];
+        assert_eq!(sample.prompt().images.sizes, [(2, 4)]);
+        sample.targets = vec![IGNORE, IGNORE, IGNORE, IGNORE, 6, IGNORE, IGNORE, IGNORE];
+        assert_eq!(sample.prompt().images.sizes, [(2, 4), (2, 2)]);
+        sample.targets = vec![2, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE];
+        assert!(sample.prompt().images.is_empty());
+    }
+
+    #[test]
+    fn neighbours_of_one_size_are_one_batch() {
+        let pixels: Vec<f32> = (0..27).map(|at| at as f32).collect();
+        let images = Images { sizes: vec![(1, 2), (1, 2), (2, 1), (1, 2), (1, 1)], pixels };
+        let batches: Vec<_> =
+            images.batches().map(|(n, size, pixels)| (n, size, pixels[0], pixels.len())).collect();
+        assert_eq!(
+            batches,
+            [(2, (1, 2), 0.0, 12), (1, (2, 1), 12.0, 6), (1, (1, 2), 18.0, 6), (1, (1, 1), 24.0, 3)]
+        );
+        assert_eq!(Images::default().batches().count(), 0);
     }
 }

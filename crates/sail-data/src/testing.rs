@@ -8,6 +8,8 @@ use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use serde_json::json;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
+use crate::error::BadSample;
+use crate::image::{Header, Treatment, decode};
 use crate::spec::{
     Alpha, DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec, Template,
     TextSpec, Tiling, TooLong,
@@ -104,7 +106,10 @@ pub(crate) fn encode(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
 }
 
 pub(crate) fn jpeg(image: &RgbImage) -> Vec<u8> {
-    encode(&image.clone().into(), ImageFormat::Jpeg)
+    let (width, height) = image.dimensions();
+    let (width, height) = (width as usize, height as usize);
+    let (format, chroma) = (libjpeg_turbo_rs::PixelFormat::Rgb, libjpeg_turbo_rs::Subsampling::S420);
+    libjpeg_turbo_rs::compress(image.as_raw(), width, height, format, 75, chroma).unwrap()
 }
 
 pub(crate) fn png(image: &RgbImage) -> Vec<u8> {
@@ -152,4 +157,15 @@ pub(crate) fn write_shards(dir: &Path, counts: &[usize]) -> Vec<PathBuf> {
         path
     };
     counts.iter().enumerate().map(write).collect()
+}
+
+/// All pixels of an image, not turned, alpha dropped.
+pub(crate) fn decoded(name: &str, bytes: &[u8]) -> RgbImage {
+    decoded_frame(name, bytes, 0).unwrap()
+}
+
+/// The same of a frame, or why it cannot be.
+pub(crate) fn decoded_frame(name: &str, bytes: &[u8], frame: usize) -> Result<RgbImage, BadSample> {
+    let treatment = Treatment { alpha: Alpha::Drop, turn: false, max_pixels: 1 << 22 };
+    decode(name, bytes, frame, &Header::read(name, bytes, frame, treatment.max_pixels)?, treatment)
 }

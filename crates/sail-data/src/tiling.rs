@@ -1,9 +1,9 @@
-//! Dynamic tiling: into how many tiles of which layout an image is cut, from its size alone.
+//! What an image is resized to, from its size alone.
 //!
-//! The rule of InternVL and SAIL-VL: among all layouts of `min..=max` tiles take the one whose aspect ratio
-//! is nearest to the image's.
+//! Dynamic tiling is the rule of InternVL and SAIL-VL: among all layouts of `min..=max` tiles take the one whose
+//! aspect ratio is nearest to the image's. Any resolution is that of Qwen2-VL.
 
-use crate::spec::Tiling;
+use crate::spec::{AnyResolution, Tiling};
 
 /// A layout of tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +58,32 @@ pub fn choose_grid(width: u32, height: u32, images: usize, tiling: Tiling, tile_
     Grid { columns, rows, thumbnail: tiling.thumbnail && columns * rows > 1 }
 }
 
+/// Height and width in whole units for an image that is not tiled: `smart_resize` of Qwen2-VL
+/// (`qwen_vl_utils/vision_process.py`).
+///
+/// Both sides are rounded to units (halves to even); if that makes too many or too few tokens, both are scaled
+/// by the square root of the ratio, and rounded down or up. Where one side is a single unit the published rule can
+/// exceed `max_tokens`, or refuses the image (sides of more than 200 to 1); here the other side is cut to the limit.
+pub(crate) fn choose_size(height: usize, width: usize, any: AnyResolution) -> (usize, usize) {
+    let AnyResolution { unit_px, min_tokens, max_tokens } = any;
+    let unit = unit_px as f64;
+    let units = |px: usize| ((px as f64 / unit).round_ties_even() as usize).max(1);
+    let (mut rows, mut columns) = (units(height), units(width));
+    let area = height as f64 * width as f64;
+    if rows * columns > max_tokens {
+        let shrink = (area / (max_tokens as f64 * unit * unit)).sqrt();
+        let scaled = |px: usize| ((px as f64 / shrink / unit).floor() as usize).max(1);
+        (rows, columns) = (scaled(height), scaled(width));
+        columns = columns.min((max_tokens / rows).max(1));
+        rows = rows.min(max_tokens / columns);
+    } else if rows * columns < min_tokens {
+        let grow = (min_tokens as f64 * unit * unit / area).sqrt();
+        let scaled = |px: usize| ((px as f64 * grow / unit).ceil() as usize).max(1);
+        (rows, columns) = (scaled(height), scaled(width));
+    }
+    (rows * unit_px, columns * unit_px)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,5 +125,32 @@ mod tests {
     fn a_tie_at_any_nonsense_size_still_gives_a_layout() {
         assert_eq!(grid(1, 60_000, 1, 12), (1, 12, 13));
         assert_eq!(grid(60_000, 1, 1, 1), (1, 1, 1));
+    }
+
+    #[test]
+    fn any_resolution_follows_the_published_rule() {
+        // By `smart_resize(height, width, factor, min_tokens * factor ** 2, max_tokens * factor ** 2)`.
+        let any = |unit_px, min_tokens, max_tokens| AnyResolution { unit_px, min_tokens, max_tokens };
+        let qwen = any(28, 4, 1280);
+        for ((height, width), any, expected) in [
+            ((480, 640), qwen, (476, 644)),
+            ((1080, 1920), qwen, (728, 1316)),
+            ((4000, 3000), qwen, (1148, 840)),
+            ((20, 20), qwen, (56, 56)),
+            ((42, 98), qwen, (56, 112)),
+            ((70, 700), any(28, 4, 16), (28, 336)),
+            ((10, 300), any(28, 64, 256), (56, 1232)),
+        ] {
+            assert_eq!(choose_size(height, width, any), expected, "{height}x{width}");
+        }
+    }
+
+    #[test]
+    fn any_resolution_never_exceeds_its_limit() {
+        let any = AnyResolution { unit_px: 14, min_tokens: 1, max_tokens: 50 };
+        for (height, width) in [(1, 1), (1, 100_000), (100_000, 1), (7, 7000), (60_000, 60_000), (21, 35)] {
+            let (rows, columns) = choose_size(height, width, any);
+            assert!((1..=50).contains(&(rows / 14 * (columns / 14))), "{height}x{width}: {rows}x{columns}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 """Makes the image goldens of sail-data's tests with Pillow: `python make_goldens.py` in this folder.
 
 Every `NAME.{png,jpg,webp}` has the RGB8 pixels that Pillow sees in it as `NAME.rgb.png`.
-`resize-IxJ.png` is what Pillow's bicubic resize makes of `resize.png` at I x J pixels.
+Tiles and the rest of the image path: `tests/goldens/make_images.py`.
 """
 
 import struct
@@ -46,10 +46,8 @@ def save(name, image, **options):
     Image.open(name).convert("RGB").save(name.rsplit(".", 1)[0] + ".rgb.png")
 
 
-source = Image.fromarray(picture(61, 47))
-source.save("resize.png")
-for size in [(16, 16), (32, 16), (122, 94), (61, 20), (7, 3)]:
-    source.resize(size, Image.Resampling.BICUBIC).save(f"resize-{size[0]}x{size[1]}.png")
+# The order of random draws matters to the files below.
+picture(61, 47)
 
 rgb = Image.fromarray(picture(23, 17))
 alpha = Image.fromarray(rng.integers(0, 256, (17, 23), dtype=np.uint8))

@@ -1,6 +1,6 @@
 //! The one place where host data becomes tensors.
 
-use sail_data::{Pack, Tiles};
+use sail_data::{Images, Pack};
 use sail_model::vlm::Batch;
 use tch::{Device, Tensor};
 
@@ -11,8 +11,8 @@ pub fn to_batch(pack: &Pack, device: Device) -> Batch {
         ids_t: longs(&pack.ids),
         positions_t: longs(&pack.positions),
         cu_seqlens: pack.cu_seqlens.clone(),
-        images: to_images(&pack.tiles, device),
-        images_per_sequence: pack.tiles_per_sample.clone(),
+        images: to_images(&pack.images, device),
+        images_per_sequence: pack.images_per_sample.clone(),
         image_rows: pack.image_rows.clone(),
         names: pack.samples.iter().map(ToString::to_string).collect(),
         targets_t: longs(&pack.targets),
@@ -20,11 +20,10 @@ pub fn to_batch(pack: &Pack, device: Device) -> Batch {
     }
 }
 
-/// Tiles as one batch of images `[n, 3, px, px]`, fp32; none without any.
-pub fn to_images(tiles: &Tiles, device: Device) -> Vec<Tensor> {
-    if tiles.n == 0 {
-        return Vec::new();
-    }
-    let px = tiles.px as i64;
-    vec![Tensor::from_slice(&tiles.pixels).reshape([tiles.n as i64, 3, px, px]).to_device(device)]
+/// Neighbours of one size as one batch of images `[n, 3, height, width]`, fp32; none without any.
+pub fn to_images(images: &Images, device: Device) -> Vec<Tensor> {
+    let batch = |(n, (height, width), pixels): (usize, (usize, usize), &[f32])| {
+        Tensor::from_slice(pixels).reshape([n as i64, 3, height as i64, width as i64]).to_device(device)
+    };
+    images.batches().map(batch).collect()
 }

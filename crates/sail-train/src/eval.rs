@@ -110,7 +110,7 @@ impl Evaluator {
 
     /// The first held-out sample with an image.
     pub fn image_sample(&self) -> Option<&Sample> {
-        self.sources.values().flatten().find(|sample| sample.tiles.n > 0)
+        self.sources.values().flatten().find(|sample| !sample.images.is_empty())
     }
 
     /// Measures `model`, without a graph.
@@ -120,7 +120,7 @@ impl Evaluator {
             let (mut all, mut all_true, mut all_shuffled) = (Sum::default(), Sum::default(), Sum::default());
             for (name, samples) in &self.sources {
                 let (with_image, without): (Vec<&Sample>, Vec<&Sample>) =
-                    samples.iter().partition(|sample| sample.tiles.n > 0);
+                    samples.iter().partition(|sample| !sample.images.is_empty());
                 let (own, other) = exchange_images(&with_image);
                 let rest: Vec<&Sample> = with_image
                     .iter()
@@ -188,7 +188,7 @@ impl Evaluator {
         let asked = sample.prompt();
         let prompt = Prompt {
             ids: asked.prompt.ids,
-            images: to_images(&asked.tiles, device),
+            images: to_images(&asked.images, device),
             image_rows: asked.prompt.image_rows,
         };
         let options = GenerateOptions::greedy(self.plan.max_new_tokens, &[encoder.end_of_turn()]);
@@ -213,20 +213,20 @@ fn losses(samples: usize, sum: Sum, true_image: Sum, shuffled: Sum) -> Losses {
 }
 
 /// Pairs of a sample and the same text with the images of another one. Samples of equally many
-/// tiles pass theirs on by half the list, so that neighbours in a shard, which may show the same
-/// thing, are not exchanged; one that is alone with its number of tiles is left out.
+/// tiles (or images of the same sizes) pass theirs on by half the list, so that neighbours in a shard, which
+/// may show the same thing, are not exchanged; one that is alone with its sizes is left out.
 fn exchange_images<'a>(samples: &[&'a Sample]) -> (Vec<&'a Sample>, Vec<Sample>) {
-    let mut by_tiles: BTreeMap<usize, Vec<&Sample>> = BTreeMap::new();
+    let mut by_sizes: BTreeMap<&[(usize, usize)], Vec<&Sample>> = BTreeMap::new();
     for sample in samples {
-        by_tiles.entry(sample.tiles.n).or_default().push(sample);
+        by_sizes.entry(&sample.images.sizes).or_default().push(sample);
     }
     let (mut own, mut other) = (Vec::new(), Vec::new());
-    for group in by_tiles.into_values().filter(|group| group.len() > 1) {
+    for group in by_sizes.into_values().filter(|group| group.len() > 1) {
         let shift = group.len() / 2;
         for (i, sample) in group.iter().enumerate() {
             own.push(*sample);
-            let tiles = group[(i + shift) % group.len()].tiles.clone();
-            other.push(Sample { tiles, ..(*sample).clone() });
+            let images = group[(i + shift) % group.len()].images.clone();
+            other.push(Sample { images, ..(*sample).clone() });
         }
     }
     (own, other)

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use sail_data::{Tiles, load_image};
+use sail_data::load_image;
 use sail_model::generate::GenerateOptions;
 use sail_model::vlm::Prompt;
 
@@ -40,16 +40,15 @@ pub fn answer(trained: &Trained, question: &Question, show: &mut dyn FnMut(&str)
     if question.stop.iter().any(String::is_empty) {
         return Err(Error::usage("`--stop` is empty", "give the text that ends the answer, or leave it out"));
     }
-    let mut tiles = Vec::with_capacity(question.images.len());
+    let mut images = Vec::with_capacity(question.images.len());
     for image in question.images {
-        tiles.push(load_image(image, &trained.image)?);
+        images.push(load_image(image, &trained.image)?);
     }
-    let per_tile = trained.image.tokens_per_tile;
-    let visual_tokens: Vec<usize> = tiles.iter().map(|tiles: &Tiles| tiles.n * per_tile).collect();
+    let visual_tokens: Vec<usize> = images.iter().map(|images| trained.image.visual_tokens(images)).collect();
     let prompt = trained.encoder.prompt(question.prompt, &visual_tokens)?;
     let prompt = Prompt {
         ids: prompt.ids,
-        images: tiles.iter().flat_map(|tiles| to_images(tiles, trained.device)).collect(),
+        images: images.iter().flat_map(|images| to_images(images, trained.device)).collect(),
         image_rows: prompt.image_rows,
     };
     let mut options = question.options.clone();

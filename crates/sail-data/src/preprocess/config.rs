@@ -8,9 +8,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::pillow::Filter;
-use super::{Method, Preprocessor, Resize, Size, Statistics, Target};
+use super::{Preprocessor, Resize, Statistics, Target};
 use crate::error::{Error, Result};
+use crate::image::{Filter, Size};
 
 /// Largest edge that a file may ask for, in pixels.
 const MAX_EDGE: u64 = 8192;
@@ -44,7 +44,6 @@ struct Class {
 const CLIP_MEAN: [f64; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 const CLIP_STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 const EDGE: usize = 224;
-const BIT: &str = "BitImageProcessor";
 
 const CLIP: Class = Class {
     name: "CLIPImageProcessor",
@@ -68,7 +67,7 @@ const VIT: Class = Class {
 };
 const CLASSES: [Class; 5] = [
     CLIP,
-    Class { name: BIT, ..CLIP },
+    Class { name: "BitImageProcessor", ..CLIP },
     VIT,
     Class { name: "SiglipImageProcessor", filter: Filter::Bicubic, square: false, ..VIT },
     Class {
@@ -103,7 +102,7 @@ impl Fields<'_> {
             }
         }
         let crops = self.flag("do_center_crop", class.crops)? && class.can_crop;
-        let resize = if self.flag("do_resize", true)? { Some(self.resize(class, crops)?) } else { None };
+        let resize = if self.flag("do_resize", true)? { Some(self.resize(class)?) } else { None };
         let rescale = if self.flag("do_rescale", true)? { Some(self.rescale_factor()?) } else { None };
         let normalise = if self.flag("do_normalize", true)? { Some(self.statistics(class)?) } else { None };
         let crop = if crops { Some(self.crop_size(class)?) } else { None };
@@ -141,7 +140,7 @@ impl Fields<'_> {
         value.as_bool().ok_or_else(|| self.invalid(key, format!("is {value}, expected true or false")))
     }
 
-    fn resize(&self, class: &Class, crops: bool) -> Result<Resize> {
+    fn resize(&self, class: &Class) -> Result<Resize> {
         let filter = match self.get("resample").map(|value| (value.as_u64(), value)) {
             None => class.filter,
             Some((Some(1), _)) => Filter::Lanczos,
@@ -159,11 +158,7 @@ impl Fields<'_> {
                 self.target("size", value, square)?
             }
         };
-        // The form of `sail-train`'s exports, which nobody else publishes: as their encoder was trained.
-        let exact = matches!(target, Target::Exact(_));
-        let exported = class.name == BIT && exact && !crops && filter == Filter::Bicubic;
-        let method = if exported { Method::Training } else { Method::Pillow(filter) };
-        Ok(Resize { target, method })
+        Ok(Resize { target, filter })
     }
 
     fn crop_size(&self, class: &Class) -> Result<Size> {

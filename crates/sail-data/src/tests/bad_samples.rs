@@ -201,18 +201,18 @@ fn images_are_found_by_name_or_suffix_or_taken_as_they_lie() {
     ];
     let dir = tempfile::tempdir().unwrap();
     let read = load(&write_spec(dir.path(), samples)).unwrap();
-    let tiles: Vec<usize> = read.iter().map(|sample| sample.tiles.n).collect();
+    let tiles: Vec<usize> = read.iter().map(|sample| sample.images.len()).collect();
     assert_eq!(
         tiles,
         [1 + 4, 1 + 4, 1 + 4, 2],
         "16 px are more than half of 2x2 tiles of 8 px, shared by two"
     );
     for sample in &read {
-        assert_eq!(sample.image_rows.len(), sample.tiles.n * 4);
+        assert_eq!(sample.image_rows.len(), sample.images.len() * 4);
     }
     assert_eq!(read[3].turns[0].text, "<image>\n<image>\nq");
     let asked = read[0].prompt();
-    assert_eq!((asked.truth.as_str(), asked.tiles.n), ("a", 5));
+    assert_eq!((asked.truth.as_str(), asked.images.len()), ("a", 5));
 }
 
 #[test]

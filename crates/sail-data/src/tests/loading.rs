@@ -63,8 +63,8 @@ fn packs_are_well_formed() {
             weights,
             positions,
             cu_seqlens,
-            tiles,
-            tiles_per_sample,
+            images,
+            images_per_sample,
             image_rows,
             samples,
         } = pack;
@@ -75,9 +75,9 @@ fn packs_are_well_formed() {
             assert_eq!(positions[bounds[0] as usize], 0);
             assert_eq!(positions[bounds[1] as usize - 1], bounds[1] - bounds[0] - 1);
         }
-        assert_eq!((tiles_per_sample.len(), tiles_per_sample.iter().sum()), (samples.len(), tiles.n));
-        assert_eq!(image_rows.len(), tiles.n * spec.image.tokens_per_tile);
-        assert_eq!(tiles.pixels.len(), tiles.n * 3 * 8 * 8);
+        assert_eq!((images_per_sample.len(), images_per_sample.iter().sum()), (samples.len(), images.len()));
+        assert_eq!(image_rows.len(), images.len() * spec.image.tokens_per_tile);
+        assert_eq!(images.pixels.len(), images.len() * 3 * 8 * 8);
         assert!(image_rows.iter().all(|&row| ids[row as usize] == 259));
     }
     assert!(loader.skipped()["images"].contains_key("bad_json"));

@@ -4,15 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::image::decode;
 use crate::{Error, Preprocessor, load_image};
 
-/// Largest and mean difference, in grey levels, of lossless files: none, but for rounding when these are
+/// Largest and mean difference, in grey levels: none, but for rounding when these are
 /// counted in fp32.
 const LIMITS: (f32, f64) = (1e-3, 1e-3);
-/// Of JPEG files with colours at half the resolution, all of it from decoding: libjpeg and our decoder round
-/// differently where they interpolate, and `photo.png` has what libjpeg decodes from `photo.jpg`.
-const JPEG_LIMITS: (f32, f64) = (4.0 + 1e-3, 0.5);
 
 const KINDS: [&str; 10] = [
     "dinov2",
@@ -63,7 +59,7 @@ fn every_pixel_is_that_of_transformers() {
             let ours = preprocessor.apply_file(&goldens().join("images").join(image)).unwrap();
             let stem = image.split('.').next().unwrap();
             let golden = std::fs::read(folder.join(format!("{stem}.png"))).unwrap();
-            let golden = decode(image, &golden, 1 << 20).unwrap();
+            let golden = crate::testing::decoded(image, &golden);
             assert_eq!((ours.width as u32, ours.height as u32), golden.dimensions(), "{kind} {image}");
             let plane = ours.height * ours.width;
             let difference = |(index, value): (usize, &f32)| {
@@ -77,9 +73,8 @@ fn every_pixel_is_that_of_transformers() {
             let mean =
                 differences.iter().map(|&value| f64::from(value)).sum::<f64>() / differences.len() as f64;
             println!("{kind} {image}: largest {largest:.4}, mean {mean:.4} levels");
-            let limits = if image == "photo.jpg" { JPEG_LIMITS } else { LIMITS };
-            assert!(largest <= limits.0, "{kind} {image}: {largest} levels");
-            assert!(mean <= limits.1, "{kind} {image}: {mean} levels in the mean");
+            assert!(largest <= LIMITS.0, "{kind} {image}: {largest} levels");
+            assert!(mean <= LIMITS.1, "{kind} {image}: {mean} levels in the mean");
         }
     }
 }
@@ -131,16 +126,9 @@ fn what_sail_train_exports_gives_the_pixels_of_a_tile_of_training() {
     assert_eq!((spec.tile_px, spec.mean, spec.std), (28, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]));
     for image in IMAGES {
         let path = goldens().join("images").join(image);
-        let (tiles, pixels) = (load_image(&path, &spec).unwrap(), preprocessor.apply_file(&path).unwrap());
-        assert_eq!((tiles.n, tiles.px), (1, pixels.width));
-        assert_eq!(tiles.pixels, pixels.pixels, "{image}");
-    }
-}
-
-#[test]
-fn only_the_form_of_our_exports_is_a_data_specification() {
-    for kind in KINDS {
-        assert_eq!(from_json(&keys(kind)).unwrap().image_spec(), None, "{kind}");
+        let (images, pixels) = (load_image(&path, &spec).unwrap(), preprocessor.apply_file(&path).unwrap());
+        assert_eq!(images.sizes, [(pixels.height, pixels.width)]);
+        assert_eq!(images.pixels, pixels.pixels, "{image}");
     }
 }
 
