@@ -1,6 +1,7 @@
 //! Tests that go through several modules, on shards written to temporary folders.
 
 mod bad_samples;
+mod image_goldens;
 mod images;
 mod loading;
 mod preprocessing;
