@@ -7,10 +7,11 @@ use std::path::Path;
 
 use sail_data::{Pack, Sample, read_samples};
 use sail_train::config::{self, Config};
-use sail_train::session::{Session, Step};
+use sail_train::session::Session;
+use sail_train::step::Step;
 
 fn loss_and_norm(session: &mut Session, packs: &[&[Sample]]) -> (f64, f64) {
-    let step = Step::new(packs.iter().map(|samples| Pack::collate(samples)).collect(), 0.0);
+    let step = Step::new(packs.iter().map(|samples| Pack::collate(samples)).collect(), 512, 0.0);
     let loss = session.accumulate(&step).unwrap().double_value(&[]);
     let norm = session.optimizer.clip().unwrap().double_value(&[]);
     session.optimizer.step(0.0).unwrap();

@@ -6,6 +6,7 @@
 use crate::annotation::{Annotation, Turn, place_marks};
 use crate::error::{BadSample, Result};
 use crate::image::Picture;
+use crate::packer::Load;
 use crate::sample::{Sample, SampleId, Tiles};
 use crate::shard::{Member, RawSample, SampleRef};
 use crate::source::Source;
@@ -83,9 +84,9 @@ impl Draft {
         Ok((encoded, pictures, turns))
     }
 
-    /// Tokens of the sample.
-    pub(crate) fn tokens(&self) -> usize {
-        self.encoded.ids.len()
+    /// What the sample adds to a pack.
+    pub(crate) fn load(&self) -> Load {
+        Load { tokens: self.encoded.ids.len(), visual: self.encoded.image_rows.len() }
     }
 
     /// Decodes the images.

@@ -27,6 +27,7 @@ mod heldout;
 mod image;
 mod jpeg;
 mod loader;
+mod mix;
 mod order;
 mod packer;
 mod preprocess;
@@ -35,6 +36,7 @@ mod sample;
 mod shard;
 mod source;
 mod spec;
+mod state;
 mod store;
 mod stream;
 mod tally;
@@ -50,14 +52,14 @@ pub use annotation::{Role, Turn};
 pub use error::{BadSample, Error, Result};
 pub use heldout::{check_sources, for_each_sample, read_samples, shard_paths};
 pub use image::load_image;
-pub use loader::{Loaded, Loader};
+pub use loader::{Loaded, Loader, LoaderOptions};
 pub use preprocess::{Pixels, Preprocessor};
 pub use sample::{IGNORE, Pack, Prompt, Sample, SampleId, SamplePrompt, Tiles};
 pub use spec::{
-    Alpha, AnyResolution, CacheSpec, DataSpec, ImageSpec, ImageTokens, Layout, Length, LossWeight, MixBy,
-    PageChoice, Reencode, SourceSpec, StoreSpec, Template, TextSpec, Tiling, TooLong,
+    Alpha, AnyResolution, Balance, CacheSpec, DataSpec, ImageSpec, ImageTokens, Layout, Length, LossWeight,
+    MixBy, PageChoice, Reencode, SourceSpec, StoreSpec, Template, TextSpec, Tiling, TooLong,
 };
-pub use stream::StreamState;
+pub use state::{Position, StreamState};
 pub use tally::Tally;
 pub use text::{Encoded, TextEncoder};
 pub use tiling::{Grid, candidates, choose_grid};

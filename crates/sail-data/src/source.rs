@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::rng::Key;
 use crate::shard::Shard;
-use crate::spec::{DataSpec, SourceSpec};
+use crate::spec::{DataSpec, Length, SourceSpec};
 use crate::store::Store;
 
 /// A source ready to be read.
@@ -16,10 +16,10 @@ pub(crate) struct Source {
     pub(crate) spec: SourceSpec,
     /// Shard paths, in the order of the patterns.
     pub(crate) shards: Vec<String>,
+    /// How often it is read; `None`: endlessly.
+    pub(crate) epochs: Option<u64>,
     /// Into how many parts each shard is cut, so that there is one for every stream.
     pub(crate) parts: usize,
-    /// Upper end of this source's share of [0, 1), for the mixture; the lower end is the previous one's.
-    pub(crate) share_end: f64,
     /// The sequence of its random draws.
     pub(crate) key: Key,
 }
@@ -32,25 +32,18 @@ impl Source {
     pub(crate) fn open_all(spec: &DataSpec) -> Result<Vec<Self>> {
         spec.validate()?;
         let store = Store::new(&spec.store)?;
-        let total: f64 = spec.sources.iter().map(|source| source.weight).sum();
-        let mut share_end = 0.0;
         let mut sources = Vec::with_capacity(spec.sources.len());
         for source in &spec.sources {
             let shards = find_shards(&store, source)?;
-            share_end += source.weight / total;
             sources.push(Self {
                 name: source.name.clone(),
                 store: store.clone(),
                 spec: source.clone(),
+                epochs: if let Length::Epochs(epochs) = spec.length { Some(epochs) } else { None },
                 parts: spec.streams.div_ceil(shards.len()),
                 shards,
-                share_end,
                 key: Key::new(spec.seed).with_name(&source.name),
             });
-        }
-        if let Some(last) = sources.last_mut() {
-            // The sum of the shares may fall short of 1 by rounding.
-            last.share_end = 1.0;
         }
         Ok(sources)
     }
@@ -130,15 +123,13 @@ mod tests {
     }
 
     #[test]
-    fn shares_follow_the_weights() {
+    fn sources_of_the_same_shards_differ_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let shard = dir.path().join("a.tar").display().to_string();
         std::fs::write(&shard, "").unwrap();
         let mut spec = spec(&[&shard]);
-        spec.sources.push(SourceSpec { name: "other".into(), weight: 3.0, ..spec.sources[0].clone() });
+        spec.sources.push(SourceSpec { name: "other".into(), ..spec.sources[0].clone() });
         let sources = Source::open_all(&spec).unwrap();
-        let ends: Vec<u64> = sources.iter().map(|source| source.share_end.to_bits()).collect();
-        assert_eq!(ends, [0.25_f64, 1.0].map(f64::to_bits));
         assert_ne!(sources[0].fingerprint(), sources[1].fingerprint());
     }
 }

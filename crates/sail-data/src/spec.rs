@@ -22,8 +22,8 @@ pub struct DataSpec {
     pub seed: u64,
     /// Largest number of tokens in a pack.
     pub tokens_per_pack: usize,
-    /// Visual tokens that every pack should have, so that devices have equal work; `None` packs for fill alone.
-    pub visual_tokens_per_pack: Option<usize>,
+    /// How visual tokens are spread over the packs.
+    pub balance: Balance,
     /// What happens to a sample with more tokens than a pack.
     pub too_long: TooLong,
     /// Samples held for shuffling, per stream and source; 1 keeps the order of the shards' samples.
@@ -38,6 +38,18 @@ pub struct DataSpec {
     pub image: ImageSpec,
     /// How shards are fetched.
     pub store: StoreSpec,
+}
+
+/// How visual tokens are spread over the packs, so that the encoder has the same work on every device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Balance {
+    /// As it comes; packs are filled for their tokens alone.
+    Off,
+    /// Every pack has the share that the stream had so far.
+    Mean,
+    /// Every pack has this many.
+    Tokens(usize),
 }
 
 /// What the weights of the sources are shares of.
@@ -334,7 +346,7 @@ impl DataSpec {
             streams: 1,
             seed: 0,
             tokens_per_pack: usize::MAX,
-            visual_tokens_per_pack: None,
+            balance: Balance::Off,
             too_long: TooLong::Error,
             shuffle_buffer: 1,
             pack_buffer: 1,
@@ -369,9 +381,9 @@ impl DataSpec {
         }
         let rate_ok = (0.0..1.0).contains(&self.max_error_rate);
         check(rate_ok, "max_error_rate", &self.max_error_rate, "a number in [0, 1)")?;
-        let visual = self.visual_tokens_per_pack.unwrap_or(0);
-        let expected = "at most `tokens_per_pack`";
-        check(visual <= self.tokens_per_pack, "visual_tokens_per_pack", &visual, expected)?;
+        if let Balance::Tokens(visual) = self.balance {
+            check(visual <= self.tokens_per_pack, "balance", &visual, "at most `tokens_per_pack`")?;
+        }
         if let Length::Epochs(n) | Length::Samples(n) = self.length {
             check(n >= 1, "length", &n, "at least 1")?;
         }

@@ -9,8 +9,8 @@ use serde_json::json;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 use crate::spec::{
-    Alpha, DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec, Template,
-    TextSpec, Tiling, TooLong,
+    Alpha, Balance, DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec,
+    Template, TextSpec, Tiling, TooLong,
 };
 use crate::text::TextEncoder;
 
@@ -35,7 +35,7 @@ pub(crate) fn spec(shards: &[&str]) -> DataSpec {
         streams: 1,
         seed: 7,
         tokens_per_pack: 256,
-        visual_tokens_per_pack: None,
+        balance: Balance::Off,
         too_long: TooLong::Drop,
         shuffle_buffer: 4,
         pack_buffer: 3,

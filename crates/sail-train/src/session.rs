@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sail_data::{Loader, Pack, TextEncoder, TextSpec};
+use sail_data::{Loader, LoaderOptions, Tally, TextEncoder, TextSpec};
 use sail_model::llm::LlmConfig;
 use sail_model::params::Params;
 use sail_model::vision::VisionConfig;
@@ -16,13 +16,14 @@ use sail_model::vlm::{Loss, Vlm, VlmConfig};
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::batch::to_batch;
-use crate::checkpoint::{Checkpoint, DataState, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
+use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
 use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
 use crate::optim::{Optimizer, StateKind};
 use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::stage::{Fingerprints, FreezeTable, module_of};
+use crate::step::Step;
 
 /// A stage ready to run.
 pub struct Session {
@@ -50,17 +51,6 @@ pub struct Session {
     /// fp32 weights of frozen modules, where the model computes in another type.
     exact: Params,
     started_from: Fingerprints,
-}
-
-/// The packs of one optimizer step.
-pub struct Step {
-    packs: Vec<Pack>,
-    /// Sum of the loss weights of all packs: the one normaliser of the step.
-    pub weight: f64,
-    /// What the packs hold.
-    pub size: Totals,
-    /// Time spent waiting for them.
-    pub data_wait_secs: f64,
 }
 
 impl Session {
@@ -103,8 +93,8 @@ impl Session {
             (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
             _ => None,
         };
-        let (states, next_stream) = data.map_or((None, 0), |data| (Some(data.streams), data.next_stream));
-        let loader = Loader::new(&spec, Arc::clone(&encoder), states, next_stream, plan.data.threads)?;
+        let options = LoaderOptions::alone(plan.data.threads);
+        let loader = Loader::new(&spec, Arc::clone(&encoder), options, data)?;
         let plan = plan.clone();
         Ok(Self {
             plan,
@@ -129,14 +119,19 @@ impl Session {
         FreezeTable::new(self.model.params(), &self.plan.train)
     }
 
-    /// The packs of the next step.
-    pub fn next_step(&mut self) -> Result<Step> {
+    /// The packs of the next step, fewer where streams have ended; `None` when all have.
+    pub fn next_step(&mut self) -> Result<Option<Step>> {
         let started = Instant::now();
         let mut packs = Vec::with_capacity(self.plan.batch.packs_per_step);
-        for _ in 0..self.plan.batch.packs_per_step {
-            packs.push(self.loader.next_pack()?.pack);
+        // With more streams than packs a step may find only streams that have ended, while others go on.
+        while packs.is_empty() && !self.loader.has_ended() {
+            for _ in 0..self.plan.batch.packs_per_step {
+                packs.extend(self.loader.next_pack()?.pack);
+            }
         }
-        Ok(Step::new(packs, started.elapsed().as_secs_f64()))
+        let waited = started.elapsed().as_secs_f64();
+        let tokens_per_pack = self.plan.batch.tokens_per_pack;
+        Ok((!packs.is_empty()).then(|| Step::new(packs, tokens_per_pack, waited)))
     }
 
     /// Forward and backward of every pack, gradients summed in the optimizer; the step's mean loss,
@@ -168,9 +163,9 @@ impl Session {
         self.totals.answer_tokens += step.size.answer_tokens;
     }
 
-    /// Skipped samples so far, by source and reason.
-    pub fn skipped(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
-        self.loader.skipped()
+    /// What was seen of each source so far.
+    pub fn coverage(&self) -> BTreeMap<String, Tally> {
+        self.loader.tallies()
     }
 
     /// Everything a checkpoint of this moment holds.
@@ -185,12 +180,11 @@ impl Session {
         for (name, kind, tensor) in self.optimizer.state() {
             pieces.push(Piece { name, kind: kind.name(), tensor: tensor.shallow_clone() });
         }
-        let (streams, next_stream) = self.loader.position();
         Ok(Snapshot {
             state: RunState {
                 step: self.step,
                 totals: self.totals,
-                data: DataState { next_stream, streams },
+                data: self.loader.position(),
                 init: self.init.clone(),
                 plan: self.plan.clone(),
             },
@@ -229,26 +223,6 @@ impl Session {
     /// [`Error::FreezePlan`] naming the first that did.
     pub fn check_frozen(&self) -> Result<()> {
         self.started_from.check_frozen(self.model.params(), &self.plan.train)
-    }
-}
-
-impl Step {
-    /// These packs as one step.
-    pub fn new(packs: Vec<Pack>, data_wait_secs: f64) -> Self {
-        let weight = packs.iter().map(Pack::weight_sum).sum();
-        let mut size = Totals::default();
-        for pack in &packs {
-            size.samples += pack.samples.len() as u64;
-            size.tokens += pack.ids.len() as u64;
-            size.answer_tokens += pack.answer_tokens() as u64;
-        }
-        Self { packs, weight, size, data_wait_secs }
-    }
-
-    /// Its samples as `source/shard/key`, for messages.
-    pub fn sample_names(&self) -> String {
-        let ids = self.packs.iter().flat_map(|pack| &pack.samples);
-        ids.map(ToString::to_string).collect::<Vec<_>>().join(" ")
     }
 }
 

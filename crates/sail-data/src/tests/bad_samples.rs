@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::error::{BadSample, Error};
 use crate::heldout::read_samples;
-use crate::loader::Loader;
+use crate::loader::{Loader, LoaderOptions};
 use crate::sample::Sample;
 use crate::spec::DataSpec;
 use crate::testing::{encoder_for, gradient, jpeg, png, spec, tar, text_sample};
@@ -100,7 +100,7 @@ fn the_loader_counts_by_reason_over_one_epoch() {
     let total = samples.len() as u64;
     let mut spec = write_spec(dir.path(), samples);
     spec.pack_buffer = 1;
-    let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+    let mut loader = Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
     while loader.tallies()["demo"].seen < total {
         loader.next_pack().unwrap();
     }
@@ -123,7 +123,7 @@ fn too_many_bad_samples_stop_the_run() {
     let broken = |n: usize| (0..n).map(|index| text_members(&format!("bad{index}"), "{"));
     let mut spec = write_spec(dir.path(), good(80).chain(broken(20)));
     spec.max_error_rate = 0.1;
-    let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+    let mut loader = Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
     let error = (0..200).find_map(|_| loader.next_pack().err()).expect("one in five is bad");
     let message = error.to_string();
     assert!(
@@ -134,7 +134,7 @@ fn too_many_bad_samples_stop_the_run() {
     assert!(matches!(load(&spec), Err(Error::TooManyBad { .. })));
 
     spec.max_error_rate = 0.3;
-    let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+    let mut loader = Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
     (0..200).for_each(|_| drop(loader.next_pack().unwrap()));
 }
 
@@ -151,7 +151,8 @@ fn a_source_without_any_good_sample_is_an_error_and_no_endless_loop() {
             let mut spec = write_spec(dir.path(), [members.clone()]);
             spec.max_error_rate = max_error_rate;
             spec.streams = 2;
-            let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+            let mut loader =
+                Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
             assert!(matches!(loader.next_pack(), Err(Error::TooManyBad { .. })));
         }
     }
@@ -163,14 +164,14 @@ fn empty_shards_are_passed_over_and_an_empty_source_is_an_error() {
     let mut spec = write_spec(dir.path(), []);
     spec.streams = 3;
     let encoder = encoder_for(&spec.text);
-    let mut loader = Loader::new(&spec, encoder.clone(), None, 0, 1).unwrap();
+    let mut loader = Loader::new(&spec, encoder.clone(), LoaderOptions::alone(1), None).unwrap();
     assert!(matches!(loader.next_pack(), Err(Error::EmptySource { .. })));
     assert!(matches!(load(&spec), Err(Error::EmptySource { .. })));
 
     let full = dir.path().join("b.tar");
     std::fs::write(&full, tar(&good(1).flatten().collect::<Members>())).unwrap();
     spec.sources[0].shards.push(full.display().to_string());
-    let mut loader = Loader::new(&spec, encoder, None, 0, 1).unwrap();
+    let mut loader = Loader::new(&spec, encoder, LoaderOptions::alone(1), None).unwrap();
     (0..6).for_each(|_| drop(loader.next_pack().unwrap()));
 }
 
@@ -181,7 +182,7 @@ fn a_truncated_shard_stops_the_run() {
     let path = dir.path().join("a.tar");
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-    let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+    let mut loader = Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
     let error = (0..20).find_map(|_| loader.next_pack().err()).unwrap();
     assert!(matches!(&error, Error::BrokenShard { .. }), "{error}");
     assert!(error.to_string().contains("a.tar"));

@@ -4,5 +4,6 @@ mod bad_samples;
 mod images;
 mod loading;
 mod preprocessing;
+mod resuming;
 mod shards;
 mod templates;
