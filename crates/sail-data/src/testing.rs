@@ -8,10 +8,12 @@ use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use serde_json::json;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
+use crate::shard::{RawSample, Shard};
 use crate::spec::{
     Alpha, DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec, Template,
     TextSpec, Tiling, TooLong,
 };
+use crate::store::Store;
 use crate::text::TextEncoder;
 
 pub(crate) const SPECIALS: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>"];
@@ -152,4 +154,15 @@ pub(crate) fn write_shards(dir: &Path, counts: &[usize]) -> Vec<PathBuf> {
         path
     };
     counts.iter().enumerate().map(write).collect()
+}
+
+/// A sample with these members, by suffix.
+pub(crate) fn raw_sample(key: &str, members: &[(&str, &[u8])]) -> RawSample {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.tar").display().to_string();
+    let named: Vec<_> = members.iter().map(|(suffix, data)| (format!("{key}.{suffix}"), data)).collect();
+    std::fs::write(&path, tar(&named)).unwrap();
+    let shard = Shard::open(&Store::new(&StoreSpec::default()).unwrap(), &path).unwrap();
+    let place = shard.scan(0, 0).next_sample().unwrap().unwrap();
+    shard.read(place).unwrap()
 }
