@@ -261,13 +261,11 @@ impl RawSample {
             .find(|member| member.name == reference)
             .or_else(|| images().find(|member| base_name(&member.name) == base_name(reference)))
             .or_else(|| images().find(|member| member.suffix == suffix));
-        match found {
-            Some(member) => Ok(Arc::clone(&member.data)),
-            None => {
-                let (reference, members) = (shortened(reference), shortened(&self.suffixes()));
-                Err(BadSample::UnknownImage { reference, members }.into())
-            }
-        }
+        let unknown = || BadSample::UnknownImage {
+            reference: shortened(reference),
+            members: shortened(&self.suffixes()),
+        };
+        Ok(found.map(|member| Arc::clone(&member.data)).ok_or_else(unknown)?)
     }
 
     /// The names of the images in the folder that an annotation names, sorted; none when it is no folder.

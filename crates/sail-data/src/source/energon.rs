@@ -67,12 +67,7 @@ fn train_shards(mut split: Split) -> std::result::Result<Vec<String>, String> {
         .ok_or_else(|| format!("it has no split `train`, but {}", parts.join(", ")))?;
     let expand = |names: Vec<String>| -> std::result::Result<Vec<String>, String> {
         let expanded = names.iter().map(|name| braceexpand(name)).collect::<std::result::Result<Vec<_>, _>>();
-        Ok(expanded
-            .map_err(|error| error.to_string())?
-            .into_iter()
-            .flatten()
-            .map(|name| name.to_string())
-            .collect())
+        Ok(expanded.map_err(|error| error.to_string())?.concat())
     };
     let (shards, excluded) = (expand(train)?, expand(split.exclude)?);
     if let Some(unknown) = excluded.iter().find(|name| !shards.contains(name) && name.contains(".tar/")) {

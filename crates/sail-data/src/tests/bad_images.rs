@@ -107,7 +107,6 @@ fn tiff_of(width: u32, height: u32) -> Vec<u8> {
 fn bombs_are_refused_by_their_header() {
     let bombs = [
         ("png", png_of(65_535, 65_535)),
-        ("png", png_of(0x7fff_ffff, 0x7fff_ffff)),
         ("png", png_of(0x7fff_ffff, 1)),
         ("jpg", jpeg_of(65_535, 65_535)),
         ("webp", webp_bomb()),
@@ -116,6 +115,7 @@ fn bombs_are_refused_by_their_header() {
         assert_eq!(reason(name, &bytes), Some("image_too_large"), "{name}");
     }
     for (name, bytes) in [
+        ("png", png_of(0x7fff_ffff, 0x7fff_ffff)),
         ("gif", gif_of(65_535, 65_535)),
         ("tif", tiff_of(65_535, 65_535)),
         ("tif", tiff_of(u32::MAX, u32::MAX)),

@@ -23,7 +23,7 @@ fn pax(records: &[u8]) -> Vec<u8> {
 /// A pax record with its length.
 fn record(key: &str, value: &str) -> Vec<u8> {
     let body = key.len() + value.len() + 3;
-    let length = (body + 1..).find(|&n| n == body + n.to_string().len()).unwrap();
+    let length = (body + 1..body + 9).find(|&n| n == body + n.to_string().len()).unwrap();
     format!("{length} {key}={value}\n").into_bytes()
 }
 

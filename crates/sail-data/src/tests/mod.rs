@@ -1,8 +1,10 @@
 //! Tests that go through several modules, on shards written to temporary folders.
 
+mod bad_annotations;
 mod bad_images;
 mod bad_samples;
 mod bad_shards;
+mod edits;
 mod fuzz;
 mod images;
 mod json_lines;

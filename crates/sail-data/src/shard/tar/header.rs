@@ -103,23 +103,13 @@ pub(super) fn next_file<B: Bytes + ?Sized>(bytes: &B, mut at: u64) -> Result<Fou
         check_sum(&header).map_err(broken)?;
         let kind = header[156];
         let regular = matches!(kind, b'0' | 0 | b'7');
-        let declared = parse_size(&header[124..136]).map_err(broken)?;
-        let size = match kind {
-            // Links, devices, folders and pipes have no content, whatever their size field says.
-            b'1'..=b'6' => 0,
-            b'S' => return Err(broken("sparse files are not supported".into())),
-            _ if regular => extension.size.unwrap_or(declared),
-            _ => declared,
-        };
+        let size = content_bytes(&header, extension.size.filter(|_| regular)).map_err(broken)?;
         let data = at + BLOCK;
-        let end = size
-            .checked_next_multiple_of(BLOCK)
-            .and_then(|padded| data.checked_add(padded))
-            .filter(|&end| end <= bytes.size())
-            .ok_or_else(|| {
-                let there = bytes.size() - data;
-                broken(format!("a member of {size} bytes begins, and the file ends after {there}"))
-            })?;
+        let end = size.checked_next_multiple_of(BLOCK).and_then(|padded| data.checked_add(padded));
+        let end = end.filter(|&end| end <= bytes.size()).ok_or_else(|| {
+            let there = bytes.size() - data;
+            broken(format!("a member of {size} bytes begins, and the file ends after {there}"))
+        })?;
         if regular {
             let name = extension.name.take().unwrap_or_else(|| header_name(&header));
             return Ok(Found::File(File { name, start, data, size, end }));
@@ -193,6 +183,17 @@ fn check_sum(header: &[u8]) -> Result<(), String> {
         return Ok(());
     }
     Err(format!("a header's checksum is {stored} and should be {unsigned}; is it a tar file?"))
+}
+
+/// Bytes of content behind a header: `given` by a record before it, or by its own size field.
+fn content_bytes(header: &[u8], given: Option<u64>) -> Result<u64, String> {
+    let declared = parse_size(&header[124..136])?;
+    match header[156] {
+        // Links, devices, folders and pipes have no content, whatever their size field says.
+        b'1'..=b'6' => Ok(0),
+        b'S' => Err("sparse files are not supported".into()),
+        _ => Ok(given.unwrap_or(declared)),
+    }
 }
 
 /// The size field: octal digits, or base 256 when the top bit is set.
