@@ -3,17 +3,16 @@
 //! Everything that decides the length of a sample is known from the annotation and the image headers, so
 //! packing never waits for pixels, and nothing is ever cut to fit.
 
-use crate::annotation::{Annotation, Turn, place_marks};
-use crate::error::{BadSample, Result};
+use crate::annotation::Turn;
+use crate::error::{BadSample, Failure, Result};
 use crate::image::Picture;
+use crate::layout::{self, Context, Gathered};
 use crate::packer::Load;
 use crate::sample::{Sample, SampleId, Tiles};
-use crate::shard::{Member, RawSample, SampleRef};
+use crate::shard::{RawSample, SampleRef};
 use crate::source::Source;
 use crate::spec::{DataSpec, ImageSpec};
 use crate::text::{Encoded, TextEncoder};
-
-const IMAGE_SUFFIXES: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
 
 /// A sample whose length is known and whose images are not decoded yet.
 #[derive(Clone, Debug)]
@@ -54,32 +53,27 @@ impl Draft {
         let shard = &source.shards[place.shard as usize];
         let raw = source.open(place.shard as usize)?.read(place.extent)?;
         let id = SampleId { source: source.name.clone(), shard: shard.clone(), key: raw.key.clone() };
-        Ok(match Self::parse(spec, encoder, raw) {
-            Ok((encoded, pictures, turns)) => Ok(Self { id, encoded, pictures, turns }),
-            Err(cause) => Err(Box::new(Rejected { id, cause })),
-        })
+        match Self::parse(spec, encoder, Context::new(source, place.epoch), &raw) {
+            Ok((encoded, pictures, turns)) => Ok(Ok(Self { id, encoded, pictures, turns })),
+            Err(Failure::Sample(cause)) => Ok(Err(Box::new(Rejected { id, cause }))),
+            Err(Failure::Run(error)) => Err(error),
+        }
     }
 
     fn parse(
         spec: &DataSpec,
         encoder: &TextEncoder,
-        raw: RawSample,
-    ) -> std::result::Result<(Encoded, Vec<Picture>, Vec<Turn>), BadSample> {
-        raw.check_unique()?;
-        let json = raw.member("json").ok_or_else(|| BadSample::NoAnnotation { members: suffixes(&raw) })?;
-        let Annotation { mut turns, images } = Annotation::parse(&json.data)?;
-        let members = find_images(raw, images)?;
-        place_marks(&mut turns, members.len())?;
-        let count = members.len();
-        let plan = |Member { name, data, .. }| Picture::plan(name, data, count, &spec.image);
-        let pictures =
-            members.into_iter().map(plan).collect::<std::result::Result<Vec<Picture>, BadSample>>()?;
+        context: Context,
+        raw: &RawSample,
+    ) -> std::result::Result<(Encoded, Vec<Picture>, Vec<Turn>), Failure> {
+        let named = layout::read(raw, context)?;
+        let Gathered { turns, pictures } = layout::gather(raw, named, &spec.image)?;
         let visual_tokens: Vec<usize> =
             pictures.iter().map(|picture| picture.visual_tokens(&spec.image)).collect();
         let encoded = encoder.encode(&turns, &visual_tokens)?;
         let (tokens, limit) = (encoded.ids.len(), spec.tokens_per_pack);
         if tokens > limit {
-            return Err(BadSample::TooLong { tokens, limit });
+            return Err(BadSample::TooLong { tokens, limit }.into());
         }
         Ok((encoded, pictures, turns))
     }
@@ -100,41 +94,4 @@ impl Draft {
         let Encoded { ids, targets, weights, image_rows } = self.encoded;
         Ok(Sample { id: self.id, ids, targets, weights, tiles, image_rows, turns: self.turns })
     }
-}
-
-fn suffixes(raw: &RawSample) -> String {
-    let suffixes: Vec<String> = raw.members.iter().map(|member| format!("`{}`", member.suffix)).collect();
-    if suffixes.is_empty() { "none".to_owned() } else { suffixes.join(", ") }
-}
-
-/// The members that hold the sample's images: those that the annotation names, by member name, base name or
-/// suffix; or, when it has no such field, all image members in the order of the archive.
-fn find_images(raw: RawSample, names: Option<Vec<String>>) -> std::result::Result<Vec<Member>, BadSample> {
-    let is_image = |member: &Member| {
-        let extension = member.suffix.rsplit('.').next().unwrap_or_default();
-        IMAGE_SUFFIXES.contains(&extension)
-    };
-    let Some(names) = names else {
-        return Ok(raw.members.into_iter().filter(is_image).collect());
-    };
-    let find = |reference: &str| {
-        let by_name = |member: &&Member| member.name == reference;
-        let by_base_name = |member: &&Member| base_name(&member.name) == base_name(reference);
-        let by_suffix = |member: &&Member| member.suffix == reference.to_ascii_lowercase();
-        let images = || raw.members.iter().filter(|member| is_image(member));
-        images()
-            .find(by_name)
-            .or_else(|| images().find(by_base_name))
-            .or_else(|| images().find(by_suffix))
-            .cloned()
-    };
-    let unknown = |reference: &String| BadSample::UnknownImage {
-        reference: reference.clone(),
-        members: suffixes(&raw),
-    };
-    names.iter().map(|reference| find(reference).ok_or_else(|| unknown(reference))).collect()
-}
-
-fn base_name(path: &str) -> &str {
-    path.rsplit('/').next().unwrap_or(path)
 }

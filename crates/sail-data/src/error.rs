@@ -86,6 +86,14 @@ pub enum Error {
         /// The compression found.
         codec: &'static str,
     },
+    /// A shard is one JSON document, so that samples cannot be addressed by their offset.
+    #[error(
+        "shard `{shard}` is a JSON document, in which no sample can be found by its place\n\nhint: turn it into shards with `sail-data pack`, or write one annotation a line into a `.jsonl`"
+    )]
+    WholeJson {
+        /// The shard's path.
+        shard: String,
+    },
     /// Too large a share of a source's samples is bad.
     #[error(
         "source `{name}`: {skipped} of {seen} samples are bad, more than the limit of {limit}; the commonest reason is `{reason}` ({count} times)\n\nhint: mend the samples named above, or raise `data.max_error_rate`"
@@ -180,9 +188,11 @@ pub enum Error {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BadSample {
-    /// No `.json` member beside the images.
-    #[error("it has no `.json` member (members: {members})")]
+    /// What the answer is made of is not there.
+    #[error("it has no {wanted} (members: {members})")]
     NoAnnotation {
+        /// What was looked for.
+        wanted: &'static str,
         /// Suffixes of the members that are there.
         members: String,
     },
@@ -217,6 +227,32 @@ pub enum BadSample {
         /// The members that are there.
         members: String,
     },
+    /// A layout that is about an image finds none.
+    #[error("it has no image (members: {members})")]
+    NoImage {
+        /// Suffixes of the members that are there.
+        members: String,
+    },
+    /// Its image was never fetched, as img2dataset notes.
+    #[error("its image was not downloaded: {status}")]
+    NotDownloaded {
+        /// The status in its `.json`, with the message.
+        status: String,
+    },
+    /// The annotation names a file outside the folder of images.
+    #[error("`{reference}` is no path inside the folder of images")]
+    BadPath {
+        /// The name in the annotation.
+        reference: String,
+    },
+    /// The annotation names a file that is not there or cannot be read.
+    #[error("cannot read `{path}`: {detail}")]
+    MissingFile {
+        /// Where it should be.
+        path: String,
+        /// What the system says.
+        detail: String,
+    },
     /// The number of `<image>` marks is not the number of images.
     #[error("it has {marks} `<image>` marks for {images} images")]
     ImageCount {
@@ -224,6 +260,14 @@ pub enum BadSample {
         marks: usize,
         /// Images of the sample.
         images: usize,
+    },
+    /// The number of `<video>` marks is not the number of videos.
+    #[error("it has {marks} `<video>` marks for {videos} videos")]
+    VideoCount {
+        /// Marks in the text of the user.
+        marks: usize,
+        /// Videos of the sample.
+        videos: usize,
     },
     /// An image is truncated, or of an unknown format.
     #[error("image `{image}` cannot be decoded: {detail}")]
@@ -254,7 +298,7 @@ pub enum BadSample {
         limit: usize,
     },
     /// Its text cannot be tokenised, or turns into a token that only the template may write.
-    #[error("its text cannot be tokenised: {detail}")]
+    #[error("its text cannot be used: {detail}")]
     Text {
         /// What is wrong.
         detail: String,
@@ -271,11 +315,35 @@ impl BadSample {
             Self::BadTurns { .. } => "bad_turns",
             Self::NoAnswer => "no_answer",
             Self::UnknownImage { .. } => "unknown_image",
+            Self::NoImage { .. } => "no_image",
+            Self::NotDownloaded { .. } => "not_downloaded",
+            Self::BadPath { .. } => "bad_path",
+            Self::MissingFile { .. } => "missing_file",
+            Self::VideoCount { .. } => "video_count",
             Self::ImageCount { .. } => "image_count",
             Self::BadImage { .. } => "bad_image",
             Self::ImageTooLarge { .. } => "image_too_large",
             Self::TooLong { .. } => "too_long",
             Self::Text { .. } => "bad_text",
         }
+    }
+}
+
+/// Why a sample could not be read: by its own fault, or by one of the run.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Sample(BadSample),
+    Run(Error),
+}
+
+impl From<BadSample> for Failure {
+    fn from(cause: BadSample) -> Self {
+        Self::Sample(cause)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(cause: Error) -> Self {
+        Self::Run(cause)
     }
 }

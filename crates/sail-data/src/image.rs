@@ -6,6 +6,7 @@
 
 use std::io::Cursor;
 use std::path::Path;
+use std::sync::Arc;
 
 use fast_image_resize::images::{Image as ResizedImage, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
@@ -144,27 +145,52 @@ pub(crate) fn cut(
     Ok(())
 }
 
+/// How much of a sample's tiles an image may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Share {
+    /// That of one of so many images.
+    OneOf(usize),
+    /// One tile, as a frame of a video.
+    Frame,
+}
+
+/// Frames or pages of an image.
+///
+/// # Errors
+/// [`BadSample::BadImage`] for an unknown format.
+pub(crate) fn frame_count(name: &str, bytes: &[u8]) -> std::result::Result<usize, BadSample> {
+    reader(name, bytes).map(|_| 1)
+}
+
 /// One image of a sample: its pixels are still encoded, its number of visual tokens is known.
 #[derive(Clone, Debug)]
 pub(crate) struct Picture {
     name: String,
-    bytes: Vec<u8>,
+    bytes: Arc<[u8]>,
     grid: Grid,
 }
 
 impl Picture {
-    /// Plans one of `count` images of a sample from its header.
+    /// Plans an image of a sample from its header.
     ///
     /// # Errors
     /// As [`read_size`].
     pub(crate) fn plan(
         name: String,
-        bytes: Vec<u8>,
-        count: usize,
+        bytes: Arc<[u8]>,
+        frame: usize,
+        share: Share,
         spec: &ImageSpec,
     ) -> std::result::Result<Self, BadSample> {
+        if frame > 0 {
+            let detail = format!("frame {frame} is asked for; frames are not supported yet");
+            return Err(BadSample::BadImage { image: name, detail });
+        }
         let (width, height) = read_size(&name, &bytes, spec.max_pixels)?;
-        let grid = choose_grid(width, height, count, spec.tiling, spec.tile_px);
+        let grid = match share {
+            Share::OneOf(count) => choose_grid(width, height, count, spec.tiling, spec.tile_px),
+            Share::Frame => Grid { columns: 1, rows: 1, thumbnail: false },
+        };
         Ok(Self { name, bytes, grid })
     }
 
@@ -206,7 +232,7 @@ pub fn load_image(path: &Path, spec: &ImageSpec) -> Result<Tiles> {
     let name = path.display().to_string();
     let load = || {
         let mut tiles = Tiles::none(spec.tile_px);
-        Picture::plan(name.clone(), bytes, 1, spec)?.render(spec, &mut tiles)?;
+        Picture::plan(name.clone(), bytes.into(), 0, Share::OneOf(1), spec)?.render(spec, &mut tiles)?;
         Ok(tiles)
     };
     load().map_err(|cause| Error::Unusable { what: name.clone(), cause })

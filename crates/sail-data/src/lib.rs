@@ -1,6 +1,6 @@
-//! Sharded image-text streams: tar shards to samples to packs.
+//! Sharded image-text streams: shards to samples to packs.
 //!
-//! This crate reads WebDataset shards, turns each sample into token ids, labels and image tiles, and
+//! This crate reads WebDataset shards and JSON lines, turns each sample into token ids, labels and image tiles, and
 //! packs samples of different lengths into training packs of a fixed token budget. It knows nothing of
 //! tensors, ranks or optimizers: what leaves it is host memory ([`Pack`]), which `sail-train` turns into
 //! tensors.
@@ -10,7 +10,8 @@
 //! ```text
 //! order    which (shard, part) units a stream reads, and the shuffle inside them     -> reference
 //! shard    the bytes of one sample, read at its offset                               -> members
-//! draft    annotation, image headers, tiling, token ids: all lengths, no pixels yet  -> draft
+//! layout   the turns, the pictures they name, videos as frames                       -> conversation
+//! draft    image headers, tiling, token ids: all lengths, no pixels yet              -> draft
 //! packer   the drafts that share a pack                                              -> drafts
 //! image    decode, resize, cut, normalise                                            -> Sample
 //! sample   concatenation                                                             -> Pack
@@ -26,6 +27,7 @@ mod error;
 mod heldout;
 mod image;
 mod jpeg;
+mod layout;
 mod loader;
 mod mix;
 mod order;

@@ -1,5 +1,7 @@
 //! A source with its shards found: patterns expanded, files there, names distinct.
 
+mod energon;
+
 use crate::error::{Error, Result};
 use crate::rng::Key;
 use crate::shard::Shard;
@@ -53,7 +55,8 @@ impl Source {
     /// # Errors
     /// As [`Shard::open`].
     pub(crate) fn open(&self, shard: usize) -> Result<Shard> {
-        Shard::open(&self.store, &self.shards[shard])
+        let shard = Shard::open(&self.store, &self.shards[shard])?;
+        Ok(shard.with_images(self.spec.images.as_deref()))
     }
 
     /// Number of (shard, part) units in an epoch.
@@ -71,7 +74,14 @@ impl Source {
 fn find_shards(store: &Store, source: &SourceSpec) -> Result<Vec<String>> {
     let mut shards: Vec<String> = Vec::new();
     for pattern in &source.shards {
-        shards.extend(store.find(&source.name, pattern)?);
+        match energon::train_split(store, &source.name, pattern)? {
+            Some(names) => {
+                for name in names {
+                    shards.extend(store.find(&source.name, &name)?);
+                }
+            }
+            None => shards.extend(store.find(&source.name, pattern)?),
+        }
     }
     let mut sorted: Vec<&String> = shards.iter().collect();
     sorted.sort();

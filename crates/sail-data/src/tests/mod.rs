@@ -1,7 +1,14 @@
 //! Tests that go through several modules, on shards written to temporary folders.
 
+mod bad_annotations;
+mod bad_images;
 mod bad_samples;
+mod bad_shards;
+mod edits;
+mod fuzz;
 mod images;
+mod json_lines;
+mod layouts;
 mod loading;
 mod preprocessing;
 mod resuming;
