@@ -1,15 +1,15 @@
 //! A draft: a sample with its tokens counted and its images still encoded.
 //!
 //! Everything that decides the length of a sample is known from the annotation and the image headers, so
-//! packing never waits for pixels, and nothing is ever cut to fit.
+//! packing never waits for pixels. What is cut to fit is text, never an image.
 
 use crate::annotation::{Annotation, Turn, place_marks};
-use crate::error::{BadSample, Result};
+use crate::error::{BadSample, Error, Result};
 use crate::image::Picture;
 use crate::sample::{Sample, SampleId, Tiles};
 use crate::shard::{Member, RawSample, SampleRef};
 use crate::source::Source;
-use crate::spec::{DataSpec, ImageSpec};
+use crate::spec::{DataSpec, ImageSpec, TooLong};
 use crate::text::{Encoded, TextEncoder};
 
 const IMAGE_SUFFIXES: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
@@ -55,6 +55,10 @@ impl Draft {
         let id = SampleId { source: source.name.clone(), shard: shard.clone(), key: raw.key.clone() };
         Ok(match Self::parse(spec, encoder, raw) {
             Ok((encoded, pictures, turns)) => Ok(Self { id, encoded, pictures, turns }),
+            Err(BadSample::TooLong { tokens, limit }) if spec.too_long == TooLong::Error => {
+                let SampleId { source, shard, key } = id;
+                return Err(Error::SampleTooLong { source_name: source, shard, key, tokens, limit });
+            }
             Err(cause) => Err(Box::new(Rejected { id, cause })),
         })
     }
@@ -71,15 +75,20 @@ impl Draft {
         place_marks(&mut turns, members.len())?;
         let count = members.len();
         let plan = |Member { name, data, .. }| Picture::plan(name, data, count, &spec.image);
-        let pictures =
+        let mut pictures =
             members.into_iter().map(plan).collect::<std::result::Result<Vec<Picture>, BadSample>>()?;
         let visual_tokens: Vec<usize> =
             pictures.iter().map(|picture| picture.visual_tokens(&spec.image)).collect();
-        let encoded = encoder.encode(&turns, &visual_tokens)?;
-        let (tokens, limit) = (encoded.ids.len(), spec.tokens_per_pack);
+        let limit = spec.tokens_per_pack;
+        let encoded = match spec.too_long {
+            TooLong::TruncateText => encoder.encode_within(&turns, &visual_tokens, limit)?,
+            TooLong::Drop | TooLong::Error => encoder.encode(&turns, &visual_tokens)?,
+        };
+        let tokens = encoded.ids.len();
         if tokens > limit {
             return Err(BadSample::TooLong { tokens, limit });
         }
+        pictures.truncate(encoded.images);
         Ok((encoded, pictures, turns))
     }
 
@@ -96,7 +105,7 @@ impl Draft {
                 return Err(Box::new(Rejected { id: self.id, cause }));
             }
         }
-        let Encoded { ids, targets, weights, image_rows } = self.encoded;
+        let Encoded { ids, targets, weights, image_rows, .. } = self.encoded;
         Ok(Sample { id: self.id, ids, targets, weights, tiles, image_rows, turns: self.turns })
     }
 }

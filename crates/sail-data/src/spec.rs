@@ -70,7 +70,7 @@ pub enum TooLong {
     Error,
     /// It is skipped and counted.
     Drop,
-    /// Text is cut off at its end, never an image; without an answer left it is skipped.
+    /// It is cut off at its end, never inside an image; without anything left to learn it is skipped.
     TruncateText,
 }
 

@@ -6,3 +6,4 @@ mod loading;
 mod preprocessing;
 mod shards;
 mod templates;
+mod truncation;

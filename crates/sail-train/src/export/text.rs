@@ -107,11 +107,11 @@ impl TextKeys {
 /// When the `tokenizer.json` cannot be read.
 pub(super) fn add_files(folder: Folder, mllm: &Mllm, image_mark: &str) -> Result<Folder> {
     let mut tokenizer = read_json(mllm.tokenizer)?;
-    let structure = mllm.encoder.structure_tokens(mllm.text);
-    for (token, id) in &structure {
+    let structure = mllm.encoder.structure_tokens();
+    for (token, id) in structure.iter() {
         mark_special(&mut tokenizer, token, *id);
     }
-    let [.., (start, _), (context, _), (end, _)] = &structure;
+    let [(start, _), (context, _), (end, _)] = &structure.image;
     let added = tokenizer["added_tokens"].as_array();
     let pad = added.and_then(|tokens| tokens.iter().find(|token| token["content"] == END_OF_TEXT));
     let pad_id = pad.and_then(|token| token["id"].as_i64()).unwrap_or(mllm.encoder.end_of_turn());
