@@ -2,8 +2,10 @@
 
 mod bad_samples;
 mod images;
+mod jinja;
 mod loading;
 mod preprocessing;
 mod shards;
+mod template_goldens;
 mod templates;
 mod truncation;

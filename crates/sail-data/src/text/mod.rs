@@ -5,28 +5,40 @@
 //! written by id, and no text of a sample can produce it.
 
 mod chatml;
+mod environment;
+mod folder;
+mod jinja;
+mod marks;
 mod segments;
 mod vocabulary;
 
 use std::path::Path;
 
 use self::chatml::{ChatMl, TURN_END, TURN_START};
+use self::jinja::Jinja;
 use self::segments::{ImageIds, Laid, Segment};
 use self::vocabulary::Vocabulary;
 use crate::annotation::{Role, Turn, place_marks};
 use crate::error::{BadSample, Error, Result};
 use crate::sample::Prompt;
-use crate::spec::{LossWeight, TextSpec};
+use crate::spec::{LossWeight, Template, TextSpec};
 
 /// A `tokenizer.json` with a chat template.
 #[derive(Debug)]
 pub struct TextEncoder {
     vocabulary: Vocabulary,
-    template: ChatMl,
+    template: Framing,
     loss_weight: LossWeight,
     image: ImageIds,
     structure: StructureTokens,
     stop_ids: Vec<i64>,
+}
+
+/// How turns become segments.
+#[derive(Debug)]
+enum Framing {
+    ChatMl(ChatMl),
+    Jinja(Box<Jinja>),
 }
 
 /// The tokens that only templates and images may write, with their ids.
@@ -65,24 +77,31 @@ impl TextEncoder {
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when the file cannot be used, [`Error::MissingToken`] when it lacks a token that
-    /// the template or the images need.
+    /// the template or the images need, [`Error::ChatTemplate`] when it has no Jinja template that can be used.
     pub fn new(tokenizer_json: &Path, spec: &TextSpec) -> Result<Self> {
         let mut vocabulary = Vocabulary::load(tokenizer_json)?;
-        let turns = [(TURN_START, "the start of a turn"), (TURN_END, "the end of a turn")];
-        let turn_ids = vocabulary.reserve(turns)?;
         let tokens = &spec.image_tokens;
         let [start, context, end] = vocabulary.reserve([
             (&tokens.start, "the start of an image"),
             (&tokens.context, "a visual token"),
             (&tokens.end, "the end of an image"),
         ])?;
-        let template = ChatMl::new(spec, turn_ids);
-        let structure = StructureTokens {
-            template: turn_ids.map(|id| (vocabulary.token(id), id)).to_vec(),
-            image: [start, context, end].map(|id| (vocabulary.token(id), id)),
-        };
-        let stop_ids = vec![template.turn_end];
         let image = ImageIds { start, context, end };
+        let (template, written, stop_ids) = if spec.template == Template::Jinja {
+            let jinja = Jinja::load(tokenizer_json, spec, &mut vocabulary, image)?;
+            let (written, stop_ids) = (jinja.written.clone(), jinja.stop_ids.clone());
+            vocabulary.reserve_ids(written.iter().chain(&stop_ids).copied());
+            (Framing::Jinja(Box::new(jinja)), written, stop_ids)
+        } else {
+            let tokens = [(TURN_START, "the start of a turn"), (TURN_END, "the end of a turn")];
+            let turns = vocabulary.reserve(tokens)?;
+            (Framing::ChatMl(ChatMl::new(spec, turns)), turns.to_vec(), vec![turns[1]])
+        };
+        let named = |id| (vocabulary.token(id), id);
+        let structure = StructureTokens {
+            template: written.into_iter().map(named).collect(),
+            image: [start, context, end].map(named),
+        };
         Ok(Self { vocabulary, template, loss_weight: spec.loss_weight, image, structure, stop_ids })
     }
 
@@ -185,7 +204,10 @@ impl TextEncoder {
         visual_tokens: &[usize],
         ask: bool,
     ) -> std::result::Result<Laid, BadSample> {
-        let segments: Vec<Segment<'_>> = self.template.segments(turns, ask);
+        let segments: Vec<Segment<'_>> = match &self.template {
+            Framing::ChatMl(template) => template.segments(turns, ask),
+            Framing::Jinja(template) => template.segments(turns, ask)?,
+        };
         Laid::lay(&segments, visual_tokens, self.image, &self.vocabulary)
     }
 }

@@ -29,6 +29,16 @@ pub(super) enum Segment<'a> {
     AnswerEnd,
 }
 
+impl Segment<'_> {
+    /// The id, for a token.
+    pub(super) fn token(&self) -> Option<i64> {
+        match self {
+            Self::Token(id) => Some(*id),
+            _ => None,
+        }
+    }
+}
+
 /// Ids of the tokens that stand for an image.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ImageIds {
@@ -118,7 +128,7 @@ impl Laid {
         self.images.retain(|image| image.end <= end);
         self.answers.retain_mut(|answer| {
             answer.end = answer.end.min(end);
-            !answer.is_empty()
+            answer.start < answer.end
         });
     }
 
