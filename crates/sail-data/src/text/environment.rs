@@ -39,8 +39,8 @@ const STRFTIME_DAY: [(char, &str); 14] = [
 #[derive(Debug)]
 pub(super) struct Renderer {
     environment: Environment<'static>,
-    bos_token: Option<String>,
-    eos_token: Option<String>,
+    pub(super) bos_token: Option<String>,
+    pub(super) eos_token: Option<String>,
     /// Whether it says itself with `{% generation %}` what is learnt.
     pub(super) has_generation: bool,
 }
@@ -163,6 +163,7 @@ fn strftime_now(format: &str) -> Result<String, Error> {
 }
 
 /// As Python's `json.dumps` with `ensure_ascii=False`: a space after `,` and `:`, nothing escaped for HTML.
+#[expect(clippy::needless_pass_by_value, reason = "filters get their options by value")]
 fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     let failed = |e: &dyn std::fmt::Display| Error::new(ErrorKind::InvalidOperation, e.to_string());
     let indent: Option<usize> = options.get("indent")?;

@@ -16,7 +16,8 @@ use crate::spec::TextSpec;
 /// A template and the tokens that it may write.
 #[derive(Debug)]
 pub(super) struct Jinja {
-    renderer: Renderer,
+    pub(super) source: String,
+    pub(super) renderer: Renderer,
     specials: Vec<Special>,
     image: ImageIds,
     /// For conversations that begin without one.
@@ -54,6 +55,7 @@ impl Jinja {
         let renderer = Renderer::new(&source, config.bos_token(), config.eos_token());
         let system = spec.system.clone().map(|text| Turn { role: Role::System, text });
         let mut jinja = Self {
+            source,
             renderer: renderer.map_err(|detail| error(&path, detail))?,
             specials: vocabulary.specials(),
             image,

@@ -57,6 +57,17 @@ impl StructureTokens {
     }
 }
 
+/// A chat template of the tokenizer's folder, for whoever writes such a folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JinjaTemplate<'a> {
+    /// The template as it was found.
+    pub source: &'a str,
+    /// What it knows as `bos_token`.
+    pub bos_token: Option<&'a str>,
+    /// What it knows as `eos_token`.
+    pub eos_token: Option<&'a str>,
+}
+
 /// The tokens of one sample.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Encoded {
@@ -140,6 +151,18 @@ impl TextEncoder {
     /// The tokens that no text of a sample can produce.
     pub fn structure_tokens(&self) -> &StructureTokens {
         &self.structure
+    }
+
+    /// The template in Jinja; `None` for a built-in one.
+    pub fn jinja(&self) -> Option<JinjaTemplate<'_>> {
+        match &self.template {
+            Framing::ChatMl(_) => None,
+            Framing::Jinja(jinja) => Some(JinjaTemplate {
+                source: &jinja.source,
+                bos_token: jinja.renderer.bos_token.as_deref(),
+                eos_token: jinja.renderer.eos_token.as_deref(),
+            }),
+        }
     }
 
     /// The id that stands for a visual token.
