@@ -1,17 +1,17 @@
 //! A draft: a sample with its tokens counted and its images still encoded.
 //!
 //! Everything that decides the length of a sample is known from the annotation and the image headers, so
-//! packing never waits for pixels, and nothing is ever cut to fit.
+//! packing never waits for pixels. What is cut to fit is text, never an image.
 
 use crate::annotation::Turn;
-use crate::error::{BadSample, Failure, Result};
+use crate::error::{BadSample, Error, Failure, Result};
 use crate::image::Picture;
 use crate::layout::{self, Context, Gathered};
 use crate::packer::Load;
 use crate::sample::{Sample, SampleId, Tiles};
 use crate::shard::{RawSample, SampleRef};
 use crate::source::Source;
-use crate::spec::{DataSpec, ImageSpec};
+use crate::spec::{DataSpec, ImageSpec, TooLong};
 use crate::text::{Encoded, TextEncoder};
 
 /// A sample whose length is known and whose images are not decoded yet.
@@ -55,6 +55,10 @@ impl Draft {
         let id = SampleId { source: source.name.clone(), shard: shard.clone(), key: raw.key.clone() };
         match Self::parse(spec, encoder, Context::new(source, place.epoch), &raw) {
             Ok((encoded, pictures, turns)) => Ok(Ok(Self { id, encoded, pictures, turns })),
+            Err(Failure::Sample(BadSample::TooLong { tokens, limit })) if spec.too_long == TooLong::Error => {
+                let SampleId { source, shard, key } = id;
+                Err(Error::SampleTooLong { source_name: source, shard, key, tokens, limit })
+            }
             Err(Failure::Sample(cause)) => Ok(Err(Box::new(Rejected { id, cause }))),
             Err(Failure::Run(error)) => Err(error),
         }
@@ -67,14 +71,19 @@ impl Draft {
         raw: &RawSample,
     ) -> std::result::Result<(Encoded, Vec<Picture>, Vec<Turn>), Failure> {
         let named = layout::read(raw, context)?;
-        let Gathered { turns, pictures } = layout::gather(raw, named, &spec.image)?;
+        let Gathered { turns, mut pictures } = layout::gather(raw, named, &spec.image)?;
         let visual_tokens: Vec<usize> =
             pictures.iter().map(|picture| picture.visual_tokens(&spec.image)).collect();
-        let encoded = encoder.encode(&turns, &visual_tokens)?;
-        let (tokens, limit) = (encoded.ids.len(), spec.tokens_per_pack);
+        let limit = spec.tokens_per_pack;
+        let encoded = match spec.too_long {
+            TooLong::TruncateText => encoder.encode_within(&turns, &visual_tokens, limit)?,
+            TooLong::Drop | TooLong::Error => encoder.encode(&turns, &visual_tokens)?,
+        };
+        let tokens = encoded.ids.len();
         if tokens > limit {
             return Err(BadSample::TooLong { tokens, limit }.into());
         }
+        pictures.truncate(encoded.images);
         Ok((encoded, pictures, turns))
     }
 
@@ -91,7 +100,7 @@ impl Draft {
                 return Err(Box::new(Rejected { id: self.id, cause }));
             }
         }
-        let Encoded { ids, targets, weights, image_rows } = self.encoded;
+        let Encoded { ids, targets, weights, image_rows, .. } = self.encoded;
         Ok(Sample { id: self.id, ids, targets, weights, tiles, image_rows, turns: self.turns })
     }
 }

@@ -140,6 +140,30 @@ pub enum Error {
         /// What it is needed for.
         purpose: &'static str,
     },
+    /// A chat template is not there or cannot be used.
+    #[error("chat template `{}`: {detail}", path.display())]
+    ChatTemplate {
+        /// The file that holds it.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+    /// A sample has more tokens than a pack, and the specification says that this stops the run.
+    #[error(
+        "source `{source_name}`: the sample `{key}` of shard `{shard}` has {tokens} tokens, more than the {limit} of a pack\n\nhint: raise `data.tokens_per_pack`, or set `data.too_long` to `drop` or `truncate_text`"
+    )]
+    SampleTooLong {
+        /// The source's name.
+        source_name: String,
+        /// The shard's path.
+        shard: String,
+        /// The sample's key.
+        key: String,
+        /// Tokens of the sample.
+        tokens: usize,
+        /// `tokens_per_pack`.
+        limit: usize,
+    },
     /// Text or an image given directly (not from a shard) cannot be used.
     #[error("cannot use `{what}`")]
     Unusable {
@@ -297,6 +321,12 @@ pub enum BadSample {
         /// `tokens_per_pack`.
         limit: usize,
     },
+    /// The chat template refuses its turns.
+    #[error("the chat template cannot write it: {detail}")]
+    Template {
+        /// What the template says.
+        detail: String,
+    },
     /// Its text cannot be tokenised, or turns into a token that only the template may write.
     #[error("its text cannot be used: {detail}")]
     Text {
@@ -324,6 +354,7 @@ impl BadSample {
             Self::BadImage { .. } => "bad_image",
             Self::ImageTooLarge { .. } => "image_too_large",
             Self::TooLong { .. } => "too_long",
+            Self::Template { .. } => "chat_template",
             Self::Text { .. } => "bad_text",
         }
     }

@@ -82,7 +82,7 @@ pub enum TooLong {
     Error,
     /// It is skipped and counted.
     Drop,
-    /// Text is cut off at its end, never an image; without an answer left it is skipped.
+    /// It is cut off at its end, never inside an image; without anything left to learn it is skipped.
     TruncateText,
 }
 
@@ -180,6 +180,9 @@ impl Layout {
 pub struct TextSpec {
     /// The chat template.
     pub template: Template,
+    /// Where the Jinja template is, if not in the tokenizer's folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_file: Option<PathBuf>,
     /// System prompt for samples without one: `None` is the template's own default, an empty string none.
     pub system: Option<String>,
     /// The tokens around and for an image.
@@ -198,22 +201,26 @@ pub enum Template {
     Sail,
     /// `ChatML` with the default system prompt of `SmolLM` instruct models.
     Smollm,
+    /// The tokenizer's own, in Jinja: `chat_template.jinja` beside it, else `chat_template` in its
+    /// `tokenizer_config.json`. It says itself what is written without a system prompt.
+    Jinja,
 }
 
 impl Template {
-    /// The system prompt used when neither the sample nor the configuration gives one.
+    /// The system prompt used when neither the sample nor the configuration gives one; a Jinja template has it in
+    /// its text.
     pub fn default_system(self) -> Option<&'static str> {
         match self {
-            Self::Chatml | Self::Sail => None,
+            Self::Chatml | Self::Sail | Self::Jinja => None,
             Self::Smollm => Some("You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
         }
     }
 
-    /// The text between `<|im_end|>` and the next turn.
+    /// The text between `<|im_end|>` and the next turn of a built-in template.
     pub fn separator(self) -> &'static str {
         match self {
             Self::Chatml | Self::Smollm => "\n",
-            Self::Sail => "",
+            Self::Sail | Self::Jinja => "",
         }
     }
 }
@@ -389,6 +396,10 @@ impl DataSpec {
         }
         let timeout = self.store.timeout_secs;
         check(timeout.is_finite() && timeout > 0.0, "store.timeout_secs", &timeout, "a number above 0")?;
+        if let Some(file) = &self.text.template_file {
+            let jinja = self.text.template == Template::Jinja;
+            check(jinja, "text.template_file", &file.display(), "nothing, or `jinja` as `text.template`")?;
+        }
         self.image.validate()
     }
 }

@@ -26,6 +26,7 @@ pub(crate) fn text_spec() -> TextSpec {
     let [_, _, start, context, end] = SPECIALS.map(str::to_owned);
     TextSpec {
         template: Template::Chatml,
+        template_file: None,
         system: None,
         image_tokens: ImageTokens { start, context, end },
         loss_weight: LossWeight::Token,

@@ -265,6 +265,7 @@ impl Plan {
             max_error_rate: data.max_error_rate,
             text: TextSpec {
                 template: data.template,
+                template_file: None,
                 system: data.system,
                 image_tokens: data.image_tokens,
                 loss_weight: data.loss_weight,

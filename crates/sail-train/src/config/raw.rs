@@ -234,7 +234,7 @@ pub(super) struct RawData {
     pub(super) max_error_rate: f64,
     /// Largest image that is decoded, pixels; larger ones count as unusable. Default: 50 million.
     pub(super) max_pixels: u64,
-    /// Chat template: `chatml`, `sail` or `smollm`. Default: `chatml`.
+    /// Chat template: `chatml`, `sail`, `smollm` or `jinja` (the tokenizer's own). Default: `chatml`.
     pub(super) template: Template,
     /// System prompt for samples that bring none; `""`: none. Default: the template's own.
     pub(super) system: Option<String>,
