@@ -50,13 +50,24 @@ impl Draft {
         source: &Source,
         place: SampleRef,
     ) -> Result<std::result::Result<Self, Box<Rejected>>> {
-        let shard = &source.shards[place.shard as usize];
         let raw = source.open(place.shard as usize)?.read(place.extent)?;
-        let id = SampleId { source: source.name.clone(), shard: shard.clone(), key: raw.key.clone() };
-        Ok(match Self::parse(spec, encoder, raw) {
+        Ok(Self::from_raw(spec, encoder, source, place, raw))
+    }
+
+    /// The draft of a sample whose members have been read already.
+    pub(crate) fn from_raw(
+        spec: &DataSpec,
+        encoder: &TextEncoder,
+        source: &Source,
+        place: SampleRef,
+        raw: RawSample,
+    ) -> std::result::Result<Self, Box<Rejected>> {
+        let shard = source.shards[place.shard as usize].clone();
+        let id = SampleId { source: source.name.clone(), shard, key: raw.key.clone() };
+        match Self::parse(spec, encoder, raw) {
             Ok((encoded, pictures, turns)) => Ok(Self { id, encoded, pictures, turns }),
             Err(cause) => Err(Box::new(Rejected { id, cause })),
-        })
+        }
     }
 
     fn parse(
@@ -86,6 +97,21 @@ impl Draft {
     /// Tokens of the sample.
     pub(crate) fn tokens(&self) -> usize {
         self.encoded.ids.len()
+    }
+
+    /// Its tokens and labels.
+    pub(crate) fn encoded(&self) -> &Encoded {
+        &self.encoded
+    }
+
+    /// Its images, still encoded.
+    pub(crate) fn pictures(&self) -> &[Picture] {
+        &self.pictures
+    }
+
+    /// Its turns, with a mark for each image.
+    pub(crate) fn turns(&self) -> &[Turn] {
+        &self.turns
     }
 
     /// Decodes the images.

@@ -108,6 +108,11 @@ impl TextEncoder {
         self.tokenizer.decode(&ids, true).map_err(|e| unusable(e.to_string()))
     }
 
+    /// The name of a token in the vocabulary, where bytes of text have stand-ins; `None` for an unknown id.
+    pub(crate) fn token_name(&self, id: i64) -> Option<String> {
+        self.tokenizer.id_to_token(u32::try_from(id).ok()?)
+    }
+
     /// The id of `<|im_end|>`, at which generation stops.
     pub fn end_of_turn(&self) -> i64 {
         self.structure.turn_end

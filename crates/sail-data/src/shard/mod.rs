@@ -4,6 +4,7 @@
 //! [`Shard::read`] reads the members of one. What kinds of shards there are, is known here only; `tar` reads
 //! archives.
 
+pub(crate) mod index;
 mod tar;
 
 use std::sync::Arc;
