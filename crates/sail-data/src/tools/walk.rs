@@ -97,19 +97,17 @@ fn flush<T: Send>(
     Ok(())
 }
 
-/// For tests, and for output that is no terminal.
-#[derive(Debug)]
-pub(crate) struct Silent;
-
-impl Progress for Silent {
-    fn samples(&self, _: u64) {}
-    fn shard(&self) {}
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{spec, write_shards};
+
+    struct Silent;
+
+    impl Progress for Silent {
+        fn samples(&self, _: u64) {}
+        fn shard(&self) {}
+    }
 
     #[test]
     fn a_broken_shard_does_not_hide_the_others() {

@@ -58,9 +58,9 @@ fn totals(body: &mut String, stats: &Stats, total: &Figures) {
         cells.push(("text tokens", sum(Measure::TextTokens)));
         cells.push(("answer tokens", sum(Measure::AnswerTokens)));
     }
-    if let Some(limit) = stats.limit {
-        cells.push(("longer than a pack", percent(total.too_long, total.samples)));
-        cells.push(("tokens a pack", count(limit as u64)));
+    let too_long = stats.limit.map(|limit| format!("longer than {} tokens", count(limit as u64)));
+    if let Some(label) = &too_long {
+        cells.push((label, percent(total.too_long, total.samples)));
     }
     cells.push(("bad samples", count(total.bad.total())));
     body.push_str("<div class=\"totals\">\n");
@@ -161,7 +161,7 @@ fn histogram(body: &mut String, measure: Measure, sketch: &Sketch) {
     }
     let _ = write!(body, "<line class=\"base\" x1=\"0\" x2=\"{WIDTH}\" y1=\"{floor}\" y2=\"{floor}\"/>");
     axis(body, &bars, slot, tail);
-    let _ = write!(body, "<text x=\"{WIDTH}\" y=\"10\" text-anchor=\"end\">max {}</text>", count(most));
+    let _ = write!(body, "<text x=\"{WIDTH}\" y=\"10\" text-anchor=\"end\">tallest {}</text>", count(most));
     body.push_str("</svg></div>\n");
 }
 

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::{Figures, Measure, Stats};
+use crate::tools::page::one_line;
 use crate::tools::sketch::{Names, Sketch};
 
 const BARS: usize = 24;
@@ -88,7 +89,7 @@ fn list(names: &Names, samples: u64) -> String {
     let ranked = names.ranked();
     let shown = ranked.iter().take(SHOWN);
     let mut parts: Vec<String> =
-        shown.map(|(name, times)| format!("{name} {}", percent(*times, samples))).collect();
+        shown.map(|(name, times)| format!("{} {}", one_line(name), percent(*times, samples))).collect();
     if ranked.len() > SHOWN {
         parts.push(format!("{} more", ranked.len() - SHOWN));
     }

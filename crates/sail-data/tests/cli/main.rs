@@ -1,0 +1,6 @@
+//! The built `sail-data`, run as a user runs it.
+
+mod packing;
+mod reading;
+mod support;
+mod usage;
