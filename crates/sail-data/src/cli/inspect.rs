@@ -54,7 +54,8 @@ impl Args {
         save(self.html.as_deref(), || page(&view))?;
         let mut text = report(&view, Paint(colour));
         if self.tiles && colour {
-            text.push_str(&format!("\n{}", tiles(&view, columns())));
+            text.push('\n');
+            text.push_str(&tiles(&view, columns()));
         }
         print(&text)?;
         Ok(ExitCode::SUCCESS)

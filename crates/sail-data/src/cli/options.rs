@@ -36,8 +36,8 @@ pub(super) struct DataArgs {
     /// System prompt for samples without one; empty for none
     #[arg(long, value_name = "TEXT", requires = "tokenizer", help_heading = "How samples are read")]
     system: Option<String>,
-    /// The tokens before, for and after an image [default: <img>,<IMG_CONTEXT>,</img>]
     #[arg(
+        help = "The tokens before, for and after an image [default: <img>,<IMG_CONTEXT>,</img>]",
         long, value_name = "START,CONTEXT,END", requires = "tokenizer", value_delimiter = ',',
         value_parser = NonEmptyStringValueParser::new(), help_heading = "How samples are read"
     )]
@@ -112,10 +112,8 @@ impl DataArgs {
     }
 
     fn setup(&self, spec: DataSpec, tokenizer: Option<&Path>) -> Result<Setup> {
-        let path = tokenizer.map(|path| match path.is_dir() {
-            true => path.join("tokenizer.json"),
-            false => path.to_owned(),
-        });
+        let path =
+            tokenizer.map(|path| if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() });
         Setup::open(spec, path.as_deref()).map_err(|error| match error {
             ToolError::Data(crate::Error::MissingToken { path, token, .. }) if self.spec.is_none() => {
                 ToolError::usage(

@@ -1,5 +1,6 @@
 //! `sail-data pack`.
 
+use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -94,23 +95,25 @@ fn summary(options: &PackOptions, packed: &Packed) -> String {
         options.out.display()
     );
     if packed.resumed > 0 {
-        text.push_str(&format!("{} of the shards were there already\n", packed.resumed));
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{} of the shards were there already", packed.resumed);
     }
     let skipped: u64 = packed.rejected.values().sum();
     if skipped > 0 {
         let reasons: Vec<String> =
             packed.rejected.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
         let list = options.out.join("rejected.jsonl");
-        text.push_str(&format!("{skipped} skipped: {}; see `{}`\n", reasons.join(", "), list.display()));
+        let _ = writeln!(text, "{skipped} skipped: {}; see `{}`", reasons.join(", "), list.display());
     }
     text
 }
 
 fn prefix(name: &str) -> std::result::Result<String, String> {
     let safe = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    match name.chars().all(safe) && !name.is_empty() {
-        true => Ok(name.to_owned()),
-        false => Err("it may have letters, digits, `-` and `_`".into()),
+    if name.chars().all(safe) && !name.is_empty() {
+        Ok(name.to_owned())
+    } else {
+        Err("it may have letters, digits, `-` and `_`".into())
     }
 }
 

@@ -154,7 +154,7 @@ pub(crate) fn tile_pictures(sample: &Sample, spec: &ImageSpec) -> Vec<RgbImage> 
 
 /// Files that a pattern names.
 pub(crate) fn find_files(pattern: &str) -> Result<Vec<String>> {
-    Ok(Store::default().find("input", pattern)?)
+    Ok(Store.find("input", pattern)?)
 }
 
 /// One source alone, with its shards found.

@@ -120,8 +120,9 @@ impl ToolError {
     /// 1 failed, 2 bad usage.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage { .. } | Self::SpecFile { .. } => 2,
-            Self::Data(
+            Self::Usage { .. }
+            | Self::SpecFile { .. }
+            | Self::Data(
                 Error::InvalidSpec { .. }
                 | Error::Pattern { .. }
                 | Error::NoShards { .. }

@@ -1,5 +1,6 @@
 //! What is packed: JSON files and shards, in the order of the arguments, and a position in them.
 
+use std::fmt::Write;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -85,7 +86,7 @@ impl Inputs {
             if !is_json(pattern) {
                 let layout = options.layout;
                 let images = options.images.as_ref().map(|folder| folder.display().to_string());
-                specs.push(SourceSpec { layout, images, ..SourceSpec::new(&name, vec![pattern.clone()]) });
+                specs.push(SourceSpec { images, layout, ..SourceSpec::new(&name, vec![pattern.clone()]) });
                 found.push(false);
                 continue;
             }
@@ -127,7 +128,7 @@ impl Inputs {
 
 /// JSON files are told by their extension; everything else is a shard.
 fn is_json(pattern: &str) -> bool {
-    let extension = Path::new(pattern).extension().map(|extension| extension.to_ascii_lowercase());
+    let extension = Path::new(pattern).extension().map(std::ffi::OsStr::to_ascii_lowercase);
     extension.is_some_and(|extension| ["json", "jsonl", "ndjson"].iter().any(|json| extension == *json))
 }
 
@@ -150,8 +151,15 @@ fn identify(input: &Input) -> Result<Identity> {
             n => hash.update(&buffer[..n]),
         }
     }
-    identity.sha256 = Some(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
+    identity.sha256 = Some(hex(&hash.finalize()));
     Ok(identity)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 impl Identity {
@@ -175,7 +183,7 @@ pub(super) struct Reader<'a> {
 #[derive(Debug)]
 enum Open {
     Json(Records),
-    Shard(Scanner),
+    Shard(Box<Scanner>),
 }
 
 impl Reader<'_> {
@@ -219,7 +227,7 @@ impl Reader<'_> {
             None if input.images.is_some() => Open::Json(Records::open(Path::new(&input.path), offset)?),
             None => {
                 let source = &self.inputs.setup.sources[input.source];
-                Open::Shard(source.open(input.shard)?.scan(offset, ordinal))
+                Open::Shard(Box::new(source.open(input.shard)?.scan(offset, ordinal)))
             }
         };
         Ok(self.open.insert(opened))

@@ -84,13 +84,12 @@ pub(crate) fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<Pac
     std::fs::create_dir_all(out).map_err(ToolError::io("create", out))?;
     let _lock = lock(out)?;
     let wanted = Manifest::new(options, inputs.identify()?);
-    let manifest = match Manifest::load(out, &wanted)? {
-        Some(manifest) => manifest,
-        None => {
-            check_free(options)?;
-            wanted.save(out)?;
-            wanted
-        }
+    let manifest = if let Some(manifest) = Manifest::load(out, &wanted)? {
+        manifest
+    } else {
+        check_free(options)?;
+        wanted.save(out)?;
+        wanted
     };
     let resumed = manifest.shards.len();
     let mut keys = Keys::default();
@@ -210,12 +209,11 @@ impl<'a> Packer<'a> {
         if full {
             self.close(at, progress)?;
         }
-        let shard = match self.current.take() {
-            Some(shard) => shard,
-            None => {
-                let name = format!("{}-{:06}.tar", self.options.prefix, self.manifest.shards.len());
-                ShardWriter::create(self.options.out.join(name))?
-            }
+        let shard = if let Some(shard) = self.current.take() {
+            shard
+        } else {
+            let name = format!("{}-{:06}.tar", self.options.prefix, self.manifest.shards.len());
+            ShardWriter::create(self.options.out.join(name))?
         };
         self.current.insert(shard).append(&members)
     }

@@ -98,9 +98,11 @@ fn read_image(folder: &Path, name: &str) -> Result<Vec<u8>, BadSample> {
     let missing = |detail: String| BadSample::UnknownImage { reference: name.to_owned(), members: detail };
     let path = inside(folder, name)
         .ok_or_else(|| missing(format!("no file outside its folder `{}`", folder.display())))?;
-    let read = || match std::fs::metadata(&path)?.is_file() {
-        true => std::fs::read(&path),
-        false => Err(std::io::Error::other("not a regular file")),
+    let read = || {
+        if std::fs::metadata(&path)?.is_file() {
+            return std::fs::read(&path);
+        }
+        Err(std::io::Error::other("not a regular file"))
     };
     read().map_err(|error| missing(format!("no file `{}`: {error}", path.display())))
 }
@@ -137,9 +139,8 @@ impl Prepared {
     /// The members of the sample: the annotation, which names the images, then these.
     pub(super) fn members(mut self, key: &str) -> Vec<(String, Vec<u8>)> {
         let single = self.images.len() == 1;
-        let name = |(index, (extension, _)): (usize, &(&str, Vec<u8>))| match single {
-            true => format!("{key}.{extension}"),
-            false => format!("{key}.img{}.{extension}", index + 1),
+        let name = |(index, (extension, _)): (usize, &(&str, Vec<u8>))| {
+            if single { format!("{key}.{extension}") } else { format!("{key}.img{}.{extension}", index + 1) }
         };
         let names: Vec<String> = self.images.iter().enumerate().map(name).collect();
         let field = if self.annotation.contains_key("images") { "images" } else { "image" };

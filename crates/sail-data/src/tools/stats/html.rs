@@ -22,9 +22,9 @@ pub(crate) fn page(stats: &Stats) -> String {
     let mut body = String::from("<h1>Data set statistics</h1>\n");
     let sources = stats.sources.len();
     let plural = if sources == 1 { "" } else { "s" };
-    let _ = write!(
+    let _ = writeln!(
         body,
-        "<p class=\"soft\">{sources} source{plural}, {} shards. Read from annotations and image headers.</p>\n",
+        "<p class=\"soft\">{sources} source{plural}, {} shards. Read from annotations and image headers.</p>",
         count(total.shards as u64)
     );
     totals(&mut body, stats, &total);

@@ -126,7 +126,9 @@ mod tests {
         assert_eq!(counts, ["0", "999", "1 000", "1 234 567"]);
         assert_eq!(percent(1, 8), "12.5 %");
         let mut sketch = Sketch::default();
-        [1, 1, 1, 1, 1, 1, 1, 1, 3].into_iter().for_each(|value| sketch.add(value));
+        for value in [1, 1, 1, 1, 1, 1, 1, 1, 3] {
+            sketch.add(value);
+        }
         assert_eq!(sparks(&sketch), "█ ▁");
     }
 }
