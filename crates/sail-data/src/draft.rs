@@ -50,10 +50,24 @@ impl Draft {
         source: &Source,
         place: SampleRef,
     ) -> Result<std::result::Result<Self, Box<Rejected>>> {
-        let shard = &source.shards[place.shard as usize];
         let raw = source.open(place.shard as usize)?.read(place.extent)?;
-        let id = SampleId { source: source.name.clone(), shard: shard.clone(), key: raw.key.clone() };
-        match Self::parse(spec, encoder, Context::new(source, place.epoch), &raw) {
+        Self::from_raw(spec, encoder, source, place, &raw)
+    }
+
+    /// The draft of a sample whose members have been read already.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub(crate) fn from_raw(
+        spec: &DataSpec,
+        encoder: &TextEncoder,
+        source: &Source,
+        place: SampleRef,
+        raw: &RawSample,
+    ) -> Result<std::result::Result<Self, Box<Rejected>>> {
+        let shard = source.shards[place.shard as usize].clone();
+        let id = SampleId { source: source.name.clone(), shard, key: raw.key.clone() };
+        match Self::parse(spec, encoder, Context::new(source, place.epoch), raw) {
             Ok((encoded, pictures, turns)) => Ok(Ok(Self { id, encoded, pictures, turns })),
             Err(Failure::Sample(BadSample::TooLong { tokens, limit })) if spec.too_long == TooLong::Error => {
                 let SampleId { source, shard, key } = id;
@@ -90,6 +104,21 @@ impl Draft {
     /// What the sample adds to a pack.
     pub(crate) fn load(&self) -> Load {
         Load { tokens: self.encoded.ids.len(), visual: self.encoded.image_rows.len() }
+    }
+
+    /// Its tokens and labels.
+    pub(crate) fn encoded(&self) -> &Encoded {
+        &self.encoded
+    }
+
+    /// Its images, still encoded.
+    pub(crate) fn pictures(&self) -> &[Picture] {
+        &self.pictures
+    }
+
+    /// Its turns, with a mark for each image.
+    pub(crate) fn turns(&self) -> &[Turn] {
+        &self.turns
     }
 
     /// Decodes the images.

@@ -194,6 +194,21 @@ impl Picture {
         Ok(Self { name, bytes, grid })
     }
 
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file's contents.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// How it is cut.
+    pub(crate) fn grid(&self) -> Grid {
+        self.grid
+    }
+
     /// Visual tokens that the model makes of it.
     pub(crate) fn visual_tokens(&self, spec: &ImageSpec) -> usize {
         self.grid.tiles() * spec.tokens_per_tile

@@ -22,6 +22,7 @@
 //! anything. A bad sample ([`BadSample`]) is skipped, counted and logged; a broken shard stops the run.
 
 mod annotation;
+pub mod cli;
 mod draft;
 mod error;
 mod heldout;
@@ -44,6 +45,7 @@ mod stream;
 mod tally;
 mod text;
 mod tiling;
+mod tools;
 
 #[cfg(test)]
 mod testing;

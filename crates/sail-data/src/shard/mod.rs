@@ -5,6 +5,7 @@
 //! archives, `jsonl` JSON lines, and `folder` the images that those name.
 
 mod folder;
+pub(crate) mod index;
 mod jsonl;
 mod tar;
 
@@ -215,8 +216,9 @@ pub(crate) struct RawSample {
 }
 
 impl RawSample {
-    fn new(key: &str) -> Self {
-        Self { key: key.to_owned(), members: Vec::new(), folder: None }
+    /// A sample that is all in its members.
+    pub(crate) fn new(key: &str, members: Vec<Member>) -> Self {
+        Self { key: key.to_owned(), members, folder: None }
     }
 
     /// The member with this suffix.

@@ -137,7 +137,7 @@ pub(super) fn read_sample(blob: &Blob, place: Extent) -> Result<RawSample> {
         let Found::File(file) = found else { break };
         at = file.end;
         let Some((key, suffix)) = key_and_suffix(&file.name) else { continue };
-        let sample = sample.get_or_insert_with(|| RawSample::new(key));
+        let sample = sample.get_or_insert_with(|| RawSample::new(key, Vec::new()));
         if sample.key != key {
             return Err(broken(format!("found the key `{key}` inside the sample `{}`", sample.key)));
         }

@@ -132,6 +132,11 @@ impl TextEncoder {
         self.vocabulary.tokenizer().decode(&ids, true).map_err(|e| unusable(e.to_string()))
     }
 
+    /// The name of a token in the vocabulary, where bytes of text have stand-ins; `None` for an unknown id.
+    pub(crate) fn token_name(&self, id: i64) -> Option<String> {
+        self.vocabulary.tokenizer().id_to_token(u32::try_from(id).ok()?)
+    }
+
     /// The id that ends an answer, such as that of `<|im_end|>`.
     pub fn end_of_turn(&self) -> i64 {
         self.stop_ids[0]

@@ -7,8 +7,8 @@
 use std::path::PathBuf;
 
 use sail_data::{
-    DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec, Template, TextSpec,
-    Tiling, TooLong,
+    Balance, DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec, Template,
+    TextSpec, Tiling, TooLong,
 };
 use serde::{Deserialize, Serialize};
 
@@ -258,7 +258,7 @@ impl Plan {
             streams: data.streams,
             seed: self.run.seed,
             tokens_per_pack: self.batch.tokens_per_pack,
-            visual_tokens_per_pack: None,
+            balance: Balance::Mean,
             too_long: TooLong::Drop,
             shuffle_buffer: data.shuffle_buffer,
             pack_buffer: data.pack_buffer,
