@@ -88,7 +88,14 @@ impl TarScanner {
                         return Ok(Some(Span { key: key.to_owned(), start, end }));
                     }
                 }
-                Some(Err(error)) => return Err(broken(error.to_string())),
+                Some(Err(error)) => {
+                    // A server that fails does not make a shard a broken one.
+                    let path = self.archive.blob.location().into();
+                    let failure = self.archive.failure.take();
+                    return Err(
+                        failure.map_or_else(|| broken(error.to_string()), |cause| Error::Io { path, cause })
+                    );
+                }
                 None if self.archive.at_end_mark => return Ok(None),
                 None => {
                     return Err(broken(
@@ -106,6 +113,8 @@ impl TarScanner {
 #[derive(Debug)]
 struct Skim {
     blob: Arc<Blob>,
+    /// Why the blob could not be read.
+    failure: Option<std::io::Error>,
     /// Bytes handed out so far, counted from the beginning of the file.
     position: u64,
     /// Whether the last header block was the zero block that ends an archive.
@@ -129,6 +138,7 @@ impl Skim {
     fn new(blob: Arc<Blob>, offset: u64) -> Self {
         Self {
             blob,
+            failure: None,
             position: offset,
             at_end_mark: false,
             header: [0; BLOCK],
@@ -163,6 +173,18 @@ impl Skim {
 
 impl Read for Skim {
     fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        self.read_some(buf).map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => error,
+            kind => {
+                self.failure = Some(error);
+                kind.into()
+            }
+        })
+    }
+}
+
+impl Skim {
+    fn read_some(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
         let in_header = self.header_used < BLOCK;
         let n = match self.payload {
             _ if in_header => {
@@ -172,7 +194,7 @@ impl Read for Skim {
                 n
             }
             Payload::Hidden(0) | Payload::Shown(0) => {
-                return if self.begin_block()? { self.read(buf) } else { Ok(0) };
+                return if self.begin_block()? { self.read_some(buf) } else { Ok(0) };
             }
             Payload::Hidden(left) => {
                 let there = self.blob.len().saturating_sub(self.position);
