@@ -52,18 +52,18 @@ impl DiskCache {
         Ok(Self { dir, max_bytes: spec.max_bytes })
     }
 
-    /// The shard `location` in this `version`, made by `fill` when it is not here.
+    /// The shard of this `identity` (which tells its versions apart), made by `fill` when it is not here.
     ///
     /// # Errors
     /// [`Error::CacheTooSmall`], [`Error::Io`], and what `fill` says; then nothing of it stays.
     pub(super) fn get(
         &self,
         location: &str,
-        version: &str,
+        identity: &str,
         bytes: Option<u64>,
         fill: impl FnOnce(&mut Part<'_>) -> Result<()>,
     ) -> Result<File> {
-        let name = key(location, version);
+        let name = key(identity);
         let done = self.dir.join(format!("{name}.tar"));
         let path = self.dir.join(format!("{name}.part"));
         if let Some(bytes) = bytes.filter(|&bytes| bytes > self.max_bytes) {
@@ -248,9 +248,9 @@ fn is_ours(path: &Path) -> bool {
         && path.extension().is_some_and(|extension| extension == "tar" || extension == "part")
 }
 
-fn key(location: &str, version: &str) -> String {
+fn key(identity: &str) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let hash = Sha256::digest(format!("{location}\n{version}"));
+    let hash = Sha256::digest(identity);
     let digits = hash.iter().flat_map(|byte| [byte >> 4, byte & 15]);
     digits.map(|digit| char::from(DIGITS[usize::from(digit)])).collect()
 }

@@ -196,12 +196,12 @@ impl Inner {
             Ok(Cursor::new(first).chain(rest))
         };
         if let Some(codec) = Codec::of(location, &first)? {
-            return self.unpacked(location, &remote.version(), codec, || whole(first));
+            return self.unpacked(location, &remote.identity(), codec, || whole(first));
         }
         let Some(cache) = &self.cache else {
             return Ok(Content::Remote(self.blocks.admit(remote, first)));
         };
-        let file = cache.get(location, &remote.version(), Some(remote.len()), |part| {
+        let file = cache.get(location, &remote.identity(), Some(remote.len()), |part| {
             let io = |cause| Error::Io { path: location.into(), cause };
             std::io::copy(&mut whole(first)?, &mut part.file).map_err(|error| unwrap_io(error, io))?;
             Ok(())
@@ -213,12 +213,12 @@ impl Inner {
     fn unpacked<R: Read>(
         &self,
         location: &str,
-        version: &str,
+        identity: &str,
         codec: Codec,
         source: impl FnOnce() -> Result<R>,
     ) -> Result<Content> {
         if let Some(cache) = &self.cache {
-            let file = cache.get(location, &format!("{version} unpacked"), None, |part| {
+            let file = cache.get(location, &format!("{identity} unpacked"), None, |part| {
                 let mut file =
                     part.file.try_clone().map_err(|cause| Error::Io { path: location.into(), cause })?;
                 codec.unpack(location, source()?, &mut file, |length| part.grow(length)).map(drop)

@@ -15,7 +15,7 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::time::timeout;
 
 use super::runtime::runtime;
-use super::trouble::{Outcome, Patience, Tries, Trouble};
+use super::trouble::{Outcome, Patience, Tries, Trouble, without_query};
 use crate::error::{Error, Result};
 
 /// Chunks that wait between the network and whoever writes them away.
@@ -90,10 +90,14 @@ impl Remote {
         self.meta.size
     }
 
-    /// What tells this version of the object from others of the same name.
-    pub(super) fn version(&self) -> String {
-        let (size, tag) = (self.meta.size, self.meta.e_tag.as_deref().unwrap_or_default());
-        format!("{size} {tag} {}", self.meta.last_modified.to_rfc3339())
+    /// Its name in the cache, different for every version of it. Where a tag tells objects apart, a new
+    /// signature in the URL does not make a new one.
+    pub(super) fn identity(&self) -> String {
+        let (size, written) = (self.meta.size, self.meta.last_modified.to_rfc3339());
+        match &self.meta.e_tag {
+            Some(tag) => format!("{} {size} {written} {tag}", without_query(&self.location)),
+            None => format!("{} {size} {written}", self.location),
+        }
     }
 
     /// The bytes of a range that lies inside the object.
