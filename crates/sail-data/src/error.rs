@@ -66,6 +66,70 @@ pub enum Error {
         #[source]
         cause: std::io::Error,
     },
+    /// A path or URL that no store can be made for.
+    #[error("cannot read `{location}`: {detail}")]
+    BadLocation {
+        /// The path or the URL, without its query.
+        location: String,
+        /// What is wrong with it, and what would be accepted.
+        detail: String,
+    },
+    /// A server could not be reached, or gave no usable answer, also after the configured retries.
+    #[error("cannot read `{location}` (attempt {attempts}): {detail}\n\nhint: {hint}")]
+    Store {
+        /// The URL, without its query.
+        location: String,
+        /// Requests made in a row without a byte arriving.
+        attempts: usize,
+        /// What went wrong with the last of them.
+        detail: String,
+        /// What may help.
+        hint: &'static str,
+    },
+    /// An object is not the one that was opened.
+    #[error(
+        "`{location}` has changed while it was being read: {detail}\n\nhint: write new shards under new names; start the run again to read the new content"
+    )]
+    Changed {
+        /// The URL, without its query.
+        location: String,
+        /// What differs.
+        detail: String,
+    },
+    /// A shard does not fit into the cache on disk.
+    #[error(
+        "shard `{location}` needs {bytes} bytes, and the cache holds at most {max_bytes}\n\nhint: raise `max_bytes` of the cache, or read without one"
+    )]
+    CacheTooSmall {
+        /// The shard.
+        location: String,
+        /// Its size.
+        bytes: u64,
+        /// The limit of the cache.
+        max_bytes: u64,
+    },
+    /// A compressed shard grows beyond every reasonable size.
+    #[error(
+        "shard `{location}` decompresses to more than {limit} bytes\n\nhint: is it a damaged or a hostile file? the limit is `max_bytes` of the cache, or 64 GiB without one"
+    )]
+    TooLargeUnpacked {
+        /// The shard.
+        location: String,
+        /// Where decompression stopped.
+        limit: u64,
+    },
+    /// The compression of a shard is damaged or cut off.
+    #[error(
+        "shard `{location}` cannot be decompressed ({codec}): {detail}\n\nhint: the file is truncated or corrupt; copy it again or make it anew"
+    )]
+    BadCompression {
+        /// The shard.
+        location: String,
+        /// The compression found.
+        codec: &'static str,
+        /// What the decoder says.
+        detail: String,
+    },
     /// A shard is truncated or is not a tar archive.
     #[error("shard `{shard}` is broken at byte {offset}: {detail}")]
     BrokenShard {
@@ -76,9 +140,9 @@ pub enum Error {
         /// What is wrong there.
         detail: String,
     },
-    /// A shard is compressed, so that samples cannot be addressed by their offset.
+    /// A shard is compressed in a way that is not read.
     #[error(
-        "shard `{shard}` is compressed with {codec}\n\nhint: store shards as plain `.tar`; images are compressed already"
+        "shard `{shard}` is compressed with {codec}\n\nhint: store shards as plain `.tar`, since images are compressed already, or as `.tar.gz` or `.tar.zst`"
     )]
     CompressedShard {
         /// The shard's path.

@@ -8,6 +8,7 @@
 //! The way of a sample:
 //!
 //! ```text
+//! store    local files, web servers, object stores: locations, their plain bytes     -> Blob
 //! order    which (shard, part) units a stream reads, and the shuffle inside them     -> reference
 //! shard    the bytes of one sample, read at its offset                               -> members
 //! layout   the turns, the pictures they name, videos as frames                       -> conversation

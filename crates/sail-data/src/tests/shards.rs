@@ -120,8 +120,10 @@ fn what_is_no_tar_is_refused() {
         "{message}"
     );
 
+    let path = write(dir.path(), b"BZh91AY compressed");
+    assert!(matches!(scan(&path), Err(Error::CompressedShard { codec: "bzip2", .. })));
     let path = write(dir.path(), b"\x1f\x8b\x08\x00 compressed");
-    assert!(matches!(scan(&path), Err(Error::CompressedShard { codec: "gzip", .. })));
+    assert!(matches!(scan(&path), Err(Error::BadCompression { codec: "gzip", .. })));
     assert!(matches!(scan("/no/such.tar"), Err(Error::Io { .. })));
 
     let mut spoilt = archive();
