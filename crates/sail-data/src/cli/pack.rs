@@ -88,9 +88,9 @@ impl Args {
 
 fn summary(options: &PackOptions, packed: &Packed) -> String {
     let mut text = format!(
-        "{} samples in {} shards ({} bytes) in `{}`\n",
-        text_count(packed.samples),
-        packed.shards,
+        "{} in {} ({} bytes) in `{}`\n",
+        some(packed.samples, "sample"),
+        some(packed.shards as u64, "shard"),
         text_count(packed.bytes),
         options.out.display()
     );
@@ -106,6 +106,11 @@ fn summary(options: &PackOptions, packed: &Packed) -> String {
         let _ = writeln!(text, "{skipped} skipped: {}; see `{}`", reasons.join(", "), list.display());
     }
     text
+}
+
+/// A number of things.
+fn some(number: u64, thing: &str) -> String {
+    format!("{} {thing}{}", text_count(number), if number == 1 { "" } else { "s" })
 }
 
 fn prefix(name: &str) -> std::result::Result<String, String> {

@@ -62,6 +62,10 @@ pub(super) fn warn(line: &str) {
 /// Writes a file of results for other programs or a browser.
 pub(super) fn save(path: Option<&Path>, contents: impl FnOnce() -> String) -> Result<()> {
     match path {
+        // A pipe or a device is written to, not replaced.
+        Some(path) if path.exists() && !path.is_file() => {
+            std::fs::write(path, contents()).map_err(ToolError::io("write", path))
+        }
         Some(path) => write_atomically(path, contents().as_bytes()),
         None => Ok(()),
     }

@@ -138,7 +138,12 @@ pub(crate) fn end_mark(blob: &Blob, mut offset: u64) -> Result<u64> {
 mod tests {
     use super::*;
     use crate::shard::Shard;
+    use crate::spec::StoreSpec;
     use crate::testing::write_shards;
+
+    fn store() -> Store {
+        Store::new(&StoreSpec::default()).unwrap()
+    }
 
     struct Fixture {
         _dir: tempfile::TempDir,
@@ -150,13 +155,13 @@ mod tests {
     fn fixture() -> Fixture {
         let dir = tempfile::tempdir().unwrap();
         let shard = write_shards(dir.path(), &[3])[0].display().to_string();
-        let mut scanner = Shard::open(&Store, &shard).unwrap().scan(0, 0);
+        let mut scanner = Shard::open(&store(), &shard).unwrap().scan(0, 0);
         let (mut offsets, mut end) = (Vec::new(), 0);
         while let Some(extent) = scanner.next_sample().unwrap() {
             offsets.push(extent.offset);
             end = extent.offset + extent.bytes;
         }
-        offsets.push(end_mark(&Store.open(&shard).unwrap(), end).unwrap());
+        offsets.push(end_mark(&store().open(&shard).unwrap(), end).unwrap());
         Fixture { _dir: dir, shard, offsets }
     }
 
@@ -164,16 +169,16 @@ mod tests {
         let mut bytes: Vec<u8> = offsets.iter().flat_map(|offset| offset.to_le_bytes()).collect();
         bytes.extend_from_slice(extra);
         std::fs::write(index_path(&fixture.shard), bytes).unwrap();
-        Index::open(&Store, &fixture.shard)
+        Index::open(&store(), &fixture.shard)
     }
 
     #[test]
     fn every_sample_is_found_at_its_place() {
         let fixture = fixture();
-        assert!(Index::open(&Store, &fixture.shard).unwrap().is_none(), "there is no index yet");
+        assert!(Index::open(&store(), &fixture.shard).unwrap().is_none(), "there is no index yet");
         let index = open(&fixture, &fixture.offsets, &[]).unwrap().unwrap();
         assert_eq!(index.len(), 3);
-        let shard = Shard::open(&Store, &fixture.shard).unwrap();
+        let shard = Shard::open(&store(), &fixture.shard).unwrap();
         let mut scanner = shard.scan(0, 0);
         for n in 0..3 {
             let extent = index.extent(n).unwrap().unwrap();
@@ -209,7 +214,7 @@ mod tests {
     #[test]
     fn the_end_mark_is_behind_members_of_no_sample() {
         let fixture = fixture();
-        let blob = Store.open(&fixture.shard).unwrap();
+        let blob = store().open(&fixture.shard).unwrap();
         assert_eq!(end_mark(&blob, 0).unwrap(), fixture.offsets[3]);
         assert!(matches!(end_mark(&blob, blob.len()), Err(Error::BrokenShard { .. })));
     }

@@ -12,7 +12,7 @@ use crate::image::{Picture, read_size};
 use crate::sample::{IGNORE, Sample};
 use crate::shard::{Member, RawSample, SampleRef};
 use crate::source::Source;
-use crate::spec::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, Template, TextSpec};
+use crate::spec::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, StoreSpec, Template, TextSpec};
 use crate::store::Store;
 use crate::text::TextEncoder;
 
@@ -156,7 +156,7 @@ pub(crate) fn tile_pictures(sample: &Sample, spec: &ImageSpec) -> Vec<RgbImage> 
 
 /// Files that a pattern names.
 pub(crate) fn find_files(pattern: &str) -> Result<Vec<String>> {
-    Ok(Store.find("input", pattern)?)
+    Ok(Store::new(&StoreSpec::default())?.find("input", pattern)?)
 }
 
 /// One source alone, with its shards found.

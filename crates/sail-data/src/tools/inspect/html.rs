@@ -115,9 +115,10 @@ fn picture(body: &mut String, tile: &RgbImage, label: &str) {
 }
 
 fn tokens(body: &mut String, view: &View) {
-    body.push_str("<h2>Tokens</h2>\n");
+    // The line at the foot stays in sight as long as its section does.
+    body.push_str("<section>\n<h2>Tokens</h2>\n");
     if view.pieces.is_empty() {
-        body.push_str("<p class=\"soft\">Text was not tokenised: no tokenizer was given.</p>\n");
+        body.push_str("<p class=\"soft\">Text was not tokenised: no tokenizer was given.</p>\n</section>\n");
         return;
     }
     body.push_str(
@@ -128,7 +129,9 @@ fn tokens(body: &mut String, view: &View) {
     for piece in &view.pieces {
         span(body, piece);
     }
-    body.push_str("</div>\n<output aria-live=\"polite\">Point at a token, or touch it.</output>\n");
+    body.push_str(
+        "</div>\n<output aria-live=\"polite\">Point at a token, or touch it.</output>\n</section>\n",
+    );
     body.push_str(SCRIPT);
 }
 

@@ -117,7 +117,11 @@ fn lock(out: &Path) -> Result<File> {
     match folder.try_lock() {
         Ok(()) => Ok(folder),
         Err(TryLockError::WouldBlock) => Err(ToolError::Locked { out: out.to_path_buf() }),
-        Err(TryLockError::Error(cause)) => Err(ToolError::io("lock", out)(cause)),
+        Err(TryLockError::Error(cause)) => {
+            // Some network file systems lock no folders.
+            tracing::warn!(out = %out.display(), "other processes cannot be kept out: {cause}");
+            Ok(folder)
+        }
     }
 }
 

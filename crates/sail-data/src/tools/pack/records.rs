@@ -36,18 +36,10 @@ impl Records {
     /// Opens a file at its beginning, or at the offset of one of its records.
     pub(super) fn open(path: &Path, offset: u64) -> Result<Self> {
         let failed = || ToolError::io("read", path);
-        let mut reader = BufReader::with_capacity(1 << 16, File::open(path).map_err(failed())?);
-        let mut records = Self {
-            path: path.to_owned(),
-            offset: 0,
-            array: false,
-            done: false,
-            reader: {
-                reader.rewind().map_err(failed())?;
-                reader
-            },
-        };
-        records.skip(|byte| byte.is_ascii_whitespace())?;
+        let reader = BufReader::with_capacity(1 << 16, File::open(path).map_err(failed())?);
+        let mut records = Self { path: path.to_owned(), reader, offset: 0, array: false, done: false };
+        // Editors on Windows begin a file with a byte order mark.
+        records.skip(|byte| byte.is_ascii_whitespace() || [0xef, 0xbb, 0xbf].contains(&byte))?;
         records.array = records.peek()? == Some(b'[');
         if offset > records.offset {
             records.reader.seek(SeekFrom::Start(offset)).map_err(failed())?;
@@ -214,8 +206,9 @@ mod tests {
         );
         assert_eq!(
             read(" [{\"a\":\"],[\\\"}\"} ,\n{\"b\":[[1],{}]},7]\n", 0).unwrap(),
-            own(&[(2, "{\"a\":\"],[\\\"}\"}"), (20, "{\"b\":[[1],{}]}"), (35, "7")])
+            own(&[(2, "{\"a\":\"],[\\\"}\"}"), (19, "{\"b\":[[1],{}]}"), (34, "7")])
         );
+        assert_eq!(read("\u{feff}[7]", 0).unwrap(), own(&[(4, "7")]));
         for empty in ["", " \n", "[]", " [ ] "] {
             assert_eq!(read(empty, 0).unwrap(), [], "{empty:?}");
         }
