@@ -162,8 +162,8 @@ impl Order {
         } else {
             let unit = self.unit(epoch, place);
             let at = self.cursor.at.unwrap_or(InUnit { offset: 0, ordinal: 0 });
-            let shard = self.source.open(unit.shard as usize)?;
-            OpenUnit { shard: unit.shard, part: unit.part, scanner: shard.scan(at.offset, at.ordinal) }
+            let scanner = self.source.scan(unit.shard as usize, at.offset, at.ordinal)?;
+            OpenUnit { shard: unit.shard, part: unit.part, scanner }
         };
         let parts = self.source.parts as u64;
         loop {

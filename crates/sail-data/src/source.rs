@@ -4,7 +4,8 @@ mod energon;
 
 use crate::error::{Error, Result};
 use crate::rng::Key;
-use crate::shard::Shard;
+use crate::shard::index::Index;
+use crate::shard::{Scanner, Shard};
 use crate::spec::{DataSpec, Length, SourceSpec};
 use crate::store::Store;
 
@@ -57,6 +58,18 @@ impl Source {
     pub(crate) fn open(&self, shard: usize) -> Result<Shard> {
         let shard = Shard::open(&self.store, &self.shards[shard])?;
         Ok(shard.with_images(self.spec.images.as_deref()))
+    }
+
+    /// A scanner of shard number `shard` that goes on at the offset of sample number `ordinal`; it goes by the
+    /// shard's index where a local one has one.
+    ///
+    /// # Errors
+    /// As [`Shard::open`].
+    pub(crate) fn scan(&self, shard: usize, offset: u64, ordinal: u64) -> Result<Scanner> {
+        let path = &self.shards[shard];
+        let opened = self.open(shard)?;
+        let index = if path.contains("://") { None } else { Index::open(&self.store, path)? };
+        Ok(index.map_or_else(|| opened.scan(offset, ordinal), |index| Scanner::indexed(index, ordinal)))
     }
 
     /// Number of (shard, part) units in an epoch.

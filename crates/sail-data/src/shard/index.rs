@@ -101,6 +101,39 @@ impl Index {
     }
 }
 
+/// Walks a shard by its index alone.
+#[derive(Debug)]
+pub(super) struct IndexScanner {
+    index: Index,
+    ordinal: u64,
+    /// Where sample number `ordinal` begins, once it is known.
+    offset: u64,
+}
+
+impl IndexScanner {
+    pub(super) fn new(index: Index, ordinal: u64) -> Self {
+        Self { index, ordinal, offset: 0 }
+    }
+
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    pub(super) fn ordinal(&self) -> u64 {
+        self.ordinal
+    }
+
+    /// As [`Scanner::next_sample`](super::Scanner::next_sample).
+    pub(super) fn next_sample(&mut self) -> Result<Option<Extent>> {
+        let extent = self.index.extent(self.ordinal)?;
+        if let Some(extent) = extent {
+            self.ordinal += 1;
+            self.offset = extent.offset + extent.bytes;
+        }
+        Ok(extent)
+    }
+}
+
 fn io(blob: &Blob) -> impl FnOnce(std::io::Error) -> Error + '_ {
     |cause| Error::Io { path: blob.location().into(), cause }
 }

@@ -70,6 +70,7 @@ pub(crate) struct Scanner(AnyScanner);
 
 #[derive(Debug)]
 enum AnyScanner {
+    Indexed(index::IndexScanner),
     Tar(tar::TarScanner),
     Lines(jsonl::LineScanner),
 }
@@ -128,9 +129,15 @@ impl Shard {
 }
 
 impl Scanner {
+    /// Goes by an index of the shard, from sample number `ordinal` on.
+    pub(crate) fn indexed(index: index::Index, ordinal: u64) -> Self {
+        Self(AnyScanner::Indexed(index::IndexScanner::new(index, ordinal)))
+    }
+
     /// Where the next sample begins, or the search for it goes on.
     pub(crate) fn offset(&self) -> u64 {
         match &self.0 {
+            AnyScanner::Indexed(scanner) => scanner.offset(),
             AnyScanner::Tar(scanner) => scanner.offset(),
             AnyScanner::Lines(scanner) => scanner.offset(),
         }
@@ -139,6 +146,7 @@ impl Scanner {
     /// The number of the next sample in the shard.
     pub(crate) fn ordinal(&self) -> u64 {
         match &self.0 {
+            AnyScanner::Indexed(scanner) => scanner.ordinal(),
             AnyScanner::Tar(scanner) => scanner.ordinal(),
             AnyScanner::Lines(scanner) => scanner.ordinal(),
         }
@@ -150,6 +158,7 @@ impl Scanner {
     /// [`Error::BrokenShard`] when the shard is truncated or malformed, [`Error::Io`].
     pub(crate) fn next_sample(&mut self) -> Result<Option<Extent>> {
         match &mut self.0 {
+            AnyScanner::Indexed(scanner) => scanner.next_sample(),
             AnyScanner::Tar(scanner) => scanner.next_sample(),
             AnyScanner::Lines(scanner) => scanner.next_sample(),
         }
