@@ -117,13 +117,13 @@ pub(super) fn add_files(folder: Folder, mllm: &Mllm, image_mark: &str) -> Result
     let added = tokenizer["added_tokens"].as_array();
     let pad = added.and_then(|tokens| tokens.iter().find(|token| token["content"] == END_OF_TEXT));
     let pad_id = pad.and_then(|token| token["id"].as_i64()).unwrap_or(mllm.encoder.end_of_turn());
-    let end =
+    let turn_end =
         structure.iter().find(|(_, id)| *id == mllm.encoder.end_of_turn()).map(|(token, _)| token.as_str());
     let jinja = mllm.encoder.jinja();
     let mut config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": jinja.and_then(|template| template.eos_token).or(end),
-        "pad_token": if pad.is_some() { Some(END_OF_TEXT) } else { end },
+        "eos_token": jinja.and_then(|template| template.eos_token).or(turn_end),
+        "pad_token": if pad.is_some() { Some(END_OF_TEXT) } else { turn_end },
         "additional_special_tokens": structure.iter().map(|(token, _)| token).collect::<Vec<_>>(),
         // As `InternVLProcessor` asks for them; there are no videos.
         "extra_special_tokens": {
