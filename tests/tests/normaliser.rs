@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use sail_data::{Pack, Sample, read_samples};
-use sail_train::config::{self, Config};
+use sail_train::config::{self, Config, VisualShape};
 use sail_train::session::Session;
 use sail_train::step::Step;
 
@@ -27,7 +27,7 @@ fn unequal_packs_give_what_one_pack_gives() {
         panic!("a stage");
     };
     let mut session = Session::build(&plan, None).unwrap();
-    let spec = plan.eval_spec(16).unwrap();
+    let spec = plan.eval_spec(VisualShape { tokens_per_tile: 16, unit_px: 28 }).unwrap();
     let mut samples = read_samples(&spec, &session.encoder, Some(6)).unwrap();
     samples.sort_by_key(Sample::answer_tokens);
 

@@ -96,6 +96,7 @@ pub struct StoreSpec {
     /// How far a remote shard is fetched ahead of its reader.
     pub read_ahead_bytes: u64,
     /// Where whole shards are kept on disk; `None`: nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheSpec>,
 }
 

@@ -8,16 +8,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sail_data::{Loader, LoaderOptions, Tally, TextEncoder, TextSpec};
+use sail_data::{DataSpec, Loader, LoaderOptions, Tally, TextEncoder, TextSpec};
 use sail_model::llm::LlmConfig;
 use sail_model::params::Params;
 use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Loss, Vlm, VlmConfig};
+use serde_json::json;
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
-use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision};
+use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision, VisualShape};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
 use crate::optim::{Optimizer, StateKind};
@@ -68,9 +69,11 @@ impl Session {
         let stored = resume.or(init.as_ref());
         let folders = Folders::for_model(plan, stored)?;
         let config = model_config(plan, &folders)?;
-        let tokens_per_tile = tokens_per_tile(plan, &config)?;
-        let spec = plan.data_spec(tokens_per_tile);
-        let encoder = Arc::new(encoder(&folders.tokenizer(plan), &spec.text, &config.llm)?);
+        let shape = visual_shape(plan, &config)?;
+        let spec = plan.data_spec(shape);
+        let tokenizer = folders.tokenizer(plan);
+        let encoder = Arc::new(encoder(&tokenizer, &spec.text, &config.llm)?);
+        write_data_spec(plan, &tokenizer, &spec)?;
         let sources = Sources::open(plan, &folders, &config, stored)?;
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
         let mut started_from = Fingerprints::new(model.params());
@@ -89,7 +92,7 @@ impl Session {
             (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
             init_record.clone_from(&state.init);
         }
-        let evaluator = match (&plan.eval, plan.eval_spec(tokens_per_tile)) {
+        let evaluator = match (&plan.eval, plan.eval_spec(shape)) {
             (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
             _ => None,
         };
@@ -236,8 +239,8 @@ pub fn preflight(plan: &Plan) -> Result<()> {
         choose_device(plan.run.device)?;
         let folders = Folders::for_check(plan)?;
         let config = model_config(plan, &folders)?;
-        let tokens_per_tile = tokens_per_tile(plan, &config)?;
-        let spec = plan.data_spec(tokens_per_tile);
+        let shape = visual_shape(plan, &config)?;
+        let spec = plan.data_spec(shape);
         encoder(&folders.tokenizer(plan), &spec.text, &config.llm)?;
         sail_data::check_sources(&spec)?;
         if plan.export.as_ref().is_some_and(|export| !config.vision.has_layout(export.vit)) {
@@ -246,9 +249,17 @@ pub fn preflight(plan: &Plan) -> Result<()> {
                 "write `export: { vit: transformers }`",
             ));
         }
-        plan.eval_spec(tokens_per_tile).map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
+        plan.eval_spec(shape).map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
     };
     check().map_err(|source| Error::Preflight { run: plan.run.name.clone(), source: Box::new(source) })
+}
+
+/// Writes `data.yaml`: what the run reads, in the form that `sail-data --spec` takes.
+fn write_data_spec(plan: &Plan, tokenizer: &Path, spec: &DataSpec) -> Result<()> {
+    let path = plan.run.dir.join("data.yaml");
+    let text = serde_yaml::to_string(&json!({"tokenizer": tokenizer, "data": spec}))
+        .expect("invariant: a data specification has only text keys and finite numbers");
+    std::fs::write(&path, text).map_err(Error::io(&path))
 }
 
 /// fp32 copies, on the CPU, of the frozen weights that checkpoints store or an export writes.
@@ -277,11 +288,12 @@ pub(crate) fn model_config(plan: &Plan, folders: &Folders) -> Result<VlmConfig> 
     Ok(VlmConfig { vision, projector: plan.model.projector, llm })
 }
 
-/// Visual tokens of one tile.
-pub(crate) fn tokens_per_tile(plan: &Plan, config: &VlmConfig) -> Result<usize> {
+/// What the model makes of pixels.
+pub(crate) fn visual_shape(plan: &Plan, config: &VlmConfig) -> Result<VisualShape> {
     let px = plan.model.vision.image_px as i64;
     let unit = config.vision.patch_size() * config.projector.merge;
-    config.visual_tokens(px, px).map(|tokens| tokens as usize).map_err(|_| {
+    let shape = |tokens| VisualShape { tokens_per_tile: tokens as usize, unit_px: unit as usize };
+    config.visual_tokens(px, px).map(shape).map_err(|_| {
         Error::usage(
             format!(
                 "`model.vision.image_px` {px} is not a multiple of {unit} (patch size {} x merge {})",

@@ -25,7 +25,8 @@ use crate::step::Step;
 
 const SUMMARY: &str = "summary.json";
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 6] = ["run.name", "run.dir", "data.threads", "log", "checkpoint", "eval"];
+const HARMLESS: [&str; 7] =
+    ["run.name", "run.dir", "data.threads", "data.store", "log", "checkpoint", "eval"];
 
 /// How to run, apart from what to run.
 #[derive(Clone, Debug)]
