@@ -57,11 +57,11 @@ fn jpeg_of(width: u16, height: u16) -> Vec<u8> {
     bytes
 }
 
-/// The largest lossless WebP, 16384x16384.
+/// A lossless WebP of nearly the largest size, 16383x16383.
 fn webp_bomb() -> Vec<u8> {
     let mut bytes = webp();
     let at = bytes.windows(4).position(|tag| tag == b"VP8L").unwrap() + 9;
-    bytes[at..at + 4].copy_from_slice(&0x0fff_ffff_u32.to_le_bytes());
+    bytes[at..at + 4].copy_from_slice(&0x0fff_bffe_u32.to_le_bytes());
     bytes
 }
 
