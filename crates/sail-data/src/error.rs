@@ -130,6 +130,14 @@ pub enum Error {
         /// What the decoder says.
         detail: String,
     },
+    /// A store has no object of this name.
+    #[error(
+        "cannot read `{location}`: there is no such object\n\nhint: check the name, the bucket and the endpoint"
+    )]
+    NoObject {
+        /// The URL, without its query.
+        location: String,
+    },
     /// A shard is truncated or is not a tar archive.
     #[error("shard `{shard}` is broken at byte {offset}: {detail}")]
     BrokenShard {

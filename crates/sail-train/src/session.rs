@@ -8,12 +8,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sail_data::{DataSpec, Loader, LoaderOptions, Tally, TextEncoder, TextSpec};
+use sail_data::{Loader, LoaderOptions, Tally, TextEncoder, TextSpec};
 use sail_model::llm::LlmConfig;
 use sail_model::params::Params;
 use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Loss, Vlm, VlmConfig};
-use serde_json::json;
+use serde_json::{Value, json};
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::batch::to_batch;
@@ -47,6 +47,8 @@ pub struct Session {
     /// What was trained on so far.
     pub totals: Totals,
     loader: Loader,
+    /// What the loader reads, as `sail-data --spec` takes it.
+    data_spec: Value,
     init: Option<InitRecord>,
     untouched: BTreeMap<Module, Untouched>,
     /// fp32 weights of frozen modules, where the model computes in another type.
@@ -73,7 +75,6 @@ impl Session {
         let spec = plan.data_spec(shape);
         let tokenizer = folders.tokenizer(plan);
         let encoder = Arc::new(encoder(&tokenizer, &spec.text, &config.llm)?);
-        write_data_spec(plan, &tokenizer, &spec)?;
         let sources = Sources::open(plan, &folders, &config, stored)?;
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
         let mut started_from = Fingerprints::new(model.params());
@@ -110,6 +111,7 @@ impl Session {
             step,
             totals,
             loader,
+            data_spec: json!({"tokenizer": tokenizer, "data": spec}),
             init: init_record,
             untouched,
             exact,
@@ -164,6 +166,12 @@ impl Session {
         self.totals.samples += step.size.samples;
         self.totals.tokens += step.size.tokens;
         self.totals.answer_tokens += step.size.answer_tokens;
+    }
+
+    /// What the loader reads, in YAML, as `sail-data --spec` takes it.
+    pub fn data_spec(&self) -> String {
+        serde_yaml::to_string(&self.data_spec)
+            .expect("invariant: a data specification has only text keys and finite numbers")
     }
 
     /// What was seen of each source so far.
@@ -252,14 +260,6 @@ pub fn preflight(plan: &Plan) -> Result<()> {
         plan.eval_spec(shape).map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
     };
     check().map_err(|source| Error::Preflight { run: plan.run.name.clone(), source: Box::new(source) })
-}
-
-/// Writes `data.yaml`: what the run reads, in the form that `sail-data --spec` takes.
-fn write_data_spec(plan: &Plan, tokenizer: &Path, spec: &DataSpec) -> Result<()> {
-    let path = plan.run.dir.join("data.yaml");
-    let text = serde_yaml::to_string(&json!({"tokenizer": tokenizer, "data": spec}))
-        .expect("invariant: a data specification has only text keys and finite numbers");
-    std::fs::write(&path, text).map_err(Error::io(&path))
 }
 
 /// fp32 copies, on the CPU, of the frozen weights that checkpoints store or an export writes.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -103,8 +104,9 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
         options.console.line(format!("{}: already finished", plan.run.name));
         return Ok(Outcome::Finished(Box::new(summary)));
     }
-    write_plan(plan)?;
+    write_in(&plan.run.dir, "plan.yaml", &plan.to_yaml())?;
     let mut session = Session::build(plan, resume.as_ref())?;
+    write_in(&plan.run.dir, "data.yaml", &session.data_spec())?;
     let mut events = Events::open(options.console.clone(), plan, session.step)?;
     announce(&session, &events, resume.as_ref())?;
     if session.step == 0 {
@@ -229,9 +231,9 @@ fn finished(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Option<StageSumm
     Ok((export_is_there && plan.export.is_some() == summary.export.is_some()).then_some(summary))
 }
 
-fn write_plan(plan: &Plan) -> Result<()> {
-    let path = plan.run.dir.join("plan.yaml");
-    fs::write(&path, plan.to_yaml()).map_err(Error::io(&path))
+fn write_in(run_dir: &Path, name: &str, text: &str) -> Result<()> {
+    let path = run_dir.join(name);
+    fs::write(&path, text).map_err(Error::io(&path))
 }
 
 fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> Result<()> {

@@ -99,7 +99,17 @@ impl Folder {
 
     /// Whose fault it is that a file cannot be read. A server that does not answer says nothing about the sample.
     fn blame(&self, path: &str, error: Error) -> Failure {
-        let Error::Io { cause, .. } = &error else { return Failure::Run(error) };
+        let missing =
+            |detail: String| Failure::Sample(BadSample::MissingFile { path: shortened(path), detail });
+        let cause = match &error {
+            Error::Io { cause, .. } => cause,
+            // No image: there is none, or its first bytes are those of a compressed file.
+            Error::NoObject { .. }
+            | Error::CompressedShard { .. }
+            | Error::BadCompression { .. }
+            | Error::TooLargeUnpacked { .. } => return missing(error.to_string()),
+            _ => return Failure::Run(error),
+        };
         let theirs = match cause.kind() {
             ErrorKind::NotFound => true,
             _ if self.is_remote() => false,
@@ -113,11 +123,7 @@ impl Folder {
             ErrorKind::Other => cause.raw_os_error().is_none(),
             _ => cause.raw_os_error() == Some(LINK_LOOP),
         };
-        if theirs {
-            let detail = cause.to_string();
-            return BadSample::MissingFile { path: shortened(path), detail }.into();
-        }
-        Failure::Run(error)
+        if theirs { missing(cause.to_string()) } else { Failure::Run(error) }
     }
 }
 

@@ -198,7 +198,6 @@ fn a_failing_server_is_one_clear_error_in_time() {
 #[test]
 fn what_another_try_cannot_mend_fails_at_once() {
     for (fault, part) in [
-        (Fault::Status(404), "no such object"),
         (Fault::Status(403), "access is denied"),
         (Fault::WholeObject, "ignores ranges"),
         (Fault::OtherRange, "Requested"),
@@ -211,6 +210,11 @@ fn what_another_try_cannot_mend_fails_at_once() {
         assert!(error.to_string().contains(part), "{fault:?}: {error}");
         assert_eq!(server.requests().len(), 1, "{fault:?}");
     }
+    let server = Server::new(noise(10));
+    server.always(Fault::Status(404));
+    let error = store().open(&server.url("a.tar")).unwrap_err();
+    assert!(matches!(error, Error::NoObject { .. }), "{error:?}");
+    assert_eq!(server.requests().len(), 1);
 }
 
 #[test]

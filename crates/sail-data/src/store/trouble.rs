@@ -74,6 +74,7 @@ impl Tries {
                 let detail = "the server says that it is another object now".to_owned();
                 return Err(Error::Changed { location, detail });
             }
+            Trouble::Store(object_store::Error::NotFound { .. }) => return Err(Error::NoObject { location }),
             Trouble::Store(error) => describe(&error),
             Trouble::Silent(silence) => {
                 (format!("no answer within {silence:?}"), "check the network, or raise `timeout_secs`", true)
@@ -105,9 +106,6 @@ fn describe(error: &object_store::Error) -> (String, &'static str, bool) {
     use object_store::Error as Cause;
     let detail = innermost(error);
     match error {
-        Cause::NotFound { .. } => {
-            ("there is no such object".into(), "check the name, the bucket and the endpoint", false)
-        }
         Cause::PermissionDenied { .. } | Cause::Unauthenticated { .. } => {
             (format!("access is denied: {detail}"), DENIED, false)
         }
