@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/configuration.md from the doc comments of crates/sail-train/src/config/raw.rs.
+"""Writes docs/configuration.md from the doc comments of raw.rs and raw_data.rs in crates/sail-train/src/config.
 
     python3 scripts/build_configuration_docs.py           writes the page
     python3 scripts/build_configuration_docs.py --check   fails when the page is out of date
@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "crates/sail-train/src/config/raw.rs"
+FORMS = ROOT / "crates/sail-train/src/config"
+SOURCES = [FORMS / "raw.rs", FORMS / "raw_data.rs"]
 PAGE = ROOT / "docs/configuration.md"
 HEAD = """# Configuration
 
-<!-- Made by scripts/build_configuration_docs.py from the doc comments of crates/sail-train/src/config/raw.rs. -->
+<!-- Made by scripts/build_configuration_docs.py from the doc comments of raw.rs and raw_data.rs in
+     crates/sail-train/src/config. -->
 
 A file describes one stage, or lists the stage files of a curriculum. `sail-train --config FILE` runs
 it, `--dry-run` prints it with every default filled in, `--set path=value` overrides a value. Unknown
@@ -27,7 +29,7 @@ FIELD = re.compile(r"    pub\(super\) (\w+): ")
 
 def page() -> str:
     out, comment, inside = [HEAD], [], False
-    for line in SOURCE.read_text().splitlines():
+    for line in (line for source in SOURCES for line in source.read_text().splitlines()):
         text = line.strip()
         if text.startswith("///"):
             comment.append(text[3:].strip())

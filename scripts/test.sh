@@ -28,6 +28,7 @@ RUSTDOCFLAGS="-D warnings" step cargo doc --release --workspace --no-deps --quie
 step .venv/bin/python scripts/fetch_demo_weights.py
 step cargo test --release --workspace
 step .venv/bin/python tests/reference/test_remote_code.py
+step .venv/bin/python tests/reference/check_webdataset.py
 if [ "$extended" = yes ]; then
   step cargo test --release --workspace -- --ignored
 fi

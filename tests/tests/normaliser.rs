@@ -6,11 +6,12 @@
 use std::path::Path;
 
 use sail_data::{Pack, Sample, read_samples};
-use sail_train::config::{self, Config};
-use sail_train::session::{Session, Step};
+use sail_train::config::{self, Config, VisualShape};
+use sail_train::session::Session;
+use sail_train::step::Step;
 
 fn loss_and_norm(session: &mut Session, packs: &[&[Sample]]) -> (f64, f64) {
-    let step = Step::new(packs.iter().map(|samples| Pack::collate(samples)).collect(), 0.0);
+    let step = Step::new(packs.iter().map(|samples| Pack::collate(samples)).collect(), 512, 0.0);
     let loss = session.accumulate(&step).unwrap().double_value(&[]);
     let norm = session.optimizer.clip().unwrap().double_value(&[]);
     session.optimizer.step(0.0).unwrap();
@@ -26,7 +27,7 @@ fn unequal_packs_give_what_one_pack_gives() {
         panic!("a stage");
     };
     let mut session = Session::build(&plan, None).unwrap();
-    let spec = plan.eval_spec(16).unwrap();
+    let spec = plan.eval_spec(VisualShape { tokens_per_tile: 16, unit_px: 28 }).unwrap();
     let mut samples = read_samples(&spec, &session.encoder, Some(6)).unwrap();
     samples.sort_by_key(Sample::answer_tokens);
 

@@ -1,19 +1,19 @@
 //! A draft: a sample with its tokens counted and its images still encoded.
 //!
 //! Everything that decides the length of a sample is known from the annotation and the image headers, so
-//! packing never waits for pixels, and nothing is ever cut to fit.
+//! packing never waits for pixels. What is cut to fit is text, never an image.
 
-use crate::annotation::{Annotation, Turn, place_marks};
-use crate::error::{BadSample, Result};
-use crate::image::{Picture, Share};
+use crate::annotation::Turn;
+use crate::error::{BadSample, Error, Failure, Result};
+use crate::image::Picture;
+use crate::layout::{self, Context, Gathered};
+use crate::packer::Load;
 use crate::rng::Key;
 use crate::sample::{Images, Sample, SampleId};
-use crate::shard::{Member, RawSample, SampleRef};
+use crate::shard::{RawSample, SampleRef};
 use crate::source::Source;
-use crate::spec::{DataSpec, ImageSpec};
+use crate::spec::{DataSpec, ImageSpec, TooLong};
 use crate::text::{Encoded, TextEncoder};
-
-const IMAGE_SUFFIXES: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "bmp"];
 
 /// A sample whose length is known and whose images are not decoded yet.
 #[derive(Clone, Debug)]
@@ -53,44 +53,76 @@ impl Draft {
         source: &Source,
         place: SampleRef,
     ) -> Result<std::result::Result<Self, Box<Rejected>>> {
-        let shard = &source.shards[place.shard as usize];
         let raw = source.open(place.shard as usize)?.read(place.extent)?;
-        let id = SampleId { source: source.name.clone(), shard: shard.clone(), key: raw.key.clone() };
+        Self::from_raw(spec, encoder, source, place, &raw)
+    }
+
+    /// The draft of a sample whose members have been read already.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub(crate) fn from_raw(
+        spec: &DataSpec,
+        encoder: &TextEncoder,
+        source: &Source,
+        place: SampleRef,
+        raw: &RawSample,
+    ) -> Result<std::result::Result<Self, Box<Rejected>>> {
+        let shard = source.shards[place.shard as usize].clone();
+        let id = SampleId { source: source.name.clone(), shard, key: raw.key.clone() };
         let key = Key::new(spec.seed).with_name("sample").with_name(&id.key).with(u64::from(place.epoch));
-        Ok(match Self::parse(spec, encoder, raw) {
-            Ok((encoded, pictures, turns)) => Ok(Self { id, key, encoded, pictures, turns }),
-            Err(cause) => Err(Box::new(Rejected { id, cause })),
-        })
+        match Self::parse(spec, encoder, Context::new(source, place.epoch), raw) {
+            Ok((encoded, pictures, turns)) => Ok(Ok(Self { id, key, encoded, pictures, turns })),
+            Err(Failure::Sample(BadSample::TooLong { tokens, limit })) if spec.too_long == TooLong::Error => {
+                let SampleId { source, shard, key } = id;
+                Err(Error::SampleTooLong { source_name: source, shard, key, tokens, limit })
+            }
+            Err(Failure::Sample(cause)) => Ok(Err(Box::new(Rejected { id, cause }))),
+            Err(Failure::Run(error)) => Err(error),
+        }
     }
 
     fn parse(
         spec: &DataSpec,
         encoder: &TextEncoder,
-        raw: RawSample,
-    ) -> std::result::Result<(Encoded, Vec<Picture>, Vec<Turn>), BadSample> {
-        raw.check_unique()?;
-        let json = raw.member("json").ok_or_else(|| BadSample::NoAnnotation { members: suffixes(&raw) })?;
-        let Annotation { mut turns, images } = Annotation::parse(&json.data)?;
-        let members = find_images(raw, images)?;
-        place_marks(&mut turns, members.len())?;
-        let count = members.len();
-        let plan =
-            |Member { name, data, .. }| Picture::plan(name, data.into(), 0, Share::OneOf(count), &spec.image);
-        let pictures =
-            members.into_iter().map(plan).collect::<std::result::Result<Vec<Picture>, BadSample>>()?;
+        context: Context,
+        raw: &RawSample,
+    ) -> std::result::Result<(Encoded, Vec<Picture>, Vec<Turn>), Failure> {
+        let named = layout::read(raw, context)?;
+        let Gathered { turns, mut pictures } = layout::gather(raw, named, &spec.image)?;
         let visual_tokens: Vec<usize> =
             pictures.iter().map(|picture| picture.visual_tokens(&spec.image)).collect();
-        let encoded = encoder.encode(&turns, &visual_tokens)?;
-        let (tokens, limit) = (encoded.ids.len(), spec.tokens_per_pack);
+        let limit = spec.tokens_per_pack;
+        let encoded = match spec.too_long {
+            TooLong::TruncateText => encoder.encode_within(&turns, &visual_tokens, limit)?,
+            TooLong::Drop | TooLong::Error => encoder.encode(&turns, &visual_tokens)?,
+        };
+        let tokens = encoded.ids.len();
         if tokens > limit {
-            return Err(BadSample::TooLong { tokens, limit });
+            return Err(BadSample::TooLong { tokens, limit }.into());
         }
+        pictures.truncate(encoded.images);
         Ok((encoded, pictures, turns))
     }
 
-    /// Tokens of the sample.
-    pub(crate) fn tokens(&self) -> usize {
-        self.encoded.ids.len()
+    /// What the sample adds to a pack.
+    pub(crate) fn load(&self) -> Load {
+        Load { tokens: self.encoded.ids.len(), visual: self.encoded.image_rows.len() }
+    }
+
+    /// Its tokens and labels.
+    pub(crate) fn encoded(&self) -> &Encoded {
+        &self.encoded
+    }
+
+    /// Its images, still encoded.
+    pub(crate) fn pictures(&self) -> &[Picture] {
+        &self.pictures
+    }
+
+    /// Its turns, with a mark for each image.
+    pub(crate) fn turns(&self) -> &[Turn] {
+        &self.turns
     }
 
     /// Decodes the images.
@@ -101,44 +133,7 @@ impl Draft {
                 return Err(Box::new(Rejected { id: self.id, cause }));
             }
         }
-        let Encoded { ids, targets, weights, image_rows } = self.encoded;
+        let Encoded { ids, targets, weights, image_rows, .. } = self.encoded;
         Ok(Sample { id: self.id, ids, targets, weights, images, image_rows, turns: self.turns })
     }
-}
-
-fn suffixes(raw: &RawSample) -> String {
-    let suffixes: Vec<String> = raw.members.iter().map(|member| format!("`{}`", member.suffix)).collect();
-    if suffixes.is_empty() { "none".to_owned() } else { suffixes.join(", ") }
-}
-
-/// The members that hold the sample's images: those that the annotation names, by member name, base name or
-/// suffix; or, when it has no such field, all image members in the order of the archive.
-fn find_images(raw: RawSample, names: Option<Vec<String>>) -> std::result::Result<Vec<Member>, BadSample> {
-    let is_image = |member: &Member| {
-        let extension = member.suffix.rsplit('.').next().unwrap_or_default();
-        IMAGE_SUFFIXES.contains(&extension)
-    };
-    let Some(names) = names else {
-        return Ok(raw.members.into_iter().filter(is_image).collect());
-    };
-    let find = |reference: &str| {
-        let by_name = |member: &&Member| member.name == reference;
-        let by_base_name = |member: &&Member| base_name(&member.name) == base_name(reference);
-        let by_suffix = |member: &&Member| member.suffix == reference.to_ascii_lowercase();
-        let images = || raw.members.iter().filter(|member| is_image(member));
-        images()
-            .find(by_name)
-            .or_else(|| images().find(by_base_name))
-            .or_else(|| images().find(by_suffix))
-            .cloned()
-    };
-    let unknown = |reference: &String| BadSample::UnknownImage {
-        reference: reference.clone(),
-        members: suffixes(&raw),
-    };
-    names.iter().map(|reference| find(reference).ok_or_else(|| unknown(reference))).collect()
-}
-
-fn base_name(path: &str) -> &str {
-    path.rsplit('/').next().unwrap_or(path)
 }

@@ -66,6 +66,78 @@ pub enum Error {
         #[source]
         cause: std::io::Error,
     },
+    /// A path or URL that no store can be made for.
+    #[error("cannot read `{location}`: {detail}")]
+    BadLocation {
+        /// The path or the URL, without its query.
+        location: String,
+        /// What is wrong with it, and what would be accepted.
+        detail: String,
+    },
+    /// A server could not be reached, or gave no usable answer, also after the configured retries.
+    #[error("cannot read `{location}` (attempt {attempts}): {detail}\n\nhint: {hint}")]
+    Store {
+        /// The URL, without its query.
+        location: String,
+        /// Requests made in a row without a byte arriving.
+        attempts: usize,
+        /// What went wrong with the last of them.
+        detail: String,
+        /// What may help.
+        hint: &'static str,
+    },
+    /// An object is not the one that was opened.
+    #[error(
+        "`{location}` has changed while it was being read: {detail}\n\nhint: write new shards under new names; start the run again to read the new content"
+    )]
+    Changed {
+        /// The URL, without its query.
+        location: String,
+        /// What differs.
+        detail: String,
+    },
+    /// A shard does not fit into the cache on disk.
+    #[error(
+        "shard `{location}` needs {bytes} bytes, and the cache holds at most {max_bytes}\n\nhint: raise `max_bytes` of the cache, or read without one"
+    )]
+    CacheTooSmall {
+        /// The shard.
+        location: String,
+        /// Its size.
+        bytes: u64,
+        /// The limit of the cache.
+        max_bytes: u64,
+    },
+    /// A compressed shard grows beyond every reasonable size.
+    #[error(
+        "shard `{location}` decompresses to more than {limit} bytes\n\nhint: is it a damaged or a hostile file? the limit is `max_bytes` of the cache, or 64 GiB without one"
+    )]
+    TooLargeUnpacked {
+        /// The shard.
+        location: String,
+        /// Where decompression stopped.
+        limit: u64,
+    },
+    /// The compression of a shard is damaged or cut off.
+    #[error(
+        "shard `{location}` cannot be decompressed ({codec}): {detail}\n\nhint: the file is truncated or corrupt; copy it again or make it anew"
+    )]
+    BadCompression {
+        /// The shard.
+        location: String,
+        /// The compression found.
+        codec: &'static str,
+        /// What the decoder says.
+        detail: String,
+    },
+    /// A store has no object of this name.
+    #[error(
+        "cannot read `{location}`: there is no such object\n\nhint: check the name, the bucket and the endpoint"
+    )]
+    NoObject {
+        /// The URL, without its query.
+        location: String,
+    },
     /// A shard is truncated or is not a tar archive.
     #[error("shard `{shard}` is broken at byte {offset}: {detail}")]
     BrokenShard {
@@ -76,15 +148,23 @@ pub enum Error {
         /// What is wrong there.
         detail: String,
     },
-    /// A shard is compressed, so that samples cannot be addressed by their offset.
+    /// A shard is compressed in a way that is not read.
     #[error(
-        "shard `{shard}` is compressed with {codec}\n\nhint: store shards as plain `.tar`; images are compressed already"
+        "shard `{shard}` is compressed with {codec}\n\nhint: store shards as plain `.tar`, since images are compressed already, or as `.tar.gz` or `.tar.zst`"
     )]
     CompressedShard {
         /// The shard's path.
         shard: String,
         /// The compression found.
         codec: &'static str,
+    },
+    /// A shard is one JSON document, so that samples cannot be addressed by their offset.
+    #[error(
+        "shard `{shard}` is a JSON document, in which no sample can be found by its place\n\nhint: turn it into shards with `sail-data pack`, or write one annotation a line into a `.jsonl`"
+    )]
+    WholeJson {
+        /// The shard's path.
+        shard: String,
     },
     /// Too large a share of a source's samples is bad.
     #[error(
@@ -131,6 +211,30 @@ pub enum Error {
         token: String,
         /// What it is needed for.
         purpose: &'static str,
+    },
+    /// A chat template is not there or cannot be used.
+    #[error("chat template `{}`: {detail}", path.display())]
+    ChatTemplate {
+        /// The file that holds it.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+    /// A sample has more tokens than a pack, and the specification says that this stops the run.
+    #[error(
+        "source `{source_name}`: the sample `{key}` of shard `{shard}` has {tokens} tokens, more than the {limit} of a pack\n\nhint: raise `data.tokens_per_pack`, or set `data.too_long` to `drop` or `truncate_text`"
+    )]
+    SampleTooLong {
+        /// The source's name.
+        source_name: String,
+        /// The shard's path.
+        shard: String,
+        /// The sample's key.
+        key: String,
+        /// Tokens of the sample.
+        tokens: usize,
+        /// `tokens_per_pack`.
+        limit: usize,
     },
     /// Text or an image given directly (not from a shard) cannot be used.
     #[error("cannot use `{what}`")]
@@ -180,9 +284,11 @@ pub enum Error {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BadSample {
-    /// No `.json` member beside the images.
-    #[error("it has no `.json` member (members: {members})")]
+    /// What the answer is made of is not there.
+    #[error("it has no {wanted} (members: {members})")]
     NoAnnotation {
+        /// What was looked for.
+        wanted: &'static str,
         /// Suffixes of the members that are there.
         members: String,
     },
@@ -217,6 +323,32 @@ pub enum BadSample {
         /// The members that are there.
         members: String,
     },
+    /// A layout that is about an image finds none.
+    #[error("it has no image (members: {members})")]
+    NoImage {
+        /// Suffixes of the members that are there.
+        members: String,
+    },
+    /// Its image was never fetched, as img2dataset notes.
+    #[error("its image was not downloaded: {status}")]
+    NotDownloaded {
+        /// The status in its `.json`, with the message.
+        status: String,
+    },
+    /// The annotation names a file outside the folder of images.
+    #[error("`{reference}` is no path inside the folder of images")]
+    BadPath {
+        /// The name in the annotation.
+        reference: String,
+    },
+    /// The annotation names a file that is not there or cannot be read.
+    #[error("cannot read `{path}`: {detail}")]
+    MissingFile {
+        /// Where it should be.
+        path: String,
+        /// What the system says.
+        detail: String,
+    },
     /// The number of `<image>` marks is not the number of images.
     #[error("it has {marks} `<image>` marks for {images} images")]
     ImageCount {
@@ -224,6 +356,14 @@ pub enum BadSample {
         marks: usize,
         /// Images of the sample.
         images: usize,
+    },
+    /// The number of `<video>` marks is not the number of videos.
+    #[error("it has {marks} `<video>` marks for {videos} videos")]
+    VideoCount {
+        /// Marks in the text of the user.
+        marks: usize,
+        /// Videos of the sample.
+        videos: usize,
     },
     /// An image is truncated, or of an unknown format.
     #[error("image `{image}` cannot be decoded: {detail}")]
@@ -253,8 +393,14 @@ pub enum BadSample {
         /// `tokens_per_pack`.
         limit: usize,
     },
+    /// The chat template refuses its turns.
+    #[error("the chat template cannot write it: {detail}")]
+    Template {
+        /// What the template says.
+        detail: String,
+    },
     /// Its text cannot be tokenised, or turns into a token that only the template may write.
-    #[error("its text cannot be tokenised: {detail}")]
+    #[error("its text cannot be used: {detail}")]
     Text {
         /// What is wrong.
         detail: String,
@@ -271,11 +417,36 @@ impl BadSample {
             Self::BadTurns { .. } => "bad_turns",
             Self::NoAnswer => "no_answer",
             Self::UnknownImage { .. } => "unknown_image",
+            Self::NoImage { .. } => "no_image",
+            Self::NotDownloaded { .. } => "not_downloaded",
+            Self::BadPath { .. } => "bad_path",
+            Self::MissingFile { .. } => "missing_file",
+            Self::VideoCount { .. } => "video_count",
             Self::ImageCount { .. } => "image_count",
             Self::BadImage { .. } => "bad_image",
             Self::ImageTooLarge { .. } => "image_too_large",
             Self::TooLong { .. } => "too_long",
+            Self::Template { .. } => "chat_template",
             Self::Text { .. } => "bad_text",
         }
+    }
+}
+
+/// Why a sample could not be read: by its own fault, or by one of the run.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Sample(BadSample),
+    Run(Error),
+}
+
+impl From<BadSample> for Failure {
+    fn from(cause: BadSample) -> Self {
+        Self::Sample(cause)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(cause: Error) -> Self {
+        Self::Run(cause)
     }
 }

@@ -29,9 +29,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub(crate) use decode::{Treatment, decode};
-pub(crate) use header::Header;
-#[allow(unused_imports, reason = "for layouts of pages and videos")]
-pub(crate) use header::frame_count;
+pub(crate) use header::{Header, frame_count};
 pub(crate) use render::{Normaliser, size_of};
 pub(crate) use resize::{Filter, Resized, Size, resize};
 
@@ -50,7 +48,6 @@ pub(crate) enum Share {
     /// It shares them with the other images of the sample, so many in all.
     OneOf(usize),
     /// One: it is a frame of a video.
-    #[allow(dead_code, reason = "for layouts of pages and videos")]
     Frame,
 }
 
@@ -90,12 +87,35 @@ impl Picture {
                 let (height, width) = choose_size(height, width, any);
                 Layout::Whole(Size { height, width })
             }
-            (None, Share::Frame) => Layout::Tiles(Grid { columns: 1, rows: 1, thumbnail: false }),
+            (None, Share::Frame) => Layout::Tiles(Grid::ONE),
             (None, Share::OneOf(images)) => {
                 Layout::Tiles(choose_grid(width as u32, height as u32, images, spec.tiling, spec.tile_px))
             }
         };
         Ok(Self { name, bytes, frame, header, layout })
+    }
+
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file's contents.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Its size in the file, upright where it is turned.
+    pub(crate) fn size(&self, spec: &ImageSpec) -> Size {
+        self.header.size(spec.exif_orientation)
+    }
+
+    /// How it is cut; an image that is not tiled is one tile.
+    pub(crate) fn grid(&self) -> Grid {
+        match self.layout {
+            Layout::Tiles(grid) => grid,
+            Layout::Whole(_) => Grid::ONE,
+        }
     }
 
     /// Visual tokens that the model makes of it.

@@ -1,6 +1,6 @@
-//! Sharded image-text streams: tar shards to samples to packs.
+//! Sharded image-text streams: shards to samples to packs.
 //!
-//! This crate reads WebDataset shards, turns each sample into token ids, labels and image tiles, and
+//! This crate reads WebDataset shards and JSON lines, turns each sample into token ids, labels and image tiles, and
 //! packs samples of different lengths into training packs of a fixed token budget. It knows nothing of
 //! tensors, ranks or optimizers: what leaves it is host memory ([`Pack`]), which `sail-train` turns into
 //! tensors.
@@ -8,9 +8,11 @@
 //! The way of a sample:
 //!
 //! ```text
+//! store    local files, web servers, object stores: locations, their plain bytes     -> Blob
 //! order    which (shard, part) units a stream reads, and the shuffle inside them     -> reference
 //! shard    the bytes of one sample, read at its offset                               -> members
-//! draft    annotation, image headers, tiling, token ids: all lengths, no pixels yet  -> draft
+//! layout   the turns, the pictures they name, videos as frames                       -> conversation
+//! draft    image headers, tiling, token ids: all lengths, no pixels yet              -> draft
 //! packer   the drafts that share a pack                                              -> drafts
 //! image    decode, resize, cut, normalise                                            -> Sample
 //! sample   concatenation                                                             -> Pack
@@ -21,11 +23,14 @@
 //! anything. A bad sample ([`BadSample`]) is skipped, counted and logged; a broken shard stops the run.
 
 mod annotation;
+pub mod cli;
 mod draft;
 mod error;
 mod heldout;
 mod image;
+mod layout;
 mod loader;
+mod mix;
 mod order;
 mod packer;
 mod preprocess;
@@ -34,11 +39,13 @@ mod sample;
 mod shard;
 mod source;
 mod spec;
+mod state;
 mod store;
 mod stream;
 mod tally;
 mod text;
 mod tiling;
+mod tools;
 
 #[cfg(test)]
 mod testing;
@@ -49,14 +56,14 @@ pub use annotation::{Role, Turn};
 pub use error::{BadSample, Error, Result};
 pub use heldout::{check_sources, for_each_sample, read_samples, shard_paths};
 pub use image::load_image;
-pub use loader::{Loaded, Loader};
+pub use loader::{Loaded, Loader, LoaderOptions};
 pub use preprocess::{Pixels, Preprocessor};
 pub use sample::{IGNORE, Images, Pack, Prompt, Sample, SampleId, SamplePrompt};
 pub use spec::{
-    Alpha, AnyResolution, CacheSpec, DataSpec, ImageSpec, ImageTokens, Layout, Length, LossWeight, MixBy,
-    PageChoice, Reencode, SourceSpec, StoreSpec, Template, TextSpec, Tiling, TooLong,
+    Alpha, AnyResolution, Balance, CacheSpec, DataSpec, ImageSpec, ImageTokens, Layout, Length, LossWeight,
+    MixBy, PageChoice, Reencode, SourceSpec, StoreSpec, Template, TextSpec, Tiling, TooLong,
 };
-pub use stream::StreamState;
+pub use state::{Position, StreamState};
 pub use tally::Tally;
-pub use text::{Encoded, TextEncoder};
+pub use text::{Encoded, JinjaTemplate, StructureTokens, TextEncoder};
 pub use tiling::{Grid, candidates, choose_grid};

@@ -1,7 +1,8 @@
 //! The packs of all streams in turn, prepared ahead on threads.
 //!
 //! At most one pack per stream is in preparation, and each is given out in turn, so order and content do not
-//! depend on how many threads there are or which is faster.
+//! depend on how many threads there are or which is faster. Streams belong to ranks, never samples, so they do
+//! not depend on the number of ranks either.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -13,57 +14,79 @@ use crate::error::{Error, Result};
 use crate::sample::Pack;
 use crate::source::Source;
 use crate::spec::DataSpec;
-use crate::stream::{Shared, Stream, StreamState};
+use crate::state::{Position, StreamState};
+use crate::stream::{Shared, Stream};
 use crate::tally::Tally;
 use crate::text::TextEncoder;
 
-/// A pack, its stream, and the stream's state after it.
+/// The turn of one stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Loaded {
-    /// The pack.
-    pub pack: Pack,
-    /// The stream it comes from.
+    /// Its pack; `None` when the stream has ended, which leaves its turn empty.
+    pub pack: Option<Pack>,
+    /// The stream.
     pub stream: usize,
     /// The stream's state after it.
     pub state: StreamState,
 }
 
-/// Endless packs: pack g comes from stream g mod S.
+/// Which part of the packs is read here, and with how many threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoaderOptions {
+    /// Threads that prepare packs.
+    pub threads: usize,
+    /// This process, of `world`.
+    pub rank: usize,
+    /// Processes that share the packs; divides the number of streams.
+    pub world: usize,
+}
+
+impl LoaderOptions {
+    /// All packs, with this many threads.
+    pub fn alone(threads: usize) -> Self {
+        Self { threads, rank: 0, world: 1 }
+    }
+}
+
+/// The packs of the streams in turn: pack g comes from stream g mod S, and goes to rank g mod W.
 #[derive(Debug)]
 pub struct Loader {
     pool: ThreadPool,
     shared: Arc<Shared>,
-    /// Streams that are not at work, by number.
+    options: LoaderOptions,
+    /// This rank's streams that are not at work; stream s is at s / W.
     idle: Vec<Option<Stream>>,
     /// Packs in preparation, in the order in which they are given out.
     ahead: VecDeque<Pending>,
     /// How many packs may be in preparation.
     depth: usize,
-    /// The stream whose pack is to be prepared next.
-    next_stream: usize,
-    /// Every stream's state after the packs given out so far.
+    /// Which of this rank's streams is to be prepared next.
+    preparing: usize,
+    /// This rank's streams after the packs given out so far.
     states: Vec<StreamState>,
-    /// The stream whose pack is given out next.
+    /// Which of them have ended.
+    ended: Vec<bool>,
+    /// Which of this rank's streams gives the next pack.
     first: usize,
     stopped: bool,
 }
 
 #[derive(Debug)]
 struct Pending {
-    number: usize,
+    /// Which of this rank's streams.
+    index: usize,
     result: Receiver<Prepared>,
 }
 
 struct Prepared {
     stream: Stream,
-    result: Result<(Pack, StreamState)>,
+    result: Result<(Option<Pack>, StreamState)>,
 }
 
 impl Loader {
-    /// Opens the sources and starts to prepare packs on `threads` threads.
+    /// Opens the sources and starts to prepare packs.
     ///
-    /// `states` resumes every stream (one state each, in order); `None` begins at the beginning.
-    /// `next_stream` is the stream of the first pack: g mod S for a run that has taken g packs.
+    /// `position` resumes: it holds the states of at least this rank's streams. Nothing is read for it.
     ///
     /// # Errors
     /// [`Error::InvalidSpec`], errors of the shard patterns and shards, [`Error::StateMismatch`],
@@ -71,46 +94,37 @@ impl Loader {
     pub fn new(
         spec: &DataSpec,
         encoder: Arc<TextEncoder>,
-        states: Option<Vec<StreamState>>,
-        next_stream: usize,
-        threads: usize,
+        options: LoaderOptions,
+        position: Option<Position>,
     ) -> Result<Self> {
         let sources: Vec<Arc<Source>> = Source::open_all(spec)?.into_iter().map(Arc::new).collect();
-        for (field, found, limit) in
-            [("threads", threads, usize::MAX), ("next_stream", next_stream + 1, spec.streams)]
-        {
-            if found == 0 || found > limit {
-                let found = format!("{found}, with {} streams", spec.streams);
-                let expected = "at least one thread and an existing stream";
-                return Err(Error::InvalidSpec { field: field.into(), found, expected });
-            }
-        }
+        check_options(options, spec.streams)?;
         let shared = Arc::new(Shared { spec: spec.clone(), sources, encoder });
-        let states = spread_states(states, spec.streams)?;
+        let LoaderOptions { threads, rank, world } = options;
+        let (states, first) = own_states(position, spec.streams, options)?;
         let pool = start_pool(threads)?;
-        let idle = pool.install(|| {
-            let open = |(number, state)| Stream::new(Arc::clone(&shared), number, state).map(Some);
-            states.into_iter().enumerate().map(open).collect::<Result<Vec<_>>>()
-        })?;
-        let states = idle.iter().flatten().map(Stream::state).collect();
-        let depth = spec.streams.min(threads + 1);
-        let ahead = VecDeque::with_capacity(depth);
+        let open = |(index, state)| Stream::new(Arc::clone(&shared), rank + index * world, state).map(Some);
+        let idle = states.into_iter().enumerate().map(open).collect::<Result<Vec<_>>>()?;
+        let states: Vec<StreamState> = idle.iter().flatten().map(Stream::state).collect();
+        let depth = states.len().min(threads + 1);
         let mut loader = Self {
             pool,
             shared,
+            options,
             idle,
-            ahead,
+            ahead: VecDeque::with_capacity(depth),
             depth,
-            next_stream,
+            preparing: first,
+            ended: vec![false; states.len()],
             states,
-            first: next_stream,
+            first,
             stopped: false,
         };
         loader.prepare_ahead();
         Ok(loader)
     }
 
-    /// The next pack. After an error the loader gives nothing more.
+    /// The next turn of this rank's streams. After an error the loader gives nothing more.
     ///
     /// # Errors
     /// Errors of the shards, [`Error::TooManyBad`], [`Error::WorkerPanicked`], [`Error::Stopped`].
@@ -127,10 +141,16 @@ impl Loader {
         loaded
     }
 
-    /// Every stream's state after the packs given out, and the stream of the next one: what
-    /// [`Loader::new`] takes to go on from here.
-    pub fn position(&self) -> (Vec<StreamState>, usize) {
-        (self.states.clone(), self.first)
+    /// Whether all of this rank's streams have ended, as far as their turns have shown.
+    pub fn has_ended(&self) -> bool {
+        self.ended.iter().all(|&ended| ended)
+    }
+
+    /// Where this rank's streams stand after the packs given out: what [`Loader::new`] takes to go on from
+    /// here. Those of all ranks go into [`Position::merge`].
+    pub fn position(&self) -> Position {
+        let next_stream = self.first * self.options.world;
+        Position { next_stream, streams: self.states.clone() }
     }
 
     /// Samples skipped so far, by source and reason, in the packs given out.
@@ -138,7 +158,7 @@ impl Loader {
         self.tallies().into_iter().map(|(name, tally)| (name, tally.skipped)).collect()
     }
 
-    /// Samples seen and skipped so far, by source, over all streams.
+    /// Samples seen, repeated and skipped so far, by source, over this rank's streams.
     pub fn tallies(&self) -> BTreeMap<String, Tally> {
         let sources = self.shared.sources.iter().enumerate();
         sources.map(|(index, source)| (source.name.clone(), self.source_tally(index))).collect()
@@ -154,42 +174,84 @@ impl Loader {
 
     /// Waits for a pack and judges the sources by the counts after it.
     fn finish(&mut self, pending: &Pending) -> Result<Loaded> {
-        let stream = pending.number;
+        let index = pending.index;
+        let stream = self.options.rank + index * self.options.world;
         let prepared = pending.result.recv().map_err(|_| Error::WorkerPanicked { stream })?;
-        self.idle[stream] = Some(prepared.stream);
+        self.idle[index] = Some(prepared.stream);
         let (pack, state) = prepared.result?;
-        self.states[stream] = state.clone();
-        self.first = (stream + 1) % self.states.len();
-        for (index, source) in self.shared.sources.iter().enumerate() {
-            self.source_tally(index).check(&source.name, self.shared.spec.max_error_rate)?;
+        self.states[index] = state.clone();
+        self.ended[index] = pack.is_none();
+        self.first = (index + 1) % self.states.len();
+        for (source, spec) in self.shared.spec.sources.iter().enumerate() {
+            self.source_tally(source).check(&spec.name, self.shared.spec.max_error_rate)?;
         }
         Ok(Loaded { pack, stream, state })
     }
 
     fn prepare_ahead(&mut self) {
         while self.ahead.len() < self.depth {
-            let number = self.next_stream;
-            // With at most S packs ahead, the next stream is never at work.
-            let Some(mut stream) = self.idle[number].take() else { return };
+            let index = self.preparing;
+            // With at most as many packs ahead as there are streams, the next stream is never at work.
+            let Some(mut stream) = self.idle[index].take() else { return };
             let (sender, result) = sync_channel(1);
             self.pool.spawn(move || {
                 let result = stream.next_pack();
                 // The loader may have been dropped meanwhile; then nobody waits for this pack.
                 drop(sender.send(Prepared { stream, result }));
             });
-            self.ahead.push_back(Pending { number, result });
-            self.next_stream = (number + 1) % self.idle.len();
+            self.ahead.push_back(Pending { index, result });
+            self.preparing = (index + 1) % self.idle.len();
         }
     }
 }
 
-fn spread_states(states: Option<Vec<StreamState>>, streams: usize) -> Result<Vec<Option<StreamState>>> {
-    match states {
-        None => Ok((0..streams).map(|_| None).collect()),
-        Some(states) if states.len() == streams => Ok(states.into_iter().map(Some).collect()),
-        Some(states) => Err(Error::StateMismatch {
-            detail: format!("it was saved with {} streams, now there are {streams}", states.len()),
-        }),
+fn check_options(options: LoaderOptions, streams: usize) -> Result<()> {
+    let LoaderOptions { threads, rank, world } = options;
+    let invalid = |field: &str, found: String, expected| {
+        Err(Error::InvalidSpec { field: field.into(), found, expected })
+    };
+    if threads == 0 {
+        return invalid("threads", "0".into(), "at least one thread");
+    }
+    if world == 0 || !streams.is_multiple_of(world) {
+        let found = format!("{streams}, for {world} ranks");
+        return invalid("streams", found, "a multiple of the number of ranks");
+    }
+    if rank >= world {
+        return invalid("rank", format!("{rank}, of {world}"), "a number below that of the ranks");
+    }
+    Ok(())
+}
+
+/// The states of a rank's streams, and which of them is next.
+fn own_states(
+    position: Option<Position>,
+    streams: usize,
+    options: LoaderOptions,
+) -> Result<(Vec<Option<StreamState>>, usize)> {
+    let LoaderOptions { rank, world, .. } = options;
+    let mismatch = |detail: String| Err(Error::StateMismatch { detail });
+    let Some(Position { next_stream, streams: saved }) = position else {
+        return Ok((vec![None; streams / world], 0));
+    };
+    if next_stream >= streams || !next_stream.is_multiple_of(world) {
+        return mismatch(format!(
+            "it goes on with stream {next_stream}, of {streams}, where {world} ranks cannot begin a step"
+        ));
+    }
+    if let Some(other) = saved.iter().map(StreamState::stream).find(|&stream| stream >= streams) {
+        return mismatch(format!("it has a stream {other}, now there are {streams}"));
+    }
+    let mut own = vec![None; streams / world];
+    for state in saved {
+        let (index, owner) = (state.stream() / world, state.stream() % world);
+        if owner == rank {
+            own[index] = Some(state);
+        }
+    }
+    match own.iter().position(Option::is_none) {
+        Some(missing) => mismatch(format!("it lacks stream {}, of {streams}", rank + missing * world)),
+        None => Ok((own, next_stream / world)),
     }
 }
 

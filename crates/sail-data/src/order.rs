@@ -34,10 +34,9 @@ pub(crate) struct Cursor {
 }
 
 impl Cursor {
-    /// The epoch of the sample drawn last.
-    #[cfg(test)]
-    pub(crate) fn epoch(&self) -> u64 {
-        self.epoch
+    /// Samples drawn so far.
+    pub(crate) fn draws(&self) -> u64 {
+        self.draws
     }
 }
 
@@ -96,15 +95,18 @@ impl Order {
         &self.cursor
     }
 
-    /// The next sample.
+    /// The next sample; `None` when the last epoch is over.
     ///
     /// # Errors
     /// [`Error::BrokenShard`], [`Error::Io`], and [`Error::EmptySource`] instead of an endless search.
-    pub(crate) fn next_sample(&mut self) -> Result<SampleRef> {
+    pub(crate) fn next_sample(&mut self) -> Result<Option<SampleRef>> {
         self.fill()?;
+        if self.cursor.buffer.is_empty() {
+            return Ok(None);
+        }
         let drawn = self.draw_key.below(self.cursor.draws, self.cursor.buffer.len());
         self.cursor.draws += 1;
-        Ok(self.cursor.buffer.swap_remove(drawn))
+        Ok(Some(self.cursor.buffer.swap_remove(drawn)))
     }
 
     /// Fills the buffer from the current epoch; begins the next one only when it is empty.
@@ -112,6 +114,9 @@ impl Order {
         let mut empty_units = 0;
         while self.cursor.buffer.len() < self.capacity {
             let (epoch, place) = self.place();
+            if self.source.epochs.is_some_and(|epochs| epoch >= epochs) {
+                break;
+            }
             if epoch != self.cursor.epoch {
                 if !self.cursor.buffer.is_empty() {
                     break;
@@ -157,8 +162,8 @@ impl Order {
         } else {
             let unit = self.unit(epoch, place);
             let at = self.cursor.at.unwrap_or(InUnit { offset: 0, ordinal: 0 });
-            let shard = self.source.open(unit.shard as usize)?;
-            OpenUnit { shard: unit.shard, part: unit.part, scanner: shard.scan(at.offset, at.ordinal) }
+            let scanner = self.source.scan(unit.shard as usize, at.offset, at.ordinal)?;
+            OpenUnit { shard: unit.shard, part: unit.part, scanner }
         };
         let parts = self.source.parts as u64;
         loop {

@@ -1,9 +1,12 @@
 //! A source with its shards found: patterns expanded, files there, names distinct.
 
+mod energon;
+
 use crate::error::{Error, Result};
 use crate::rng::Key;
-use crate::shard::Shard;
-use crate::spec::{DataSpec, SourceSpec};
+use crate::shard::index::Index;
+use crate::shard::{Scanner, Shard};
+use crate::spec::{DataSpec, Length, SourceSpec};
 use crate::store::Store;
 
 /// A source ready to be read.
@@ -16,10 +19,10 @@ pub(crate) struct Source {
     pub(crate) spec: SourceSpec,
     /// Shard paths, in the order of the patterns.
     pub(crate) shards: Vec<String>,
+    /// How often it is read; `None`: endlessly.
+    pub(crate) epochs: Option<u64>,
     /// Into how many parts each shard is cut, so that there is one for every stream.
     pub(crate) parts: usize,
-    /// Upper end of this source's share of [0, 1), for the mixture; the lower end is the previous one's.
-    pub(crate) share_end: f64,
     /// The sequence of its random draws.
     pub(crate) key: Key,
 }
@@ -32,25 +35,18 @@ impl Source {
     pub(crate) fn open_all(spec: &DataSpec) -> Result<Vec<Self>> {
         spec.validate()?;
         let store = Store::new(&spec.store)?;
-        let total: f64 = spec.sources.iter().map(|source| source.weight).sum();
-        let mut share_end = 0.0;
         let mut sources = Vec::with_capacity(spec.sources.len());
         for source in &spec.sources {
             let shards = find_shards(&store, source)?;
-            share_end += source.weight / total;
             sources.push(Self {
                 name: source.name.clone(),
                 store: store.clone(),
                 spec: source.clone(),
+                epochs: if let Length::Epochs(epochs) = spec.length { Some(epochs) } else { None },
                 parts: spec.streams.div_ceil(shards.len()),
                 shards,
-                share_end,
                 key: Key::new(spec.seed).with_name(&source.name),
             });
-        }
-        if let Some(last) = sources.last_mut() {
-            // The sum of the shares may fall short of 1 by rounding.
-            last.share_end = 1.0;
         }
         Ok(sources)
     }
@@ -60,7 +56,20 @@ impl Source {
     /// # Errors
     /// As [`Shard::open`].
     pub(crate) fn open(&self, shard: usize) -> Result<Shard> {
-        Shard::open(&self.store, &self.shards[shard])
+        let shard = Shard::open(&self.store, &self.shards[shard])?;
+        Ok(shard.with_images(self.spec.images.as_deref()))
+    }
+
+    /// A scanner of shard number `shard` that goes on at the offset of sample number `ordinal`; it goes by the
+    /// shard's index where a local one has one.
+    ///
+    /// # Errors
+    /// As [`Shard::open`].
+    pub(crate) fn scan(&self, shard: usize, offset: u64, ordinal: u64) -> Result<Scanner> {
+        let path = &self.shards[shard];
+        let opened = self.open(shard)?;
+        let index = if path.contains("://") { None } else { Index::open(&self.store, path)? };
+        Ok(index.map_or_else(|| opened.scan(offset, ordinal), |index| Scanner::indexed(index, ordinal)))
     }
 
     /// Number of (shard, part) units in an epoch.
@@ -78,7 +87,14 @@ impl Source {
 fn find_shards(store: &Store, source: &SourceSpec) -> Result<Vec<String>> {
     let mut shards: Vec<String> = Vec::new();
     for pattern in &source.shards {
-        shards.extend(store.find(&source.name, pattern)?);
+        match energon::train_split(store, &source.name, pattern)? {
+            Some(names) => {
+                for name in names {
+                    shards.extend(store.find(&source.name, &name)?);
+                }
+            }
+            None => shards.extend(store.find(&source.name, pattern)?),
+        }
     }
     let mut sorted: Vec<&String> = shards.iter().collect();
     sorted.sort();
@@ -112,7 +128,6 @@ mod tests {
         assert!(message.contains("b-{0..2}.tar") && message.contains("b-2.tar"), "{message}");
         assert!(matches!(open(&[&at("c-*.tar")]), Err(Error::NoShards { .. })));
         assert!(matches!(open(&[&at("a-*.tar"), &at("a-1.tar")]), Err(Error::DuplicateShard { .. })));
-        assert!(matches!(open(&["s3://bucket/a.tar"]), Err(Error::Pattern { .. })));
         assert!(matches!(open(&["[.tar"]), Err(Error::Pattern { .. })));
     }
 
@@ -130,15 +145,13 @@ mod tests {
     }
 
     #[test]
-    fn shares_follow_the_weights() {
+    fn sources_of_the_same_shards_differ_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let shard = dir.path().join("a.tar").display().to_string();
         std::fs::write(&shard, "").unwrap();
         let mut spec = spec(&[&shard]);
-        spec.sources.push(SourceSpec { name: "other".into(), weight: 3.0, ..spec.sources[0].clone() });
+        spec.sources.push(SourceSpec { name: "other".into(), ..spec.sources[0].clone() });
         let sources = Source::open_all(&spec).unwrap();
-        let ends: Vec<u64> = sources.iter().map(|source| source.share_end.to_bits()).collect();
-        assert_eq!(ends, [0.25_f64, 1.0].map(f64::to_bits));
         assert_ne!(sources[0].fingerprint(), sources[1].fingerprint());
     }
 }

@@ -22,8 +22,8 @@ pub struct DataSpec {
     pub seed: u64,
     /// Largest number of tokens in a pack.
     pub tokens_per_pack: usize,
-    /// Visual tokens that every pack should have, so that devices have equal work; `None` packs for fill alone.
-    pub visual_tokens_per_pack: Option<usize>,
+    /// How visual tokens are spread over the packs.
+    pub balance: Balance,
     /// What happens to a sample with more tokens than a pack.
     pub too_long: TooLong,
     /// Samples held for shuffling, per stream and source; 1 keeps the order of the shards' samples.
@@ -38,6 +38,18 @@ pub struct DataSpec {
     pub image: ImageSpec,
     /// How shards are fetched.
     pub store: StoreSpec,
+}
+
+/// How visual tokens are spread over the packs, so that the encoder has the same work on every device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Balance {
+    /// As it comes; packs are filled for their tokens alone.
+    Off,
+    /// Every pack has the share that the stream had so far.
+    Mean,
+    /// Every pack has this many.
+    Tokens(usize),
 }
 
 /// What the weights of the sources are shares of.
@@ -70,7 +82,7 @@ pub enum TooLong {
     Error,
     /// It is skipped and counted.
     Drop,
-    /// Text is cut off at its end, never an image; without an answer left it is skipped.
+    /// It is cut off at its end, never inside an image; without anything left to learn it is skipped.
     TruncateText,
 }
 
@@ -84,6 +96,7 @@ pub struct StoreSpec {
     /// How far a remote shard is fetched ahead of its reader.
     pub read_ahead_bytes: u64,
     /// Where whole shards are kept on disk; `None`: nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheSpec>,
 }
 
@@ -168,6 +181,9 @@ impl Layout {
 pub struct TextSpec {
     /// The chat template.
     pub template: Template,
+    /// Where the Jinja template is, if not in the tokenizer's folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_file: Option<PathBuf>,
     /// System prompt for samples without one: `None` is the template's own default, an empty string none.
     pub system: Option<String>,
     /// The tokens around and for an image.
@@ -186,22 +202,26 @@ pub enum Template {
     Sail,
     /// `ChatML` with the default system prompt of `SmolLM` instruct models.
     Smollm,
+    /// The tokenizer's own, in Jinja: `chat_template.jinja` beside it, else `chat_template` in its
+    /// `tokenizer_config.json`. It says itself what is written without a system prompt.
+    Jinja,
 }
 
 impl Template {
-    /// The system prompt used when neither the sample nor the configuration gives one.
+    /// The system prompt used when neither the sample nor the configuration gives one; a Jinja template has it in
+    /// its text.
     pub fn default_system(self) -> Option<&'static str> {
         match self {
-            Self::Chatml | Self::Sail => None,
+            Self::Chatml | Self::Sail | Self::Jinja => None,
             Self::Smollm => Some("You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
         }
     }
 
-    /// The text between `<|im_end|>` and the next turn.
+    /// The text between `<|im_end|>` and the next turn of a built-in template.
     pub fn separator(self) -> &'static str {
         match self {
             Self::Chatml | Self::Smollm => "\n",
-            Self::Sail => "",
+            Self::Sail | Self::Jinja => "",
         }
     }
 }
@@ -334,7 +354,7 @@ impl DataSpec {
             streams: 1,
             seed: 0,
             tokens_per_pack: usize::MAX,
-            visual_tokens_per_pack: None,
+            balance: Balance::Off,
             too_long: TooLong::Error,
             shuffle_buffer: 1,
             pack_buffer: 1,
@@ -369,14 +389,18 @@ impl DataSpec {
         }
         let rate_ok = (0.0..1.0).contains(&self.max_error_rate);
         check(rate_ok, "max_error_rate", &self.max_error_rate, "a number in [0, 1)")?;
-        let visual = self.visual_tokens_per_pack.unwrap_or(0);
-        let expected = "at most `tokens_per_pack`";
-        check(visual <= self.tokens_per_pack, "visual_tokens_per_pack", &visual, expected)?;
+        if let Balance::Tokens(visual) = self.balance {
+            check(visual <= self.tokens_per_pack, "balance", &visual, "at most `tokens_per_pack`")?;
+        }
         if let Length::Epochs(n) | Length::Samples(n) = self.length {
             check(n >= 1, "length", &n, "at least 1")?;
         }
         let timeout = self.store.timeout_secs;
         check(timeout.is_finite() && timeout > 0.0, "store.timeout_secs", &timeout, "a number above 0")?;
+        if let Some(file) = &self.text.template_file {
+            let jinja = self.text.template == Template::Jinja;
+            check(jinja, "text.template_file", &file.display(), "nothing, or `jinja` as `text.template`")?;
+        }
         self.image.validate()
     }
 }

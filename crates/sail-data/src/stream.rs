@@ -1,65 +1,27 @@
-//! One logical stream: an endless sequence of packs that depends on the data, the specification and the
-//! stream's number alone.
+//! One logical stream: a sequence of packs that depends on the data, the specification and the stream's number
+//! alone.
 //!
-//! A stream keeps `pack_buffer` drafts as candidates. To make a pack it fills up the candidates, chooses,
+//! A stream keeps `pack_buffer` samples as candidates. To make a pack it fills up the candidates, chooses,
 //! decodes what was chosen, and fills the holes that samples with broken pixels leave. Work inside a step runs
 //! in parallel on the threads of the current pool; its results are taken in order, so threads change nothing.
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 use crate::draft::{Draft, Rejected};
 use crate::error::{Error, Result};
-use crate::order::{Cursor, Order};
-use crate::packer::choose;
+use crate::mix::{Part, next_source};
+use crate::order::Order;
+use crate::packer::{Load, choose};
 use crate::rng::Key;
 use crate::sample::{Pack, Sample, SampleId};
 use crate::shard::SampleRef;
 use crate::source::Source;
-use crate::spec::DataSpec;
+use crate::spec::{Balance, DataSpec, Length, MixBy};
+use crate::state::{SourceState, StreamState};
 use crate::tally::{Rows, Tally};
 use crate::text::TextEncoder;
-
-/// The position of a stream after a pack: everything that is needed to give the packs that follow.
-///
-/// It names places in shards, not contents, and restoring it reads the candidates again and nothing else.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct StreamState {
-    stream: usize,
-    /// Tells the seed, the streams, the sources and their shards from others.
-    fingerprint: u64,
-    /// Samples taken from the mixture so far.
-    mixed: u64,
-    sources: Vec<SourceState>,
-    /// Samples that wait for a pack: source and place.
-    candidates: Vec<(usize, SampleRef)>,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct SourceState {
-    name: String,
-    cursor: Cursor,
-    tally: Tally,
-}
-
-impl StreamState {
-    /// The stream's number.
-    pub fn stream(&self) -> usize {
-        self.stream
-    }
-
-    /// How many samples wait for a pack.
-    pub fn waiting(&self) -> usize {
-        self.candidates.len()
-    }
-
-    /// The counts of each source in this stream, in the order of the specification.
-    pub fn tallies(&self) -> impl Iterator<Item = (&str, &Tally)> {
-        self.sources.iter().map(|source| (source.name.as_str(), &source.tally))
-    }
-}
 
 /// What all streams share.
 #[derive(Debug)]
@@ -77,9 +39,20 @@ impl Shared {
         Draft::read(&self.spec, &self.encoder, &self.sources[source], place)
     }
 
-    fn fingerprint(&self) -> u64 {
+    pub(crate) fn fingerprint(&self) -> u64 {
         let key = Key::new(self.spec.seed).with(self.spec.streams as u64);
         self.sources.iter().fold(key, |key, source| key.with(source.fingerprint())).bits(0)
+    }
+
+    /// Samples that a stream takes from the mixture.
+    fn limit(&self, stream: usize) -> u64 {
+        match self.spec.length {
+            Length::Samples(samples) => {
+                let streams = self.spec.streams as u64;
+                samples / streams + u64::from((stream as u64) < samples % streams)
+            }
+            Length::Endless | Length::Epochs(_) => u64::MAX,
+        }
     }
 }
 
@@ -89,93 +62,100 @@ pub(crate) struct Stream {
     shared: Arc<Shared>,
     number: usize,
     fingerprint: u64,
-    mix: Key,
-    mixed: u64,
-    orders: Vec<Order>,
-    tallies: Vec<Tally>,
+    sources: Vec<Progress>,
     candidates: Vec<Candidate>,
 }
 
+/// One source as this stream reads it.
+#[derive(Debug)]
+struct Progress {
+    order: Order,
+    tally: Tally,
+    phase: f64,
+    open: bool,
+}
+
+/// A sample that waits for a pack. What a resumed stream finds waiting is drafted with its first pack.
 #[derive(Debug)]
 struct Candidate {
     source: usize,
     place: SampleRef,
-    draft: Draft,
+    draft: Option<Draft>,
 }
 
 impl Stream {
-    /// Stream `number`, from its beginning or from `state`.
+    /// Stream `number`, from its beginning or from `state`. Nothing is read.
     ///
     /// # Errors
-    /// [`Error::StateMismatch`] when the state belongs to other data; errors of the shards.
+    /// [`Error::StateMismatch`] when the state belongs to other data.
     pub(crate) fn new(shared: Arc<Shared>, number: usize, state: Option<StreamState>) -> Result<Self> {
         let fingerprint = shared.fingerprint();
         let state = match state {
             Some(state) => state.checked(&shared, number, fingerprint)?,
             None => StreamState::start(&shared, number, fingerprint),
         };
-        let drafts = state.candidates.par_iter().map(|&at| shared.draft(at)).collect::<Result<Vec<_>>>()?;
-        let mut candidates = Vec::with_capacity(drafts.len());
-        for ((source, place), draft) in state.candidates.into_iter().zip(drafts) {
-            let draft = draft.map_err(|rejected| {
-                let Rejected { id: SampleId { shard, key, .. }, cause } = *rejected;
-                let detail = format!("`{key}` of shard `{shard}` was a good sample and is not now: {cause}");
-                Error::StateMismatch { detail }
-            })?;
-            candidates.push(Candidate { source, place, draft });
-        }
-        let mut orders = Vec::with_capacity(state.sources.len());
-        let mut tallies = Vec::with_capacity(state.sources.len());
-        for (source, saved) in shared.sources.iter().zip(state.sources) {
-            let (streams, capacity) = (shared.spec.streams, shared.spec.shuffle_buffer);
-            orders.push(Order::new(Arc::clone(source), number, streams, capacity, saved.cursor));
-            tallies.push(saved.tally);
-        }
-        let mix = Key::new(shared.spec.seed).with_name("mix").with(number as u64);
-        Ok(Self { number, fingerprint, mix, mixed: state.mixed, orders, tallies, candidates, shared })
+        let candidate = |(source, place)| Candidate { source, place, draft: None };
+        let candidates = state.candidates.into_iter().map(candidate).collect();
+        let progress = |(source, saved): (&Arc<Source>, SourceState)| Progress {
+            phase: source.key.with_name("phase").fraction(number as u64),
+            order: Order::new(
+                Arc::clone(source),
+                number,
+                shared.spec.streams,
+                shared.spec.shuffle_buffer,
+                saved.cursor,
+            ),
+            tally: saved.tally,
+            open: true,
+        };
+        let sources = shared.sources.iter().zip(state.sources).map(progress).collect();
+        Ok(Self { number, fingerprint, sources, candidates, shared })
     }
 
-    /// The next pack and the state after it.
+    /// The next pack and the state after it; no pack when the stream has ended.
     ///
     /// # Errors
     /// Errors of the shards, and [`Error::TooManyBad`] instead of an endless search.
-    pub(crate) fn next_pack(&mut self) -> Result<(Pack, StreamState)> {
-        let budget = self.shared.spec.tokens_per_pack;
+    pub(crate) fn next_pack(&mut self) -> Result<(Option<Pack>, StreamState)> {
         let mut undrafted = self.rows();
         let mut undecoded = self.rows();
         let mut samples: Vec<Sample> = Vec::new();
         while samples.is_empty() {
             self.fill(&mut undrafted)?;
-            loop {
-                let used: usize = samples.iter().map(|sample| sample.ids.len()).sum();
-                if self.take(budget - used, &mut samples, &mut undecoded)? {
-                    break;
-                }
+            if self.candidates.is_empty() {
+                return Ok((None, self.state()));
             }
+            while !self.take(&mut samples, &mut undecoded)? {}
         }
-        Ok((Pack::collate(&samples), self.state()))
+        Ok((Some(Pack::collate(&samples)), self.state()))
     }
 
     fn rows(&self) -> Rows {
-        Rows::new(self.orders.len(), self.shared.spec.max_error_rate)
+        Rows::new(self.sources.len(), self.shared.spec.max_error_rate)
     }
 
-    /// Fills up the candidates.
+    /// Fills up the candidates, as far as there are samples.
     fn fill(&mut self, rows: &mut Rows) -> Result<()> {
+        self.draft_waiting()?;
         let wanted = self.shared.spec.pack_buffer;
         while self.candidates.len() < wanted {
-            let mut places = Vec::with_capacity(wanted - self.candidates.len());
-            while places.len() + self.candidates.len() < wanted {
-                places.push(self.next_place()?);
+            let places = self.next_places(wanted - self.candidates.len())?;
+            if places.is_empty() {
+                break;
             }
             let shared = &self.shared;
             let drafts: Vec<_> = places.par_iter().map(|&at| shared.draft(at)).collect();
             for ((source, place), draft) in places.into_iter().zip(drafts) {
-                self.tallies[source].seen += 1;
-                match draft? {
+                let draft = draft?;
+                let tally = &mut self.sources[source].tally;
+                tally.seen += 1;
+                tally.repeated += u64::from(place.epoch > 0);
+                match draft {
                     Ok(draft) => {
+                        tally.tokens += draft.load().tokens as u64;
+                        tally.visual_tokens += draft.load().visual as u64;
                         rows.good(source);
-                        self.candidates.push(Candidate { source, place, draft });
+                        self.candidates.push(Candidate { source, place, draft: Some(draft) });
                     }
                     Err(rejected) => self.reject(source, &rejected, rows)?,
                 }
@@ -184,25 +164,87 @@ impl Stream {
         Ok(())
     }
 
-    /// The next sample of the mixture.
-    fn next_place(&mut self) -> Result<(usize, SampleRef)> {
-        let draw = self.mix.fraction(self.mixed);
-        let source = self.shared.sources.partition_point(|source| source.share_end <= draw);
-        let place = self.orders[source].next_sample()?;
-        self.mixed += 1;
-        Ok((source, place))
+    /// Drafts the candidates of a resumed stream.
+    fn draft_waiting(&mut self) -> Result<()> {
+        let shared = &self.shared;
+        let waiting = self.candidates.par_iter_mut().filter(|candidate| candidate.draft.is_none());
+        waiting.try_for_each(|candidate| {
+            let draft = shared.draft((candidate.source, candidate.place))?;
+            candidate.draft = Some(draft.map_err(|rejected| {
+                let Rejected { id: SampleId { shard, key, .. }, cause } = *rejected;
+                let detail = format!("`{key}` of shard `{shard}` was a good sample and is not now: {cause}");
+                Error::StateMismatch { detail }
+            })?);
+            Ok(())
+        })
     }
 
-    /// Moves the candidates that fit into `budget` tokens to `samples`; true when no hole was left.
-    fn take(&mut self, budget: usize, samples: &mut Vec<Sample>, rows: &mut Rows) -> Result<bool> {
-        let lengths: Vec<usize> = self.candidates.iter().map(|candidate| candidate.draft.tokens()).collect();
-        let mut chosen = choose(&lengths, budget).into_iter().peekable();
-        let (mut taken, mut kept) = (Vec::new(), Vec::with_capacity(lengths.len()));
+    /// At most `wanted` next samples of the mixture, none when all sources have ended.
+    fn next_places(&mut self, wanted: usize) -> Result<Vec<(usize, SampleRef)>> {
+        let drawn: u64 = self.sources.iter().map(|source| source.order.cursor().draws()).sum();
+        let left = self.shared.limit(self.number).saturating_sub(drawn);
+        let wanted = wanted.min(usize::try_from(left).unwrap_or(usize::MAX));
+        let mut places = Vec::with_capacity(wanted);
+        while places.len() < wanted {
+            let parts: Vec<Part> = (0..self.sources.len()).map(|source| self.part(source)).collect();
+            let Some(source) = next_source(&parts) else { break };
+            match self.sources[source].order.next_sample()? {
+                Some(place) => places.push((source, place)),
+                None => self.sources[source].open = false,
+            }
+        }
+        Ok(places)
+    }
+
+    /// A source's part in the mixture. Samples that were drawn and are not counted yet are expected to be as
+    /// long as those before, so the mixture never waits for a draft.
+    fn part(&self, source: usize) -> Part {
+        let Progress { order, tally, phase, open } = &self.sources[source];
+        let drawn = order.cursor().draws();
+        let next = match self.shared.spec.mix_by {
+            MixBy::Samples => 1.0,
+            MixBy::Tokens => (tally.tokens as f64 / tally.seen.max(1) as f64).max(1.0),
+        };
+        let given = match self.shared.spec.mix_by {
+            MixBy::Samples => drawn as f64,
+            MixBy::Tokens => tally.tokens as f64 + (drawn - tally.seen.min(drawn)) as f64 * next,
+        };
+        let weight = self.shared.spec.sources[source].weight;
+        Part { weight, given, next, phase: *phase, open: *open }
+    }
+
+    /// The visual tokens that a whole pack should have.
+    fn visual_target(&self) -> Option<usize> {
+        let budget = self.shared.spec.tokens_per_pack;
+        match self.shared.spec.balance {
+            Balance::Off => None,
+            Balance::Tokens(tokens) => Some(tokens),
+            Balance::Mean => {
+                let sum = |count: fn(&Tally) -> u64| {
+                    self.sources.iter().map(|source| count(&source.tally)).sum::<u64>() as f64
+                };
+                let share = sum(|tally| tally.visual_tokens) / sum(|tally| tally.tokens).max(1.0);
+                Some((share * budget as f64) as usize)
+            }
+        }
+    }
+
+    /// Moves the candidates that fit beside `samples` to them; true when no hole was left.
+    fn take(&mut self, samples: &mut Vec<Sample>, rows: &mut Rows) -> Result<bool> {
+        let used: usize = samples.iter().map(|sample| sample.ids.len()).sum();
+        let seen: usize = samples.iter().map(|sample| sample.image_rows.len()).sum();
+        let target = self.visual_target().map(|target| target.saturating_sub(seen));
+        let drafts = || self.candidates.iter().filter_map(|candidate| candidate.draft.as_ref());
+        let loads: Vec<Load> = drafts().map(Draft::load).collect();
+        let chosen = choose(&loads, self.shared.spec.tokens_per_pack - used, target);
+        let mut chosen = chosen.into_iter().peekable();
+        let (mut taken, mut kept) = (Vec::new(), Vec::with_capacity(loads.len()));
         for (index, candidate) in std::mem::take(&mut self.candidates).into_iter().enumerate() {
-            if chosen.next_if_eq(&index).is_some() {
-                taken.push((candidate.source, candidate.draft));
-            } else {
-                kept.push(candidate);
+            match candidate {
+                Candidate { source, draft: Some(draft), .. } if chosen.next_if_eq(&index).is_some() => {
+                    taken.push((source, draft));
+                }
+                waiting => kept.push(waiting),
             }
         }
         self.candidates = kept;
@@ -228,61 +270,24 @@ impl Stream {
     fn reject(&mut self, source: usize, rejected: &Rejected, rows: &mut Rows) -> Result<()> {
         rejected.log();
         let reason = rejected.cause.reason();
-        self.tallies[source].skip(reason);
+        self.sources[source].tally.skip(reason);
         rows.bad(source, &rejected.id.source, reason)
     }
 
     /// The state now: after the packs given so far.
     pub(crate) fn state(&self) -> StreamState {
-        let sources = self.shared.sources.iter().zip(&self.orders).zip(&self.tallies);
+        let sources = self.shared.sources.iter().zip(&self.sources);
         StreamState {
             stream: self.number,
             fingerprint: self.fingerprint,
-            mixed: self.mixed,
             sources: sources
-                .map(|((source, order), tally)| SourceState {
+                .map(|(source, Progress { order, tally, .. })| SourceState {
                     name: source.name.clone(),
                     cursor: order.cursor().clone(),
                     tally: tally.clone(),
                 })
                 .collect(),
             candidates: self.candidates.iter().map(|candidate| (candidate.source, candidate.place)).collect(),
-        }
-    }
-}
-
-impl StreamState {
-    fn start(shared: &Shared, stream: usize, fingerprint: u64) -> Self {
-        let fresh = |source: &Arc<Source>| SourceState {
-            name: source.name.clone(),
-            cursor: Cursor::default(),
-            tally: Tally::default(),
-        };
-        let sources = shared.sources.iter().map(fresh).collect();
-        Self { stream, fingerprint, mixed: 0, sources, candidates: Vec::new() }
-    }
-
-    fn checked(self, shared: &Shared, number: usize, fingerprint: u64) -> Result<Self> {
-        let mismatch = |detail: String| Err(Error::StateMismatch { detail });
-        let saved: Vec<&str> = self.sources.iter().map(|source| source.name.as_str()).collect();
-        let configured: Vec<&str> = shared.sources.iter().map(|source| source.name.as_str()).collect();
-        if saved != configured {
-            return mismatch(format!(
-                "it was saved with the sources {saved:?}, now there are {configured:?}"
-            ));
-        }
-        if self.stream != number {
-            return mismatch(format!("the state of stream {} was given for stream {number}", self.stream));
-        }
-        if self.fingerprint != fingerprint {
-            return mismatch("the seed, the number of streams or the list of shards has changed".into());
-        }
-        let unknown = self.candidates.iter().find(|(source, place)| {
-            shared.sources.get(*source).is_none_or(|source| place.shard as usize >= source.shards.len())
-        });
-        match unknown {
-            Some(candidate) => mismatch(format!("it refers to {candidate:?}, which does not exist")),
-            None => Ok(self),
         }
     }
 }

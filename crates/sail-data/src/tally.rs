@@ -1,6 +1,7 @@
 //! How many samples of a source were seen and skipped, and when that is too much.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -14,8 +15,31 @@ const ENOUGH_SEEN: u64 = 20;
 pub struct Tally {
     /// Samples looked at.
     pub seen: u64,
+    /// Of those, how many in a second or later epoch.
+    pub repeated: u64,
+    /// Tokens of the samples that were not skipped at once, visual ones included.
+    pub tokens: u64,
+    /// Of those, how many are visual.
+    pub visual_tokens: u64,
     /// Samples skipped, by [`BadSample::reason`](crate::BadSample::reason).
     pub skipped: BTreeMap<String, u64>,
+}
+
+impl fmt::Display for Tally {
+    /// `120 samples, 20 of them again, 3 skipped (bad_json 2, no_answer 1)`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} samples, {} of them again, {} skipped",
+            self.seen,
+            self.repeated,
+            self.total_skipped()
+        )?;
+        for (index, (reason, count)) in self.skipped.iter().enumerate() {
+            write!(f, "{}{reason} {count}", if index == 0 { " (" } else { ", " })?;
+        }
+        f.write_str(if self.skipped.is_empty() { "" } else { ")" })
+    }
 }
 
 impl Tally {
@@ -36,6 +60,9 @@ impl Tally {
 
     pub(crate) fn add(&mut self, other: &Self) {
         self.seen += other.seen;
+        self.repeated += other.repeated;
+        self.tokens += other.tokens;
+        self.visual_tokens += other.visual_tokens;
         for (reason, count) in &other.skipped {
             *self.skipped.entry(reason.clone()).or_default() += count;
         }
@@ -96,7 +123,8 @@ mod tests {
     use super::*;
 
     fn tally(seen: u64, skipped: &[(&str, u64)]) -> Tally {
-        Tally { seen, skipped: skipped.iter().map(|&(reason, n)| (reason.to_owned(), n)).collect() }
+        let skipped = skipped.iter().map(|&(reason, n)| (reason.to_owned(), n)).collect();
+        Tally { seen, skipped, ..Tally::default() }
     }
 
     #[test]

@@ -8,12 +8,17 @@ use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use serde_json::json;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
-use crate::error::BadSample;
+use crate::draft::Draft;
+use crate::error::{BadSample, Result};
 use crate::image::{Header, Treatment, decode};
+use crate::sample::Sample;
+use crate::shard::{RawSample, SampleRef, Shard};
+use crate::source::Source;
 use crate::spec::{
-    Alpha, DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec, Template,
-    TextSpec, Tiling, TooLong,
+    Alpha, Balance, DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec,
+    Template, TextSpec, Tiling, TooLong,
 };
+use crate::store::Store;
 use crate::text::TextEncoder;
 
 pub(crate) const SPECIALS: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>"];
@@ -22,6 +27,7 @@ pub(crate) fn text_spec() -> TextSpec {
     let [_, _, start, context, end] = SPECIALS.map(str::to_owned);
     TextSpec {
         template: Template::Chatml,
+        template_file: None,
         system: None,
         image_tokens: ImageTokens { start, context, end },
         loss_weight: LossWeight::Token,
@@ -37,7 +43,7 @@ pub(crate) fn spec(shards: &[&str]) -> DataSpec {
         streams: 1,
         seed: 7,
         tokens_per_pack: 256,
-        visual_tokens_per_pack: None,
+        balance: Balance::Off,
         too_long: TooLong::Drop,
         shuffle_buffer: 4,
         pack_buffer: 3,
@@ -116,24 +122,32 @@ pub(crate) fn png(image: &RgbImage) -> Vec<u8> {
     encode(&image.clone().into(), ImageFormat::Png)
 }
 
+/// The header of a tar member, with its checksum made right.
+pub(crate) fn tar_header(name: &[u8], kind: u8, size: &[u8]) -> [u8; 512] {
+    let mut header = [0_u8; 512];
+    header[..name.len()].copy_from_slice(name);
+    header[100..108].copy_from_slice(b"0000644\0");
+    header[124..124 + size.len()].copy_from_slice(size);
+    header[156] = kind;
+    header[257..265].copy_from_slice(b"ustar\x0000");
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    header
+}
+
+/// A member of a tar archive, with its padding.
+pub(crate) fn tar_member(name: &[u8], kind: u8, data: &[u8]) -> Vec<u8> {
+    let mut member = tar_header(name, kind, format!("{:011o}\0", data.len()).as_bytes()).to_vec();
+    member.extend_from_slice(data);
+    member.resize(member.len().next_multiple_of(512), 0);
+    member
+}
+
 /// A ustar archive with these members.
 pub(crate) fn tar<N: AsRef<str>, D: AsRef<[u8]>>(members: &[(N, D)]) -> Vec<u8> {
-    let mut archive = Vec::new();
-    for (name, data) in members {
-        let data = data.as_ref();
-        let mut header = [0_u8; 512];
-        header[..name.as_ref().len()].copy_from_slice(name.as_ref().as_bytes());
-        header[100..108].copy_from_slice(b"0000644\0");
-        header[124..136].copy_from_slice(format!("{:011o}\0", data.len()).as_bytes());
-        header[148..156].fill(b' ');
-        header[156] = b'0';
-        header[257..265].copy_from_slice(b"ustar\x0000");
-        let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
-        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-        archive.extend_from_slice(&header);
-        archive.extend_from_slice(data);
-        archive.resize(archive.len().next_multiple_of(512), 0);
-    }
+    let member = |(name, data): &(N, D)| tar_member(name.as_ref().as_bytes(), b'0', data.as_ref());
+    let mut archive: Vec<u8> = members.iter().flat_map(member).collect();
     archive.resize(archive.len() + 1024, 0);
     archive
 }
@@ -159,13 +173,66 @@ pub(crate) fn write_shards(dir: &Path, counts: &[usize]) -> Vec<PathBuf> {
     counts.iter().enumerate().map(write).collect()
 }
 
+/// What becomes of a sample: the sample, or why it is skipped.
+pub(crate) type Outcome = std::result::Result<Sample, BadSample>;
+
+/// What becomes of every sample of all shards of the first source, in order, with its key.
+pub(crate) fn outcomes(spec: &DataSpec, epoch: u32) -> Result<Vec<(String, Outcome)>> {
+    outcomes_with(spec, &encoder_for(&spec.text), epoch)
+}
+
+/// As [`outcomes`], with an encoder made before.
+pub(crate) fn outcomes_with(
+    spec: &DataSpec,
+    encoder: &TextEncoder,
+    epoch: u32,
+) -> Result<Vec<(String, Outcome)>> {
+    let source = Source::open_all(spec)?.remove(0);
+    let mut outcomes = Vec::new();
+    for shard in 0..source.shards.len() {
+        let mut scanner = source.open(shard)?.scan(0, 0);
+        while let Some(extent) = scanner.next_sample()? {
+            let place = SampleRef { shard: shard as u32, epoch, extent };
+            let draft = Draft::read(spec, encoder, &source, place)?;
+            outcomes.push(match draft.and_then(|draft| draft.finish(&spec.image)) {
+                Ok(sample) => (sample.id.key.clone(), Ok(sample)),
+                Err(rejected) => (rejected.id.key, Err(rejected.cause)),
+            });
+        }
+    }
+    Ok(outcomes)
+}
+
+/// As [`outcomes`], of a shard with these bytes.
+pub(crate) fn outcomes_of(name: &str, bytes: &[u8]) -> Result<Vec<(String, Outcome)>> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    outcomes(&spec(&[&path.display().to_string()]), 0)
+}
+
+/// A sample with these members, by suffix.
+pub(crate) fn raw_sample(key: &str, members: &[(&str, &[u8])]) -> RawSample {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.tar").display().to_string();
+    let named: Vec<_> = members.iter().map(|(suffix, data)| (format!("{key}.{suffix}"), data)).collect();
+    std::fs::write(&path, tar(&named)).unwrap();
+    let shard = Shard::open(&Store::new(&StoreSpec::default()).unwrap(), &path).unwrap();
+    let place = shard.scan(0, 0).next_sample().unwrap().unwrap();
+    shard.read(place).unwrap()
+}
+
 /// All pixels of an image, not turned, alpha dropped.
 pub(crate) fn decoded(name: &str, bytes: &[u8]) -> RgbImage {
     decoded_frame(name, bytes, 0).unwrap()
 }
 
 /// The same of a frame, or why it cannot be.
-pub(crate) fn decoded_frame(name: &str, bytes: &[u8], frame: usize) -> Result<RgbImage, BadSample> {
+pub(crate) fn decoded_frame(
+    name: &str,
+    bytes: &[u8],
+    frame: usize,
+) -> std::result::Result<RgbImage, BadSample> {
     let treatment = Treatment { alpha: Alpha::Drop, turn: false, max_pixels: 1 << 22 };
     decode(name, bytes, frame, &Header::read(name, bytes, frame, treatment.max_pixels)?, treatment)
 }

@@ -17,6 +17,9 @@ pub struct Grid {
 }
 
 impl Grid {
+    /// One tile.
+    pub(crate) const ONE: Self = Self { columns: 1, rows: 1, thumbnail: false };
+
     /// Number of tiles, the thumbnail included.
     pub fn tiles(self) -> usize {
         self.columns * self.rows + usize::from(self.thumbnail)

@@ -71,10 +71,8 @@ impl fmt::Display for Summary {
             )?;
         }
         for stage in &self.0 {
-            for (source, reasons) in &stage.skipped {
-                for (reason, count) in reasons {
-                    writeln!(f, "{}: {count} samples of `{source}` skipped: {reason}", stage.name)?;
-                }
+            for (source, tally) in &stage.coverage {
+                writeln!(f, "{}: {tally} of `{source}`", stage.name)?;
             }
         }
         let Some(last) = self.0.last() else { return Ok(()) };

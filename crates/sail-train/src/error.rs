@@ -61,6 +61,14 @@ pub enum Error {
         /// Its samples, as `shard/key`.
         samples: String,
     },
+    /// The sources have an end, and it comes before the first pack.
+    #[error(
+        "{name}: the sources hold no sample\n\nhint: look at `data.epochs` and `data.samples`, and at the shards"
+    )]
+    NoData {
+        /// `run.name`.
+        name: String,
+    },
     /// A plan names something that is not there or does not fit; nothing was trained.
     #[error("{run}: {source}")]
     Preflight {

@@ -191,7 +191,7 @@ impl Evaluator {
             images: to_images(&asked.images, device),
             image_rows: asked.prompt.image_rows,
         };
-        let options = GenerateOptions::greedy(self.plan.max_new_tokens, &[encoder.end_of_turn()]);
+        let options = GenerateOptions::greedy(self.plan.max_new_tokens, encoder.stop_ids());
         let ids = model.generate(&[prompt], &options, &mut |_, _| true)?.pop().unwrap_or_default();
         Ok(Generation {
             sample: sample.id.to_string(),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use sail_data::Tally;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tracing_subscriber::fmt::MakeWriter;
@@ -19,6 +20,7 @@ use crate::config::{ModulePlan, Plan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::schedule::is_due;
+use crate::step::Packing;
 
 const METRICS: &str = "metrics.jsonl";
 
@@ -82,8 +84,10 @@ pub struct StepReport {
     pub step_secs: f64,
     /// Of these, waiting for data.
     pub data_wait_secs: f64,
-    /// Samples skipped since the start of the stage, by source and reason.
-    pub skipped: BTreeMap<String, BTreeMap<String, u64>>,
+    /// How well its packs are packed.
+    pub packing: Packing,
+    /// What was seen of each source since the start of the stage.
+    pub coverage: BTreeMap<String, Tally>,
 }
 
 /// The voice of one run.
@@ -137,7 +141,7 @@ impl Events {
             "samples": report.size.samples, "tokens": report.size.tokens,
             "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
             "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
-            "skipped": report.skipped,
+            "packing": report.packing, "coverage": report.coverage,
         }))?;
         let (steps, wait) = (self.plan.schedule.steps, 100.0 * report.data_wait_secs / report.step_secs);
         let figures = format!(

@@ -52,7 +52,7 @@ pub fn answer(trained: &Trained, question: &Question, show: &mut dyn FnMut(&str)
         image_rows: prompt.image_rows,
     };
     let mut options = question.options.clone();
-    options.stop_ids.push(trained.encoder.end_of_turn());
+    options.stop_ids.extend(trained.encoder.stop_ids());
 
     let (mut ids, mut shown) = (Vec::new(), String::new());
     let mut failed = None;

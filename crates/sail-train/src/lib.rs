@@ -31,6 +31,7 @@ pub mod schedule;
 pub mod score;
 pub mod session;
 pub mod stage;
+pub mod step;
 pub mod train_loop;
 pub mod trained;
 

@@ -8,21 +8,23 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sail_data::{Loader, Pack, TextEncoder, TextSpec};
+use sail_data::{Loader, LoaderOptions, Tally, TextEncoder, TextSpec};
 use sail_model::llm::LlmConfig;
 use sail_model::params::Params;
 use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Loss, Vlm, VlmConfig};
+use serde_json::{Value, json};
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::batch::to_batch;
-use crate::checkpoint::{Checkpoint, DataState, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
-use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision};
+use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
+use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision, VisualShape};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
 use crate::optim::{Optimizer, StateKind};
 use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::stage::{Fingerprints, FreezeTable, module_of};
+use crate::step::Step;
 
 /// A stage ready to run.
 pub struct Session {
@@ -45,22 +47,13 @@ pub struct Session {
     /// What was trained on so far.
     pub totals: Totals,
     loader: Loader,
+    /// What the loader reads, as `sail-data --spec` takes it.
+    data_spec: Value,
     init: Option<InitRecord>,
     untouched: BTreeMap<Module, Untouched>,
     /// fp32 weights of frozen modules, where the model computes in another type.
     exact: Params,
     started_from: Fingerprints,
-}
-
-/// The packs of one optimizer step.
-pub struct Step {
-    packs: Vec<Pack>,
-    /// Sum of the loss weights of all packs: the one normaliser of the step.
-    pub weight: f64,
-    /// What the packs hold.
-    pub size: Totals,
-    /// Time spent waiting for them.
-    pub data_wait_secs: f64,
 }
 
 impl Session {
@@ -78,9 +71,10 @@ impl Session {
         let stored = resume.or(init.as_ref());
         let folders = Folders::for_model(plan, stored)?;
         let config = model_config(plan, &folders)?;
-        let tokens_per_tile = tokens_per_tile(plan, &config)?;
-        let spec = plan.data_spec(tokens_per_tile);
-        let encoder = Arc::new(encoder(&folders.tokenizer(plan), &spec.text, &config.llm)?);
+        let shape = visual_shape(plan, &config)?;
+        let spec = plan.data_spec(shape);
+        let tokenizer = folders.tokenizer(plan);
+        let encoder = Arc::new(encoder(&tokenizer, &spec.text, &config.llm)?);
         let sources = Sources::open(plan, &folders, &config, stored)?;
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
         let mut started_from = Fingerprints::new(model.params());
@@ -99,12 +93,12 @@ impl Session {
             (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
             init_record.clone_from(&state.init);
         }
-        let evaluator = match (&plan.eval, plan.eval_spec(tokens_per_tile)) {
+        let evaluator = match (&plan.eval, plan.eval_spec(shape)) {
             (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
             _ => None,
         };
-        let (states, next_stream) = data.map_or((None, 0), |data| (Some(data.streams), data.next_stream));
-        let loader = Loader::new(&spec, Arc::clone(&encoder), states, next_stream, plan.data.threads)?;
+        let options = LoaderOptions::alone(plan.data.threads);
+        let loader = Loader::new(&spec, Arc::clone(&encoder), options, data)?;
         let plan = plan.clone();
         Ok(Self {
             plan,
@@ -117,6 +111,7 @@ impl Session {
             step,
             totals,
             loader,
+            data_spec: json!({"tokenizer": tokenizer, "data": spec}),
             init: init_record,
             untouched,
             exact,
@@ -129,14 +124,19 @@ impl Session {
         FreezeTable::new(self.model.params(), &self.plan.train)
     }
 
-    /// The packs of the next step.
-    pub fn next_step(&mut self) -> Result<Step> {
+    /// The packs of the next step, fewer where streams have ended; `None` when all have.
+    pub fn next_step(&mut self) -> Result<Option<Step>> {
         let started = Instant::now();
         let mut packs = Vec::with_capacity(self.plan.batch.packs_per_step);
-        for _ in 0..self.plan.batch.packs_per_step {
-            packs.push(self.loader.next_pack()?.pack);
+        // With more streams than packs a step may find only streams that have ended, while others go on.
+        while packs.is_empty() && !self.loader.has_ended() {
+            for _ in 0..self.plan.batch.packs_per_step {
+                packs.extend(self.loader.next_pack()?.pack);
+            }
         }
-        Ok(Step::new(packs, started.elapsed().as_secs_f64()))
+        let waited = started.elapsed().as_secs_f64();
+        let tokens_per_pack = self.plan.batch.tokens_per_pack;
+        Ok((!packs.is_empty()).then(|| Step::new(packs, tokens_per_pack, waited)))
     }
 
     /// Forward and backward of every pack, gradients summed in the optimizer; the step's mean loss,
@@ -168,9 +168,15 @@ impl Session {
         self.totals.answer_tokens += step.size.answer_tokens;
     }
 
-    /// Skipped samples so far, by source and reason.
-    pub fn skipped(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
-        self.loader.skipped()
+    /// What the loader reads, in YAML, as `sail-data --spec` takes it.
+    pub fn data_spec(&self) -> String {
+        serde_yaml::to_string(&self.data_spec)
+            .expect("invariant: a data specification has only text keys and finite numbers")
+    }
+
+    /// What was seen of each source so far.
+    pub fn coverage(&self) -> BTreeMap<String, Tally> {
+        self.loader.tallies()
     }
 
     /// Everything a checkpoint of this moment holds.
@@ -185,12 +191,11 @@ impl Session {
         for (name, kind, tensor) in self.optimizer.state() {
             pieces.push(Piece { name, kind: kind.name(), tensor: tensor.shallow_clone() });
         }
-        let (streams, next_stream) = self.loader.position();
         Ok(Snapshot {
             state: RunState {
                 step: self.step,
                 totals: self.totals,
-                data: DataState { next_stream, streams },
+                data: self.loader.position(),
                 init: self.init.clone(),
                 plan: self.plan.clone(),
             },
@@ -232,26 +237,6 @@ impl Session {
     }
 }
 
-impl Step {
-    /// These packs as one step.
-    pub fn new(packs: Vec<Pack>, data_wait_secs: f64) -> Self {
-        let weight = packs.iter().map(Pack::weight_sum).sum();
-        let mut size = Totals::default();
-        for pack in &packs {
-            size.samples += pack.samples.len() as u64;
-            size.tokens += pack.ids.len() as u64;
-            size.answer_tokens += pack.answer_tokens() as u64;
-        }
-        Self { packs, weight, size, data_wait_secs }
-    }
-
-    /// Its samples as `source/shard/key`, for messages.
-    pub fn sample_names(&self) -> String {
-        let ids = self.packs.iter().flat_map(|pack| &pack.samples);
-        ids.map(ToString::to_string).collect::<Vec<_>>().join(" ")
-    }
-}
-
 /// Finds what a plan names that is not there or does not fit, without loading weights or training: so
 /// that a mistake in a curriculum's last stage does not wait for the first ones.
 ///
@@ -262,8 +247,8 @@ pub fn preflight(plan: &Plan) -> Result<()> {
         choose_device(plan.run.device)?;
         let folders = Folders::for_check(plan)?;
         let config = model_config(plan, &folders)?;
-        let tokens_per_tile = tokens_per_tile(plan, &config)?;
-        let spec = plan.data_spec(tokens_per_tile);
+        let shape = visual_shape(plan, &config)?;
+        let spec = plan.data_spec(shape);
         encoder(&folders.tokenizer(plan), &spec.text, &config.llm)?;
         sail_data::check_sources(&spec)?;
         if plan.export.as_ref().is_some_and(|export| !config.vision.has_layout(export.vit)) {
@@ -272,7 +257,7 @@ pub fn preflight(plan: &Plan) -> Result<()> {
                 "write `export: { vit: transformers }`",
             ));
         }
-        plan.eval_spec(tokens_per_tile).map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
+        plan.eval_spec(shape).map_or(Ok(()), |spec| Ok(sail_data::check_sources(&spec)?))
     };
     check().map_err(|source| Error::Preflight { run: plan.run.name.clone(), source: Box::new(source) })
 }
@@ -303,11 +288,12 @@ pub(crate) fn model_config(plan: &Plan, folders: &Folders) -> Result<VlmConfig> 
     Ok(VlmConfig { vision, projector: plan.model.projector, llm })
 }
 
-/// Visual tokens of one tile.
-pub(crate) fn tokens_per_tile(plan: &Plan, config: &VlmConfig) -> Result<usize> {
+/// What the model makes of pixels.
+pub(crate) fn visual_shape(plan: &Plan, config: &VlmConfig) -> Result<VisualShape> {
     let px = plan.model.vision.image_px as i64;
     let unit = config.vision.patch_size() * config.projector.merge;
-    config.visual_tokens(px, px).map(|tokens| tokens as usize).map_err(|_| {
+    let shape = |tokens| VisualShape { tokens_per_tile: tokens as usize, unit_px: unit as usize };
+    config.visual_tokens(px, px).map(shape).map_err(|_| {
         Error::usage(
             format!(
                 "`model.vision.image_px` {px} is not a multiple of {unit} (patch size {} x merge {})",

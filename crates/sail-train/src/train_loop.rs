@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use sail_data::Tally;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use tracing::warn;
@@ -18,12 +20,14 @@ use crate::events::{Console, Events, StepReport};
 use crate::export;
 use crate::origin::check_lineage;
 use crate::schedule::{factor, is_due};
-use crate::session::{self, Session, Step};
+use crate::session::{self, Session};
 use crate::stage::FreezeTable;
+use crate::step::Step;
 
 const SUMMARY: &str = "summary.json";
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 6] = ["run.name", "run.dir", "data.threads", "log", "checkpoint", "eval"];
+const HARMLESS: [&str; 7] =
+    ["run.name", "run.dir", "data.threads", "data.store", "log", "checkpoint", "eval"];
 
 /// How to run, apart from what to run.
 #[derive(Clone, Debug)]
@@ -74,8 +78,8 @@ pub struct StageSummary {
     pub steps: u64,
     /// What it was trained on.
     pub totals: Totals,
-    /// Samples that were skipped, by source and reason.
-    pub skipped: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Samples seen, repeated and skipped, by source.
+    pub coverage: BTreeMap<String, Tally>,
     /// Mean training loss of the last tenth of the steps; `None` when its record is gone.
     pub train_loss: Option<f64>,
     /// Held out, before the first step.
@@ -100,8 +104,9 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
         options.console.line(format!("{}: already finished", plan.run.name));
         return Ok(Outcome::Finished(Box::new(summary)));
     }
-    write_plan(plan)?;
+    write_in(&plan.run.dir, "plan.yaml", &plan.to_yaml())?;
     let mut session = Session::build(plan, resume.as_ref())?;
+    write_in(&plan.run.dir, "data.yaml", &session.data_spec())?;
     let mut events = Events::open(options.console.clone(), plan, session.step)?;
     announce(&session, &events, resume.as_ref())?;
     if session.step == 0 {
@@ -109,7 +114,10 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
     }
     while session.step < plan.schedule.steps {
         let started = Instant::now();
-        let step = session.next_step()?;
+        let Some(step) = session.next_step()? else {
+            data_ended(&session, &events)?;
+            break;
+        };
         let loss = session.accumulate(&step)?;
         let norm = session.optimizer.clip()?;
         let (loss, grad_norm) = read_finite(&loss, &norm, &session, &step)?;
@@ -118,16 +126,18 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
         session.advance(&step);
 
         let (step_secs, data_wait_secs) = (started.elapsed().as_secs_f64(), step.data_wait_secs);
-        let (step, size, skipped) = (session.step, step.size, session.skipped());
+        let (size, packing, coverage) = (step.size, step.packing, session.coverage());
+        let step = session.step;
         events.step(&StepReport {
             step,
             loss,
             grad_norm,
             lr_factor,
             size,
+            packing,
             step_secs,
             data_wait_secs,
-            skipped,
+            coverage,
         })?;
 
         let done = session.step == plan.schedule.steps;
@@ -149,6 +159,13 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
         }
     }
     finish(&session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
+}
+
+/// The data has a length and is used up before the schedule: the stage ends here.
+fn data_ended(session: &Session, events: &Events) -> Result<()> {
+    let (name, step, steps) = (&session.plan.run.name, session.step, session.plan.schedule.steps);
+    events.note(format!("{name}: the data ends after step {step} of {steps}, and with it the stage"));
+    if step == 0 { Err(Error::NoData { name: name.clone() }) } else { save(session) }
 }
 
 /// The one place where the host waits for the device in a step.
@@ -200,21 +217,23 @@ fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
 /// The summary of a run that has nothing left to do.
 fn finished(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Option<StageSummary>> {
     let path = plan.run.dir.join(SUMMARY);
-    if resume.is_none_or(|checkpoint| checkpoint.state().step < plan.schedule.steps) || !path.exists() {
-        return Ok(None);
-    }
+    let Some(checkpoint) = resume.filter(|_| path.exists()) else { return Ok(None) };
     let text = fs::read(&path).map_err(Error::io(&path))?;
     let Ok(summary) = serde_json::from_slice::<StageSummary>(&text) else {
         warn!("{}: cannot be read; the end of the stage is done again", path.display());
         return Ok(None);
     };
+    // A stage ends with its last step or with its data.
+    if summary.steps != checkpoint.state().step {
+        return Ok(None);
+    }
     let export_is_there = summary.export.as_ref().is_none_or(|export| export.exists());
     Ok((export_is_there && plan.export.is_some() == summary.export.is_some()).then_some(summary))
 }
 
-fn write_plan(plan: &Plan) -> Result<()> {
-    let path = plan.run.dir.join("plan.yaml");
-    fs::write(&path, plan.to_yaml()).map_err(Error::io(&path))
+fn write_in(run_dir: &Path, name: &str, text: &str) -> Result<()> {
+    let path = run_dir.join(name);
+    fs::write(&path, text).map_err(Error::io(&path))
 }
 
 fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> Result<()> {
@@ -270,7 +289,7 @@ fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
         modules: session.freeze_table()?,
         steps: session.step,
         totals: session.totals,
-        skipped: session.skipped(),
+        coverage: session.coverage(),
         train_loss,
         before,
         after,

@@ -81,7 +81,7 @@ impl Trained {
 
 /// How a plan turns images and text into the model's input.
 pub(crate) fn specs(plan: &Plan, config: &VlmConfig) -> Result<(ImageSpec, TextSpec)> {
-    let spec = plan.data_spec(session::tokens_per_tile(plan, config)?);
+    let spec = plan.data_spec(session::visual_shape(plan, config)?);
     Ok((spec.image, spec.text))
 }
 

@@ -69,7 +69,6 @@ impl Header {
 ///
 /// # Errors
 /// [`BadSample::BadImage`] for an unknown format or a broken structure.
-#[allow(dead_code, reason = "for layouts of pages and videos")]
 pub(crate) fn frame_count(name: &str, bytes: &[u8]) -> Result<usize, BadSample> {
     let bad = |detail: String| BadSample::BadImage { image: name.to_owned(), detail };
     match format(bytes).map_err(bad)? {

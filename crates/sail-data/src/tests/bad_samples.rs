@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::error::{BadSample, Error};
 use crate::heldout::read_samples;
-use crate::loader::Loader;
+use crate::loader::{Loader, LoaderOptions};
 use crate::sample::Sample;
 use crate::spec::DataSpec;
 use crate::testing::{encoder_for, gradient, jpeg, png, spec, tar, text_sample};
@@ -34,8 +34,6 @@ fn bad_samples() -> Vec<(&'static str, Members)> {
     vec![
         ("no_annotation", vec![("a.png".into(), png(&picture))]),
         ("duplicate_member", twice),
-        ("bad_json", text_members("c", "{\"conversations\": [")),
-        ("bad_json", text_members("d", "\u{feff}{}")),
         ("bad_turns", text_members("e", r#"{"conversations": [{"from": "cat", "value": "x"}]}"#)),
         ("no_answer", text_members("f", &text_sample("q", ""))),
         ("unknown_image", image_sample("g", &json!("other.png"), &[("png", png(&picture))])),
@@ -50,6 +48,20 @@ fn bad_samples() -> Vec<(&'static str, Members)> {
         ("bad_image", image_sample("m", &json!("m.png"), &[("png", b"text".to_vec())])),
         ("image_too_large", image_sample("n", &json!("n.png"), &[("png", png(&gradient(1001, 1000)))])),
         ("too_long", text_members("o", &text_sample("q", &"a".repeat(300)))),
+        ("bad_image", image_sample("p", &json!("p.png"), &[("png", vec![])])),
+        ("bad_image", image_sample("q", &json!("q.jpg"), &[("jpg", b"<html>404</html>".to_vec())])),
+        ("unknown_image", image_sample("r", &json!("a.png"), &[("png", png(&picture))])),
+        ("unknown_image", image_sample("s", &json!("s.json"), &[])),
+        (
+            "image_count",
+            image_sample(
+                "t",
+                &json!(["t.1.png", "t.2.png"]),
+                &[("1.png", png(&picture)), ("2.png", png(&picture))],
+            ),
+        ),
+        ("bad_json", image_sample("u", &json!({"file": "u.png"}), &[("png", png(&picture))])),
+        ("bad_json", image_sample("v", &json!([["v.png"]]), &[("png", png(&picture))])),
     ]
 }
 
@@ -73,9 +85,9 @@ fn every_bad_sample_is_skipped_and_the_good_ones_are_read() {
     let bad = bad_samples();
     let (count, samples) = (bad.len(), bad.iter().map(|(_, members)| members.clone()));
     let dir = tempfile::tempdir().unwrap();
-    let spec = write_spec(dir.path(), good(20).chain(samples));
+    let spec = write_spec(dir.path(), good(count).chain(samples));
     let read = load(&spec).unwrap();
-    assert_eq!(read.len(), 20, "{count} bad ones left out");
+    assert_eq!(read.len(), count, "as many bad ones are left out");
     assert!(read.iter().all(|sample| sample.id.key.starts_with("good")));
 }
 
@@ -100,7 +112,8 @@ fn the_loader_counts_by_reason_over_one_epoch() {
     let total = samples.len() as u64;
     let mut spec = write_spec(dir.path(), samples);
     spec.pack_buffer = 1;
-    let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+    spec.max_error_rate = 0.95;
+    let mut loader = Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
     while loader.tallies()["demo"].seen < total {
         loader.next_pack().unwrap();
     }
@@ -123,7 +136,7 @@ fn too_many_bad_samples_stop_the_run() {
     let broken = |n: usize| (0..n).map(|index| text_members(&format!("bad{index}"), "{"));
     let mut spec = write_spec(dir.path(), good(80).chain(broken(20)));
     spec.max_error_rate = 0.1;
-    let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+    let mut loader = Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
     let error = (0..200).find_map(|_| loader.next_pack().err()).expect("one in five is bad");
     let message = error.to_string();
     assert!(
@@ -134,7 +147,7 @@ fn too_many_bad_samples_stop_the_run() {
     assert!(matches!(load(&spec), Err(Error::TooManyBad { .. })));
 
     spec.max_error_rate = 0.3;
-    let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+    let mut loader = Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
     (0..200).for_each(|_| drop(loader.next_pack().unwrap()));
 }
 
@@ -151,7 +164,8 @@ fn a_source_without_any_good_sample_is_an_error_and_no_endless_loop() {
             let mut spec = write_spec(dir.path(), [members.clone()]);
             spec.max_error_rate = max_error_rate;
             spec.streams = 2;
-            let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+            let mut loader =
+                Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
             assert!(matches!(loader.next_pack(), Err(Error::TooManyBad { .. })));
         }
     }
@@ -163,14 +177,14 @@ fn empty_shards_are_passed_over_and_an_empty_source_is_an_error() {
     let mut spec = write_spec(dir.path(), []);
     spec.streams = 3;
     let encoder = encoder_for(&spec.text);
-    let mut loader = Loader::new(&spec, encoder.clone(), None, 0, 1).unwrap();
+    let mut loader = Loader::new(&spec, encoder.clone(), LoaderOptions::alone(1), None).unwrap();
     assert!(matches!(loader.next_pack(), Err(Error::EmptySource { .. })));
     assert!(matches!(load(&spec), Err(Error::EmptySource { .. })));
 
     let full = dir.path().join("b.tar");
     std::fs::write(&full, tar(&good(1).flatten().collect::<Members>())).unwrap();
     spec.sources[0].shards.push(full.display().to_string());
-    let mut loader = Loader::new(&spec, encoder, None, 0, 1).unwrap();
+    let mut loader = Loader::new(&spec, encoder, LoaderOptions::alone(1), None).unwrap();
     (0..6).for_each(|_| drop(loader.next_pack().unwrap()));
 }
 
@@ -181,7 +195,7 @@ fn a_truncated_shard_stops_the_run() {
     let path = dir.path().join("a.tar");
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-    let mut loader = Loader::new(&spec, encoder_for(&spec.text), None, 0, 2).unwrap();
+    let mut loader = Loader::new(&spec, encoder_for(&spec.text), LoaderOptions::alone(2), None).unwrap();
     let error = (0..20).find_map(|_| loader.next_pack().err()).unwrap();
     assert!(matches!(&error, Error::BrokenShard { .. }), "{error}");
     assert!(error.to_string().contains("a.tar"));

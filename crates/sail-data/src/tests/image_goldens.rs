@@ -120,7 +120,7 @@ fn every_pixel_is_that_of_pillow() {
 
 #[test]
 fn jpeg_files_are_decoded_and_resized_to_the_last_bit() {
-    let jpegs: Vec<Golden> = goldens().into_iter().filter(|golden| golden.is_jpeg()).collect();
+    let jpegs: Vec<Golden> = goldens().into_iter().filter(Golden::is_jpeg).collect();
     assert!(jpegs.iter().filter(|golden| golden.make == Make::Rgb).count() >= 9);
     for golden in jpegs {
         assert_eq!(golden.differences(), (0, 0.0), "{}", golden.expected);

@@ -1,36 +1,39 @@
-//! The laws of the loader: every sample once an epoch, order that depends on seed and data alone, exact
-//! resumption from every state.
+//! The laws of the loader: every sample once an epoch, an order that depends on seed and data alone, shares that
+//! are kept.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use proptest::prelude::*;
 
-use crate::error::Error;
-use crate::loader::{Loaded, Loader};
+use crate::loader::{Loaded, Loader, LoaderOptions};
 use crate::order::{Cursor, Order};
 use crate::sample::Pack;
 use crate::source::Source;
-use crate::spec::{DataSpec, SourceSpec};
-use crate::stream::StreamState;
+use crate::spec::{Balance, DataSpec, Length, MixBy, SourceSpec};
+use crate::state::Position;
 use crate::testing::{encoder_for, gradient, png, spec, tar, text_sample, write_shards};
 
-fn shards_spec(dir: &Path, counts: &[usize]) -> DataSpec {
+pub(super) fn shards_spec(dir: &Path, counts: &[usize]) -> DataSpec {
     let paths = write_shards(dir, counts);
     let paths: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
     spec(&paths.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-fn loader(spec: &DataSpec, threads: usize) -> Loader {
-    Loader::new(spec, encoder_for(&spec.text), None, 0, threads).unwrap()
+pub(super) fn open(spec: &DataSpec, options: LoaderOptions, position: Option<Position>) -> Loader {
+    Loader::new(spec, encoder_for(&spec.text), options, position).unwrap()
 }
 
-fn take(loader: &mut Loader, n: usize) -> Vec<Loaded> {
+pub(super) fn loader(spec: &DataSpec, threads: usize) -> Loader {
+    open(spec, LoaderOptions::alone(threads), None)
+}
+
+pub(super) fn take(loader: &mut Loader, n: usize) -> Vec<Loaded> {
     (0..n).map(|_| loader.next_pack().unwrap()).collect()
 }
 
 /// Two sources, one of them with images and some broken samples.
-fn mixed_spec(dir: &Path) -> DataSpec {
+pub(super) fn mixed_spec(dir: &Path) -> DataSpec {
     let mut spec = shards_spec(dir, &[9, 4, 13]);
     let mut members: Vec<(String, Vec<u8>)> = Vec::new();
     for n in 0..12_u32 {
@@ -57,7 +60,7 @@ fn packs_are_well_formed() {
     let mut loader = loader(&spec, 2);
     for (index, Loaded { pack, stream, .. }) in take(&mut loader, 30).into_iter().enumerate() {
         assert_eq!(stream, index % 3);
-        let Pack {
+        let Some(Pack {
             ids,
             targets,
             weights,
@@ -67,7 +70,10 @@ fn packs_are_well_formed() {
             images_per_sample,
             image_rows,
             samples,
-        } = pack;
+        }) = pack
+        else {
+            panic!("stream {stream} is endless");
+        };
         assert!(!samples.is_empty() && ids.len() <= spec.tokens_per_pack);
         assert_eq!([targets.len(), weights.len(), positions.len()], [ids.len(); 3]);
         assert_eq!((cu_seqlens.len(), cu_seqlens.last()), (samples.len() + 1, Some(&(ids.len() as i64))));
@@ -101,63 +107,18 @@ fn threads_change_nothing() {
 }
 
 #[test]
-fn a_run_resumes_exactly_from_every_state() {
-    let dir = tempfile::tempdir().unwrap();
-    let spec = mixed_spec(dir.path());
-    let encoder = encoder_for(&spec.text);
-    let expected = take(&mut loader(&spec, 2), 40);
-    let mut start = loader(&spec, 1);
-    let mut latest: Vec<Option<StreamState>> = vec![None; 3];
-    for stop in 0..24 {
-        let loaded = start.next_pack().unwrap();
-        latest[loaded.stream] = Some(loaded.state);
-        let Some(states) = latest.iter().cloned().collect::<Option<Vec<_>>>() else { continue };
-        let saved = serde_json::to_string(&states).unwrap();
-        let states: Vec<StreamState> = serde_json::from_str(&saved).unwrap();
-        assert_eq!(serde_json::to_string(&states).unwrap(), saved);
-        let next_stream = (stop + 1) % 3;
-        let mut resumed = Loader::new(&spec, encoder.clone(), Some(states), next_stream, 2).unwrap();
-        assert_eq!(resumed.tallies(), start.tallies());
-        assert!(take(&mut resumed, 8) == expected[stop + 1..stop + 9], "stopped after pack {stop}");
-    }
-}
-
-#[test]
-fn a_state_of_other_data_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let spec = shards_spec(dir.path(), &[5, 5]);
-    let encoder = encoder_for(&spec.text);
-    let state = loader(&spec, 1).next_pack().unwrap().state;
-    let changes: [fn(&mut DataSpec); 5] = [
-        |s| s.seed = 8,
-        |s| s.streams = 2,
-        |s| s.sources[0].name = "other".into(),
-        |s| drop(s.sources[0].shards.pop()),
-        |s| s.sources[0].shards.reverse(),
-    ];
-    for change in changes {
-        let mut changed = spec.clone();
-        change(&mut changed);
-        let refused = Loader::new(&changed, encoder.clone(), Some(vec![state.clone()]), 0, 1);
-        assert!(matches!(refused, Err(Error::StateMismatch { .. })));
-    }
-    let mut harmless = spec.clone();
-    harmless.pack_buffer = 9;
-    assert!(Loader::new(&harmless, encoder.clone(), Some(vec![state]), 0, 1).is_ok());
-    for (next_stream, threads) in [(1, 1), (0, 0)] {
-        let refused = Loader::new(&spec, encoder.clone(), None, next_stream, threads);
-        assert!(matches!(refused, Err(Error::InvalidSpec { .. })));
-    }
-}
-
-#[test]
 fn seeds_and_epochs_change_the_order() {
     let dir = tempfile::tempdir().unwrap();
     let mut spec = shards_spec(dir.path(), &[30]);
     spec.shuffle_buffer = 16;
     let keys = |spec: &DataSpec| -> Vec<String> {
         let packs = take(&mut loader(spec, 1), 40);
-        packs.into_iter().flat_map(|loaded| loaded.pack.samples).map(|id| id.key).collect()
+        packs
+            .into_iter()
+            .filter_map(|loaded| loaded.pack)
+            .flat_map(|pack| pack.samples)
+            .map(|id| id.key)
+            .collect()
     };
     let order = keys(&spec);
     assert_ne!(order[..30], order[30..60], "epochs differ");
@@ -180,6 +141,73 @@ fn sources_are_mixed_by_weight() {
 }
 
 #[test]
+fn sources_are_mixed_by_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut spec = mixed_spec(dir.path());
+    (spec.mix_by, spec.tokens_per_pack) = (MixBy::Tokens, 400);
+    let mut loader = loader(&spec, 2);
+    take(&mut loader, 300);
+    let tallies = loader.tallies();
+    let tokens = |name: &str| tallies[name].tokens as f64;
+    let share = tokens("images") / (tokens("images") + tokens("demo"));
+    assert!((share - 1.0 / 3.0).abs() < 0.01, "{share}");
+    assert!(tallies["images"].visual_tokens > 0 && tallies["demo"].visual_tokens == 0);
+}
+
+#[test]
+fn a_limited_stream_gives_every_sample_as_often_as_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut spec = shards_spec(dir.path(), &[9, 4, 0, 13]);
+    (spec.streams, spec.length) = (3, Length::Epochs(2));
+    let mut loader = loader(&spec, 2);
+    let mut times: BTreeMap<String, u64> = BTreeMap::new();
+    while !loader.has_ended() {
+        for id in loader.next_pack().unwrap().pack.into_iter().flat_map(|pack| pack.samples) {
+            *times.entry(id.key).or_default() += 1;
+        }
+    }
+    assert!(times.len() == 26 && times.values().all(|&n| n == 2), "{times:?}");
+    let tally = &loader.tallies()["demo"];
+    assert_eq!((tally.seen, tally.repeated, tally.total_skipped()), (52, 26, 0));
+    assert!(take(&mut loader, 6).iter().all(|loaded| loaded.pack.is_none()), "it stays at its end");
+}
+
+#[test]
+fn a_number_of_samples_is_kept_over_all_streams() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut spec = mixed_spec(dir.path());
+    for (samples, streams) in [(1, 3), (2, 3), (100, 3), (101, 4)] {
+        (spec.length, spec.streams) = (Length::Samples(samples), streams);
+        let mut loader = loader(&spec, 2);
+        while !loader.has_ended() {
+            loader.next_pack().unwrap();
+        }
+        assert_eq!(loader.tallies().values().map(|tally| tally.seen).sum::<u64>(), samples);
+    }
+}
+
+#[test]
+fn packs_are_full_and_have_equal_visual_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut spec = mixed_spec(dir.path());
+    (spec.tokens_per_pack, spec.pack_buffer, spec.shuffle_buffer) = (600, 96, 8);
+    let measure = |balance| {
+        let spec = DataSpec { balance, ..spec.clone() };
+        let packs = take(&mut loader(&spec, 2), 150).into_iter().skip(30).filter_map(|loaded| loaded.pack);
+        let loads: Vec<(usize, usize)> = packs.map(|pack| (pack.ids.len(), pack.image_rows.len())).collect();
+        let n = loads.len() as f64;
+        let fill = loads.iter().map(|(tokens, _)| *tokens as f64).sum::<f64>() / (600.0 * n);
+        let mean = loads.iter().map(|(_, visual)| *visual as f64).sum::<f64>() / n;
+        let deviation = loads.iter().map(|(_, visual)| (*visual as f64 - mean).abs()).sum::<f64>() / n / mean;
+        (fill, deviation)
+    };
+    let (fill, uneven) = measure(Balance::Off);
+    assert!(fill > 0.98, "{fill}");
+    let (fill, even) = measure(Balance::Mean);
+    assert!(fill > 0.97 && even < 0.5 * uneven, "fill {fill}, deviation {even} instead of {uneven}");
+}
+
+#[test]
 fn no_sample_waits_longer_than_the_candidates() {
     // With a long and many short samples, best fit alone would put the long one off for ever.
     let dir = tempfile::tempdir().unwrap();
@@ -191,7 +219,9 @@ fn no_sample_waits_longer_than_the_candidates() {
     spec.shuffle_buffer = 1;
     spec.pack_buffer = 8;
     let packs = take(&mut loader(&spec, 1), 12);
-    let keys = packs.iter().take(9).flat_map(|loaded| &loaded.pack.samples).map(|id| id.key.as_str());
+    let samples =
+        packs.iter().take(9).filter_map(|loaded| loaded.pack.as_ref()).flat_map(|pack| &pack.samples);
+    let keys = samples.map(|id| id.key.as_str());
     assert_eq!(keys.filter(|key| *key == "long").count(), 1);
 }
 
@@ -203,13 +233,9 @@ fn epoch_counts(spec: &DataSpec, epochs: u64) -> Vec<BTreeMap<(u32, u64), usize>
         let mut order =
             Order::new(source.clone(), stream, spec.streams, spec.shuffle_buffer, Cursor::default());
         loop {
-            let sample = order.next_sample().unwrap();
-            if order.cursor().epoch() >= epochs {
-                break;
-            }
-            *counts[order.cursor().epoch() as usize]
-                .entry((sample.shard, sample.extent.offset))
-                .or_default() += 1;
+            let sample = order.next_sample().unwrap().expect("it is endless");
+            let Some(counts) = counts.get_mut(sample.epoch as usize) else { break };
+            *counts.entry((sample.shard, sample.extent.offset)).or_default() += 1;
         }
     }
     counts
@@ -235,28 +261,6 @@ proptest! {
     }
 
     #[test]
-    fn any_stream_resumes_from_any_state(
-        counts in prop::collection::vec(0_usize..7, 1..5).prop_filter("a sample", |c| c.iter().any(|&n| n > 0)),
-        streams in 1_usize..5,
-        (shuffle_buffer, pack_buffer) in (1_usize..6, 1_usize..6),
-        packs in 1_usize..12,
-        seed in any::<u64>(),
-    ) {
-        let dir = tempfile::tempdir().unwrap();
-        let mut spec = shards_spec(dir.path(), &counts);
-        (spec.streams, spec.seed, spec.tokens_per_pack) = (streams, seed, 150);
-        (spec.shuffle_buffer, spec.pack_buffer) = (shuffle_buffer, pack_buffer);
-        let rounds = take(&mut loader(&spec, 2), streams * (packs + 3));
-        let (before, after) = rounds.split_at(streams * packs);
-        let states = before[before.len() - streams..].iter().map(|loaded| loaded.state.clone()).collect();
-        let mut resumed = Loader::new(&spec, encoder_for(&spec.text), Some(states), 0, 3).unwrap();
-        prop_assert!(take(&mut resumed, after.len()) == after);
-        for loaded in rounds {
-            prop_assert!(loaded.pack.ids.len() <= spec.tokens_per_pack);
-        }
-    }
-
-    #[test]
     fn packs_lose_and_repeat_nothing(
         counts in prop::collection::vec(1_usize..9, 1..5),
         streams in 1_usize..4,
@@ -270,10 +274,11 @@ proptest! {
         let mut times: BTreeMap<String, u64> = BTreeMap::new();
         let mut waiting = vec![0; streams];
         for _ in 0..40 {
-            let loaded = loader.next_pack().unwrap();
-            packed += loaded.pack.samples.len() as u64;
-            waiting[loaded.stream] = loaded.state.waiting();
-            for id in loaded.pack.samples {
+            let Loaded { pack, stream, state } = loader.next_pack().unwrap();
+            let samples = pack.unwrap().samples;
+            packed += samples.len() as u64;
+            waiting[stream] = state.waiting();
+            for id in samples {
                 *times.entry(id.key).or_default() += 1;
             }
         }

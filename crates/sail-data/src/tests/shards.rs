@@ -52,7 +52,7 @@ fn adjacent_members_with_one_key_are_a_sample() {
     assert_eq!(keys, ["d/a", "d.x/b", "a"]);
     let suffixes: Vec<&str> = read[0].members.iter().map(|member| member.suffix.as_str()).collect();
     assert_eq!(suffixes, ["json", "img1.jpg", "img2.jpg"]);
-    assert_eq!(read[0].member("img2.jpg").unwrap().data, b"second");
+    assert_eq!(read[0].member("img2.jpg").unwrap().data[..], b"second"[..]);
     assert_eq!((samples[0].offset % 512, samples[0].bytes % 512), (0, 0));
 }
 
@@ -91,7 +91,7 @@ fn archives_written_by_the_library_are_read() {
     assert_eq!(samples.len(), 2);
     let second = open(&path).unwrap().read(samples[1]).unwrap();
     assert_eq!(second.key, long_key);
-    assert_eq!(second.member("png").unwrap().data, [7_u8; 3000]);
+    assert_eq!(second.member("png").unwrap().data[..], [7_u8; 3000][..]);
 }
 
 #[test]
@@ -120,8 +120,10 @@ fn what_is_no_tar_is_refused() {
         "{message}"
     );
 
+    let path = write(dir.path(), b"BZh91AY compressed");
+    assert!(matches!(scan(&path), Err(Error::CompressedShard { codec: "bzip2", .. })));
     let path = write(dir.path(), b"\x1f\x8b\x08\x00 compressed");
-    assert!(matches!(scan(&path), Err(Error::CompressedShard { codec: "gzip", .. })));
+    assert!(matches!(scan(&path), Err(Error::BadCompression { codec: "gzip", .. })));
     assert!(matches!(scan("/no/such.tar"), Err(Error::Io { .. })));
 
     let mut spoilt = archive();

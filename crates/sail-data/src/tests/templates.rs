@@ -35,15 +35,15 @@ const IMAGE: &str = "<img><IMG_CONTEXT><IMG_CONTEXT></img>";
 fn each_template_frames_the_turns_in_its_way() {
     let chatml = text_spec();
     let body = format!("<|im_start|>user\n{IMAGE}\nhi?<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n");
-    assert_eq!(rendered(&chatml, &question(), &[1]), body);
+    assert_eq!(rendered(&chatml, &question(), &[2]), body);
 
     let smollm = TextSpec { template: Template::Smollm, ..text_spec() };
     let system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n";
-    assert_eq!(rendered(&smollm, &question(), &[1]), format!("{system}{body}"));
+    assert_eq!(rendered(&smollm, &question(), &[2]), format!("{system}{body}"));
 
     let sail = TextSpec { template: Template::Sail, system: Some("S".into()), ..text_spec() };
     assert_eq!(
-        rendered(&sail, &question(), &[1]),
+        rendered(&sail, &question(), &[2]),
         format!(
             "<|im_start|>system\nS<|im_end|><|im_start|>user\n{IMAGE}\nhi?<|im_end|><|im_start|>assistant\nok<|im_end|>"
         )

@@ -40,7 +40,7 @@ pub struct RunState {
     /// Counters since the first step of the stage.
     pub totals: Totals,
     /// Position in the training data.
-    pub data: DataState,
+    pub data: sail_data::Position,
     /// Which checkpoint the run started from, where it continues another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<InitRecord>,
@@ -71,15 +71,6 @@ pub struct Totals {
     pub tokens: u64,
     /// Tokens that carried a loss.
     pub answer_tokens: u64,
-}
-
-/// Position in the training data, after the last pack trained on.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DataState {
-    /// The stream the next pack comes from.
-    pub next_stream: usize,
-    /// Every stream's state.
-    pub streams: Vec<sail_data::StreamState>,
 }
 
 /// Where a module that is not stored has its weights.

@@ -24,6 +24,7 @@ mod identity;
 mod path;
 mod plan;
 mod raw;
+mod raw_data;
 mod raw_values;
 mod resolve;
 mod resolve_data;
@@ -39,10 +40,10 @@ pub use error::{ConfigError, ConfigErrors, Origin, Problem};
 pub use identity::Difference;
 pub use path::{FieldPath, Step};
 pub use plan::{
-    BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, InitPlan, LlmPlan, LogPlan, ModelPlan,
-    OptimizerPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan,
+    AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, InitPlan, LlmPlan, LogPlan,
+    ModelPlan, OptimizerPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan, VisualShape,
 };
-pub use values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind};
+pub use values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind, VisualBalance};
 
 use check::Checker;
 use raw::RawCurriculum;

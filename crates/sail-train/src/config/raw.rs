@@ -5,14 +5,14 @@
 
 use std::path::PathBuf;
 
-use sail_data::{LossWeight, Template};
 use sail_model::projector::ProjectorKind;
 use sail_model::vision::VitLayout;
 use sail_model::weights::ModelRef;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::raw_values::{RawModule, RawShards, RawWarmup};
+use super::raw_data::{RawData, RawSource};
+use super::raw_values::{RawModule, RawWarmup};
 use super::values::{DeviceChoice, Precision, ScheduleKind};
 
 /// A stage. Besides these fields a file may say `extends: FILE` (relative to itself): that file's values come first,
@@ -215,117 +215,6 @@ pub(super) struct RawBatch {
     pub(super) tokens_per_pack: Option<usize>,
     /// Packs whose gradients make up one optimizer step. Required.
     pub(super) packs_per_step: Option<usize>,
-}
-
-/// `data`
-#[derive(Debug, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a mapping")]
-pub(super) struct RawData {
-    /// Logical streams the data order is cut into; fixes the order and is never the number of threads or devices.
-    /// A multiple or a divisor of `batch.packs_per_step`. Default: 1.
-    pub(super) streams: usize,
-    /// Threads that decode ahead, at most 512. They do not change the order. Default: 1.
-    pub(super) threads: usize,
-    /// Samples in the shuffle buffer, per stream and source. Default: 256.
-    pub(super) shuffle_buffer: usize,
-    /// Candidate samples the packer chooses from, per stream. Default: 16.
-    pub(super) pack_buffer: usize,
-    /// Share of unusable samples above which a source stops the run, in `[0, 1)`. Default: 0.05.
-    pub(super) max_error_rate: f64,
-    /// Largest image that is decoded, pixels; larger ones count as unusable. Default: 50 million.
-    pub(super) max_pixels: u64,
-    /// Chat template: `chatml`, `sail` or `smollm`. Default: `chatml`.
-    pub(super) template: Template,
-    /// System prompt for samples that bring none; `""`: none. Default: the template's own.
-    pub(super) system: Option<String>,
-    /// How much each of a sample's n answer tokens counts: `token` 1, `sample` 1/n, `square` 1/sqrt(n).
-    /// Default: `token`.
-    pub(super) loss_weight: LossWeight,
-    /// The tokens an image is written as; each must be in the tokenizer.
-    pub(super) image_tokens: RawImageTokens,
-    /// How an image is cut into tiles.
-    pub(super) tiling: RawTiling,
-    /// Mean of each RGB channel after scaling to `[0, 1]`. Default: `ImageNet`'s, `[0.485, 0.456, 0.406]`.
-    pub(super) mean: [f64; 3],
-    /// Standard deviation of each RGB channel, above 0. Default: `ImageNet`'s, `[0.229, 0.224, 0.225]`.
-    pub(super) std: [f64; 3],
-    /// What is mixed. At least one is required.
-    pub(super) sources: Option<Vec<RawSource>>,
-}
-
-impl Default for RawData {
-    fn default() -> Self {
-        Self {
-            streams: 1,
-            threads: 1,
-            shuffle_buffer: 256,
-            pack_buffer: 16,
-            max_error_rate: 0.05,
-            max_pixels: 50_000_000,
-            template: Template::Chatml,
-            system: None,
-            loss_weight: LossWeight::Token,
-            image_tokens: RawImageTokens::default(),
-            tiling: RawTiling::default(),
-            mean: [0.485, 0.456, 0.406],
-            std: [0.229, 0.224, 0.225],
-            sources: None,
-        }
-    }
-}
-
-/// `data.image_tokens`
-#[derive(Debug, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a mapping")]
-pub(super) struct RawImageTokens {
-    /// Before an image. Default: `<img>`.
-    pub(super) start: String,
-    /// One for each visual token. Default: `<IMG_CONTEXT>`.
-    pub(super) context: String,
-    /// After an image. Default: `</img>`.
-    pub(super) end: String,
-}
-
-impl Default for RawImageTokens {
-    fn default() -> Self {
-        Self { start: "<img>".to_owned(), context: "<IMG_CONTEXT>".to_owned(), end: "</img>".to_owned() }
-    }
-}
-
-/// `data.tiling`
-#[derive(Debug, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a mapping")]
-pub(super) struct RawTiling {
-    /// Fewest tiles of an image, at least 1. Default: 1.
-    pub(super) min: usize,
-    /// Most tiles of an image, without the thumbnail. Default: 1.
-    pub(super) max: usize,
-    /// Whether an image of several tiles is followed by a small copy of the whole. Default: true.
-    pub(super) thumbnail: bool,
-}
-
-impl Default for RawTiling {
-    fn default() -> Self {
-        Self { min: 1, max: 1, thumbnail: true }
-    }
-}
-
-/// An item of `data.sources` and `eval.sources`.
-#[derive(Debug, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a mapping with `name` and `shards`")]
-pub(super) struct RawSource {
-    /// Name in logs, unique in its list. Required.
-    pub(super) name: Option<String>,
-    /// Tar shards: a path or a list of paths, with braces (`{000..017}`) and globs (`*`). Required.
-    pub(super) shards: Option<RawShards>,
-    /// Share of the samples drawn from here, relative to the other sources; above 0. Default: 1.0.
-    pub(super) weight: f64,
-}
-
-impl Default for RawSource {
-    fn default() -> Self {
-        Self { name: None, shards: None, weight: 1.0 }
-    }
 }
 
 /// `checkpoint`

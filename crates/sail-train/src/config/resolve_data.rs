@@ -2,13 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use sail_data::{ImageTokens, SourceSpec, Tiling};
+use sail_data::{
+    CacheSpec, ImageTokens, Layout, PageChoice, Reencode, SourceSpec, StoreSpec, Template, Tiling,
+};
 
 use super::check::Checker;
-use super::plan::{BatchPlan, DataPlan, EvalPlan};
-use super::raw::{RawData, RawEval, RawImageTokens, RawSource, RawTiling};
+use super::plan::{AnyResolutionPlan, BatchPlan, DataPlan, EvalPlan};
+use super::raw::RawEval;
+use super::raw_data::{RawData, RawImageTokens, RawSource, RawStore, RawTiling};
 use super::raw_values::RawShards;
 use super::resolve::every;
+use super::values::VisualBalance;
 
 /// Resolves `data`; `batch` is `None` where it failed itself.
 pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&BatchPlan>) -> Option<DataPlan> {
@@ -33,23 +37,109 @@ pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&Batch
     }
     let image_tokens = image_tokens(checker, raw.image_tokens);
     let tiling = tiling(checker, &raw.tiling);
+    checker.expect(raw.max_frames >= 1, "data.max_frames", "must be at least 1", raw.max_frames);
+    lengths(checker, &raw, batch);
+    if raw.template_file.is_some() && raw.template != Template::Jinja {
+        checker.invalid_with_hint(
+            "data.template_file",
+            "needs `template: jinja`",
+            "add it, or leave the file out",
+        );
+    }
+    let any_resolution = raw.any_resolution.map(|any| {
+        let path = "data.any_resolution.max_tokens";
+        checker.expect(
+            any.min_tokens >= 1,
+            "data.any_resolution.min_tokens",
+            "must be at least 1",
+            any.min_tokens,
+        );
+        let must = format!("must be at least `data.any_resolution.min_tokens`, {}", any.min_tokens);
+        checker.expect(any.max_tokens >= any.min_tokens, path, &must, any.max_tokens);
+        AnyResolutionPlan { min_tokens: any.min_tokens, max_tokens: any.max_tokens }
+    });
+    let reencode = raw.reencode.map(|raw| {
+        let share = raw.probability;
+        checker.expect(
+            (0.0..=1.0).contains(&share),
+            "data.reencode.probability",
+            "must be from 0 to 1",
+            share,
+        );
+        let [low, high] = raw.quality;
+        let ordered = 1 <= low && low <= high && high <= 100;
+        let found = format!("[{low}, {high}]");
+        checker.expect(
+            ordered,
+            "data.reencode.quality",
+            "must be two numbers of 1 to 100, the lower first",
+            found,
+        );
+        Reencode { probability: share, quality: raw.quality }
+    });
+    let store = store(checker, raw.store);
     let sources = sources(checker, "data.sources", raw.sources);
     Some(DataPlan {
         streams: raw.streams,
         threads: raw.threads,
         shuffle_buffer: raw.shuffle_buffer,
         pack_buffer: raw.pack_buffer,
+        mix_by: raw.mix_by,
+        epochs: raw.epochs,
+        samples: raw.samples,
+        too_long: raw.too_long,
+        balance: raw.balance,
+        visual_tokens_per_pack: raw.visual_tokens_per_pack,
         max_error_rate: rate,
         max_pixels: raw.max_pixels,
         template: raw.template,
+        template_file: raw.template_file,
         system: raw.system,
         loss_weight: raw.loss_weight,
         image_tokens,
         tiling,
+        any_resolution,
+        max_frames: raw.max_frames,
+        background: raw.background,
+        exif_orientation: raw.exif_orientation,
+        reencode,
         mean: raw.mean,
         std: raw.std,
+        store: store?,
         sources: sources?,
     })
+}
+
+/// How long the stream is, and what its packs hold.
+fn lengths(checker: &mut Checker<'_>, raw: &RawData, batch: Option<&BatchPlan>) {
+    for (path, count) in [("data.epochs", raw.epochs), ("data.samples", raw.samples)] {
+        checker.expect(count != Some(0), path, "must be at least 1", 0);
+    }
+    if raw.epochs.is_some() && raw.samples.is_some() {
+        checker.invalid_with_hint("data.samples", "is given beside `data.epochs`", "leave one of them out");
+    }
+    let Some(visual) = raw.visual_tokens_per_pack else { return };
+    let path = "data.visual_tokens_per_pack";
+    if let Some(most) = batch.map(|batch| batch.tokens_per_pack).filter(|&most| visual > most) {
+        checker.invalid(path, format!("{visual} is more than `batch.tokens_per_pack`, {most}"));
+    }
+    if raw.balance == VisualBalance::Off {
+        checker.invalid_with_hint(path, "is given with `balance: off`", "leave one of them out");
+    }
+}
+
+fn store(checker: &mut Checker<'_>, raw: RawStore) -> Option<StoreSpec> {
+    let RawStore { retries, timeout_secs, read_ahead_bytes, cache } = raw;
+    checker.expect(timeout_secs > 0.0, "data.store.timeout_secs", "must be above 0", timeout_secs);
+    let cache = match cache {
+        None => None,
+        Some(cache) => {
+            let dir = checker.required("data.store.cache.dir", cache.dir);
+            let max_bytes = checker.required("data.store.cache.max_bytes", cache.max_bytes);
+            Some(CacheSpec { dir: dir?, max_bytes: max_bytes? })
+        }
+    };
+    Some(StoreSpec { retries, timeout_secs, read_ahead_bytes, cache })
 }
 
 /// Pack g comes from stream g mod `streams`: only when one number divides the other does every step draw from the
@@ -126,9 +216,9 @@ fn sources(checker: &mut Checker<'_>, path: &str, raw: Option<Vec<RawSource>>) -
     resolved.into_iter().collect()
 }
 
-fn source(checker: &mut Checker<'_>, path: &str, raw: RawSource) -> Option<SourceSpec> {
-    let name = checker.required(&format!("{path}.name"), raw.name);
-    let shards = checker.required(&format!("{path}.shards"), raw.shards);
+fn source(checker: &mut Checker<'_>, path: &str, mut raw: RawSource) -> Option<SourceSpec> {
+    let name = checker.required(&format!("{path}.name"), raw.name.take());
+    let shards = checker.required(&format!("{path}.shards"), raw.shards.take());
     if raw.weight <= 0.0 {
         checker.invalid_with_hint(
             &format!("{path}.weight"),
@@ -143,5 +233,12 @@ fn source(checker: &mut Checker<'_>, path: &str, raw: RawSource) -> Option<Sourc
     if shards.is_empty() || shards.iter().any(String::is_empty) {
         checker.invalid(&format!("{path}.shards"), "must name at least one path, none of them empty");
     }
-    Some(SourceSpec { weight: raw.weight, ..SourceSpec::new(&name, shards) })
+    if raw.page != PageChoice::First && raw.layout != Layout::Pages {
+        checker.invalid(&format!("{path}.page"), "is for `layout: pages` alone");
+    }
+    if !raw.questions.is_empty() && !matches!(raw.layout, Layout::Captions | Layout::Pages) {
+        checker.invalid(&format!("{path}.questions"), "are for `layout: captions` and `layout: pages` alone");
+    }
+    let RawSource { images, layout, questions, page, weight, .. } = raw;
+    Some(SourceSpec { name, shards, images, layout, questions, page, weight })
 }

@@ -42,6 +42,16 @@ impl fmt::Display for Module {
     }
 }
 
+/// How visual tokens are spread over the packs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VisualBalance {
+    /// Each pack has the share that its stream had so far.
+    Mean,
+    /// As it comes.
+    Off,
+}
+
 /// Where tensors live: `auto`, `cpu`, `cuda` (the first one) or `cuda:N`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

@@ -177,6 +177,7 @@ pub fn llm(trained: Trained, kind: Kind, out: &Path) -> Result<PathBuf> {
 /// [`Error::Usage`] for a model that the layout has no place for, [`Error::ExportMismatch`] when what was
 /// written computes another loss than what is in memory.
 pub fn mllm(trained: Trained, layout: MllmLayout, kind: Kind, out: &Path) -> Result<PathBuf> {
+    text::refuse_jinja(&trained.text)?;
     let vision = trained.local_params(Module::Vision)?;
     vision::fit_positions(&trained.model.config().vision, &vision, trained.image.tile_px as i64, true)?;
     drop(vision);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Mllm;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 const CHAT_TEMPLATE: &str = include_str!("../../remote_code/chat_template.jinja");
 /// What pads a batch, where the tokenizer has it.
@@ -56,6 +56,7 @@ impl TextKeys {
             // Without a system prompt the two are the same.
             Template::Chatml | Template::Smollm => "chatml",
             Template::Sail => "univl-chat",
+            Template::Jinja => "jinja",
         };
         let ImageTokens { start, context, end } = text.image_tokens.clone();
         Self {
@@ -89,6 +90,7 @@ impl TextKeys {
         };
         Ok(TextSpec {
             template,
+            template_file: None,
             system: (!self.system_message.is_empty()).then_some(self.system_message),
             image_tokens: ImageTokens {
                 start: self.image_start_token,
@@ -107,19 +109,21 @@ impl TextKeys {
 /// When the `tokenizer.json` cannot be read.
 pub(super) fn add_files(folder: Folder, mllm: &Mllm, image_mark: &str) -> Result<Folder> {
     let mut tokenizer = read_json(mllm.tokenizer)?;
-    let structure = mllm.encoder.structure_tokens(mllm.text);
-    for (token, id) in &structure {
+    let structure = mllm.encoder.structure_tokens();
+    for (token, id) in structure.iter() {
         mark_special(&mut tokenizer, token, *id);
     }
-    let [.., (start, _), (context, _), (end, _)] = &structure;
+    let [(start, _), (context, _), (end, _)] = &structure.image;
     let added = tokenizer["added_tokens"].as_array();
     let pad = added.and_then(|tokens| tokens.iter().find(|token| token["content"] == END_OF_TEXT));
     let pad_id = pad.and_then(|token| token["id"].as_i64()).unwrap_or(mllm.encoder.end_of_turn());
-    let pad = if pad.is_some() { END_OF_TEXT } else { "<|im_end|>" };
-    let config = json!({
+    let turn_end =
+        structure.iter().find(|(_, id)| *id == mllm.encoder.end_of_turn()).map(|(token, _)| token.as_str());
+    let jinja = mllm.encoder.jinja();
+    let mut config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": pad,
+        "eos_token": jinja.and_then(|template| template.eos_token).or(turn_end),
+        "pad_token": if pad.is_some() { Some(END_OF_TEXT) } else { turn_end },
         "additional_special_tokens": structure.iter().map(|(token, _)| token).collect::<Vec<_>>(),
         // As `InternVLProcessor` asks for them; there are no videos.
         "extra_special_tokens": {
@@ -129,15 +133,48 @@ pub(super) fn add_files(folder: Folder, mllm: &Mllm, image_mark: &str) -> Result
         "model_max_length": mllm.config.llm.decoder().max_position_embeddings,
         "clean_up_tokenization_spaces": false,
     });
+    if let Some(bos) = jinja.and_then(|template| template.bos_token) {
+        config["bos_token"] = bos.into();
+    }
     let generation = json!({
         "do_sample": false, "max_new_tokens": 512,
-        "eos_token_id": [mllm.encoder.end_of_turn()], "pad_token_id": pad_id,
+        "eos_token_id": mllm.encoder.stop_ids(), "pad_token_id": pad_id,
     });
     Ok(folder
         .json("tokenizer.json", &tokenizer)
         .json("tokenizer_config.json", &config)
         .json("generation_config.json", &generation)
-        .file("chat_template.jinja", chat_template(mllm.text, image_mark)))
+        .file(
+            "chat_template.jinja",
+            match jinja {
+                Some(template) => with_system(template.source, mllm.text.system.as_deref()),
+                None => chat_template(mllm.text, image_mark),
+            },
+        ))
+}
+
+/// The tokenizer's own template, with this system prompt for conversations that begin without one.
+fn with_system(template: &str, system: Option<&str>) -> String {
+    let Some(system) = system else { return template.to_owned() };
+    let system = json!([{"role": "system", "content": system}]);
+    // Jinja takes one newline after the tag away, so the template begins as it did.
+    format!(
+        "{{%- if messages[0].role != 'system' -%}}{{%- set messages = {system} + messages -%}}{{%- endif %}}\n{template}"
+    )
+}
+
+/// # Errors
+/// [`Error::Usage`] for a Jinja template: it is written for text alone, and the layouts of whole models have
+/// images in theirs.
+pub(super) fn refuse_jinja(text: &TextSpec) -> Result<()> {
+    if text.template == Template::Jinja {
+        return Err(Error::usage(
+            "a whole model cannot be exported with the tokenizer's own chat template (`data.template: jinja`)",
+            "the layouts of whole models write images in their chat template; train with `chatml`, `smollm` or \
+             `sail`, or export the language model alone with `--what llm`",
+        ));
+    }
+    Ok(())
 }
 
 /// The template with this system prompt, separator and image mark, in the dialect of transformers.

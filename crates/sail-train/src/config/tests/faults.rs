@@ -67,7 +67,7 @@ fn wrong_types() {
     error: `data.mean`: expected a list of 3 numbers, found 4 item(s)
       --> stage.yaml:14
 
-    error: `data.template`: expected `chatml` or `sail` or `smollm`, found a mapping
+    error: `data.template`: expected `chatml` or `sail` or `smollm` or `jinja`, found a mapping
       --> stage.yaml:15
 
     error: `data.sources[0].shards[1]`: expected text, found the number `5`

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::weights::ModelRef;
 
-use super::super::{Config, CurriculumPlan, ModelSource, Module, ModulePlan, Plan, load};
+use super::super::{Config, CurriculumPlan, ModelSource, Module, ModulePlan, Plan, VisualShape, load};
 use super::{STAGE, edited, load_files, plan};
 
 fn shipped(name: &str, sets: &[&str]) -> CurriculumPlan {
@@ -55,9 +55,10 @@ fn models_may_be_on_a_hub() {
 #[test]
 fn data_spec_takes_the_tokens_of_a_tile() {
     let plan = plan(STAGE, &["run.seed=7"]);
-    let spec = plan.data_spec(16);
+    let shape = VisualShape { tokens_per_tile: 16, unit_px: 28 };
+    let spec = plan.data_spec(shape);
     assert_eq!((spec.image.tile_px, spec.image.tokens_per_tile, spec.seed), (112, 16, 7));
-    assert_eq!(plan.eval_spec(16), None);
+    assert_eq!(plan.eval_spec(shape), None);
 }
 
 #[test]

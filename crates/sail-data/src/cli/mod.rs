@@ -1,0 +1,72 @@
+//! The command line of `sail-data`: arguments in, an exit code out. What the commands do is in `tools`.
+//!
+//! 0 done, 1 failed or something is wrong with the data, 2 bad usage.
+
+mod check;
+mod index;
+mod inspect;
+mod options;
+mod pack;
+mod stats;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::tools::error::{Result, with_causes};
+
+const AFTER_HELP: &str = "\
+Examples:
+  sail-data pack llava.json --images coco --out shards/llava
+  sail-data index 'shards/llava/*.tar'
+  sail-data check 'shards/llava/*.tar'
+  sail-data stats 'shards/llava/*.tar' --tokenizer tokenizer.json --html stats.html
+  sail-data inspect shards/llava/shard-000000.tar --tokenizer tokenizer.json --tiles
+
+SHARD is a path with braces ({000..099}) and globs (*); quote it, so that the shell leaves it alone.
+Exit codes: 0 done, 1 failed or something is wrong with the data, 2 bad usage.
+NO_COLOR=1 keeps colours out of the terminal.";
+
+/// Makes, checks and shows shards of image-text samples.
+#[derive(Debug, Parser)]
+#[command(name = "sail-data", version, after_help = AFTER_HELP)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Pack(Box<pack::Args>),
+    Index(index::Args),
+    Check(Box<check::Args>),
+    Stats(Box<stats::Args>),
+    Inspect(Box<inspect::Args>),
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).without_time();
+    log.with_ansi(terminal::colour_on_stderr()).with_writer(std::io::stderr).init();
+    match run(args.command) {
+        Ok(code) => code,
+        Err(error) => {
+            terminal::warn(&format!("error: {}", with_causes(&error)));
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Pack(args) => args.run(),
+        Command::Index(args) => args.run(),
+        Command::Check(args) => args.run(),
+        Command::Stats(args) => args.run(),
+        Command::Inspect(args) => args.run(),
+    }
+}

@@ -1,0 +1,148 @@
+//! Exact and elastic resumption: the sequence of packs does not depend on ranks, threads or restarts.
+
+use proptest::prelude::*;
+
+use super::loading::{loader, mixed_spec, open, shards_spec, take};
+use crate::error::Error;
+use crate::loader::{Loaded, Loader, LoaderOptions};
+use crate::spec::{Balance, DataSpec, Length, MixBy};
+use crate::state::{Position, StreamState};
+use crate::testing::encoder_for;
+
+/// Turns of all streams as `world` ranks read them, put together in the global order.
+fn read_with(
+    spec: &DataSpec,
+    (world, threads): (usize, usize),
+    position: Option<&Position>,
+    turns: usize,
+) -> (Vec<Loaded>, Vec<Loader>) {
+    let options = |rank| LoaderOptions { threads, rank, world };
+    let mut ranks: Vec<Loader> =
+        (0..world).map(|rank| open(spec, options(rank), position.cloned())).collect();
+    ((0..turns).map(|turn| ranks[turn % world].next_pack().unwrap()).collect(), ranks)
+}
+
+/// Where the ranks stand, as a checkpoint keeps it.
+fn saved_position(ranks: &[Loader]) -> Position {
+    let merged = Position::merge(ranks.iter().rev().map(Loader::position).collect()).unwrap();
+    let saved = serde_json::to_string(&merged).unwrap();
+    let read: Position = serde_json::from_str(&saved).unwrap();
+    assert!(read == merged && serde_json::to_string(&read).unwrap() == saved);
+    read
+}
+
+#[test]
+fn a_run_resumes_exactly_after_every_pack() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = mixed_spec(dir.path());
+    let expected = take(&mut loader(&spec, 2), 40);
+    let mut start = loader(&spec, 1);
+    for stop in 1..24 {
+        start.next_pack().unwrap();
+        let mut resumed = open(&spec, LoaderOptions::alone(2), Some(start.position()));
+        assert_eq!(resumed.tallies(), start.tallies());
+        assert!(take(&mut resumed, 8) == expected[stop..stop + 8], "stopped after pack {stop}");
+    }
+}
+
+#[test]
+fn a_state_of_other_data_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = shards_spec(dir.path(), &[5, 5]);
+    let encoder = encoder_for(&spec.text);
+    let alone = LoaderOptions::alone(1);
+    let mut saved = loader(&spec, 1);
+    saved.next_pack().unwrap();
+    let position = saved.position();
+    let changes: [fn(&mut DataSpec); 5] = [
+        |s| s.seed = 8,
+        |s| s.streams = 2,
+        |s| s.sources[0].name = "other".into(),
+        |s| drop(s.sources[0].shards.pop()),
+        |s| s.sources[0].shards.reverse(),
+    ];
+    for change in changes {
+        let mut changed = spec.clone();
+        change(&mut changed);
+        let refused = Loader::new(&changed, encoder.clone(), alone, Some(position.clone()));
+        assert!(matches!(refused, Err(Error::StateMismatch { .. })));
+    }
+    let harmless = DataSpec { pack_buffer: 9, ..spec.clone() };
+    assert!(Loader::new(&harmless, encoder.clone(), alone, Some(position.clone())).is_ok());
+    let refusals = [
+        LoaderOptions { threads: 0, ..alone },
+        LoaderOptions { world: 2, ..alone },
+        LoaderOptions { rank: 1, ..alone },
+        LoaderOptions { world: 0, ..alone },
+    ];
+    for options in refusals {
+        let refused = Loader::new(&spec, encoder.clone(), options, None);
+        assert!(matches!(refused, Err(Error::InvalidSpec { .. })), "{options:?}");
+    }
+    assert!(matches!(Position::merge(vec![position.clone(), position]), Err(Error::StateMismatch { .. })));
+}
+
+#[test]
+fn a_position_inside_a_step_of_all_ranks_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = DataSpec { streams: 4, ..shards_spec(dir.path(), &[5, 5]) };
+    let position = saved_position(&read_with(&spec, (1, 1), None, 3).1);
+    for world in [2, 4] {
+        let options = LoaderOptions { threads: 1, rank: 0, world };
+        let refused = Loader::new(&spec, encoder_for(&spec.text), options, Some(position.clone()));
+        assert!(matches!(refused, Err(Error::StateMismatch { .. })));
+    }
+}
+
+#[test]
+fn a_sample_that_went_bad_while_it_waited_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = DataSpec { tokens_per_pack: 80, ..shards_spec(dir.path(), &[40]) };
+    let mut start = loader(&spec, 1);
+    start.next_pack().unwrap();
+    let position = start.position();
+    assert!(position.streams[0].waiting() > 0);
+    let shard = &spec.sources[0].shards[0];
+    let spoiled = String::from_utf8(std::fs::read(shard).unwrap()).unwrap().replace("gpt", "cat");
+    std::fs::write(shard, spoiled).unwrap();
+    let error = open(&spec, LoaderOptions::alone(1), Some(position)).next_pack().unwrap_err();
+    assert!(matches!(&error, Error::StateMismatch { detail } if detail.contains("is not now")), "{error}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn any_world_gives_the_same_packs_and_resumes_in_any_other(
+        counts in prop::collection::vec(0_usize..7, 1..5).prop_filter("a sample", |c| c.iter().any(|&n| n > 0)),
+        streams in prop::sample::select(vec![1_usize, 2, 4, 6, 12]),
+        worlds in (0_usize..8, 0_usize..8),
+        (shuffle_buffer, pack_buffer) in (1_usize..6, 1_usize..9),
+        (before, after) in (0_usize..40, 1_usize..20),
+        (by_tokens, mean, length) in (any::<bool>(), any::<bool>(), 0_u64..3),
+        seed in any::<u64>(),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut spec = shards_spec(dir.path(), &counts);
+        let mixed = mixed_spec(dir.path());
+        spec.sources.extend(mixed.sources.into_iter().skip(1));
+        (spec.streams, spec.seed, spec.tokens_per_pack, spec.max_error_rate) = (streams, seed, 150, 0.9);
+        (spec.shuffle_buffer, spec.pack_buffer) = (shuffle_buffer, pack_buffer);
+        spec.mix_by = if by_tokens { MixBy::Tokens } else { MixBy::Samples };
+        spec.balance = if mean { Balance::Mean } else { Balance::Off };
+        spec.length = [Length::Endless, Length::Epochs(2), Length::Samples(33)][length as usize];
+        let divisors: Vec<usize> = (1..=streams).filter(|world| streams % world == 0).collect();
+        let (first, second) = (divisors[worlds.0 % divisors.len()], divisors[worlds.1 % divisors.len()]);
+        // A step is a whole number of turns of every rank, before the stop and after it.
+        let before = before.next_multiple_of(first * second);
+        let (expected, _) = read_with(&spec, (1, 1), None, before + after);
+        let (mut taken, ranks) = read_with(&spec, (first, 2), None, before);
+        let position = saved_position(&ranks);
+        taken.extend(read_with(&spec, (second, 3), Some(&position), after).0);
+        prop_assert!(taken == expected, "{first} ranks, then {second}");
+        for pack in taken.iter().filter_map(|loaded| loaded.pack.as_ref()) {
+            prop_assert!(pack.ids.len() <= spec.tokens_per_pack);
+        }
+        prop_assert!(position.streams.iter().map(StreamState::stream).eq(0..streams));
+    }
+}

@@ -1,0 +1,264 @@
+//! From a record to the members of a sample in a shard, and keys.
+
+use std::collections::HashSet;
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::path::{Component, Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::PackOptions;
+use super::input::{Content, Inputs, Record};
+use crate::draft::Draft;
+use crate::error::BadSample;
+use crate::tools::access::{extension, image_files};
+
+/// A sample that waits for its key.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Prepared {
+    /// What it is called in its input.
+    id: Option<String>,
+    annotation: Map<String, Value>,
+    /// Extension and contents of each image.
+    images: Vec<(&'static str, Vec<u8>)>,
+}
+
+/// A record that is no sample.
+#[derive(Clone, Debug)]
+pub(super) struct Refused {
+    pub(super) id: Option<String>,
+    pub(super) cause: BadSample,
+}
+
+/// Reads a record's images and makes sure that it is a sample that training can use.
+///
+/// # Errors
+/// The outer error is one of a shard; the inner one concerns this record only.
+pub(super) fn prepare(
+    inputs: &Inputs,
+    options: &PackOptions,
+    record: &Record,
+) -> crate::Result<Result<Prepared, Refused>> {
+    let input = &inputs.list[record.at.input];
+    let source = &inputs.setup.sources[input.source];
+    let (id, annotation, draft) = match &record.content {
+        Content::Json { text } => {
+            let parsed: serde_json::Result<Map<String, Value>> = serde_json::from_slice(text);
+            let annotation = match parsed {
+                Ok(annotation) => annotation,
+                Err(error) => {
+                    let cause = BadSample::BadJson { detail: error.to_string() };
+                    return Ok(Err(Refused { id: None, cause }));
+                }
+            };
+            let id = id_of(&annotation);
+            let folder = input.images.as_deref().unwrap_or(Path::new(""));
+            let images = match read_images(folder, &annotation) {
+                Ok(images) => images,
+                Err(cause) => return Ok(Err(Refused { id, cause })),
+            };
+            let key = id.clone().unwrap_or_default();
+            (id, Some(annotation), inputs.setup.draft_of(source, &key, text.clone(), images)?)
+        }
+        Content::Sample(place) => {
+            let drafted = inputs.setup.draft(source, *place)?;
+            let parsed = drafted.annotation.as_deref().and_then(|json| serde_json::from_slice(json).ok());
+            let annotation: Option<Map<String, Value>> = parsed;
+            let id = annotation.as_ref().and_then(id_of).unwrap_or(drafted.key);
+            (Some(id), annotation, drafted.draft)
+        }
+    };
+    Ok(match draft {
+        Ok(draft) => Ok(Prepared::new(id, annotation.unwrap_or_default(), &draft, options)),
+        Err(rejected) => Err(Refused { id, cause: rejected.cause }),
+    })
+}
+
+fn id_of(annotation: &Map<String, Value>) -> Option<String> {
+    match annotation.get("id")? {
+        Value::String(id) => Some(id.clone()),
+        Value::Number(id) => Some(id.to_string()),
+        _ => None,
+    }
+}
+
+/// The files that `image` or `images` names, each once.
+fn read_images(folder: &Path, annotation: &Map<String, Value>) -> Result<Vec<(String, Vec<u8>)>, BadSample> {
+    let mut names: Vec<&str> = match annotation.get("image").or(annotation.get("images")) {
+        Some(Value::String(name)) => vec![name],
+        Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
+        _ => Vec::new(),
+    };
+    let mut seen = HashSet::new();
+    names.retain(|name| seen.insert(*name));
+    names.into_iter().map(|name| Ok((name.to_owned(), read_image(folder, name)?))).collect()
+}
+
+fn read_image(folder: &Path, name: &str) -> Result<Vec<u8>, BadSample> {
+    let missing = |detail: String| BadSample::UnknownImage { reference: name.to_owned(), members: detail };
+    let path = inside(folder, name)
+        .ok_or_else(|| missing(format!("no file outside its folder `{}`", folder.display())))?;
+    let read = || {
+        if std::fs::metadata(&path)?.is_file() {
+            return std::fs::read(&path);
+        }
+        Err(std::io::Error::other("not a regular file"))
+    };
+    read().map_err(|error| missing(format!("no file `{}`: {error}", path.display())))
+}
+
+/// The path of a name in a folder; `None` when it leads out of it.
+fn inside(folder: &Path, name: &str) -> Option<PathBuf> {
+    let path = Path::new(name);
+    let relative = if path.is_absolute() { path.strip_prefix(folder).ok()? } else { path };
+    let plain = relative.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    plain.then(|| folder.join(relative))
+}
+
+impl Prepared {
+    fn new(
+        id: Option<String>,
+        mut annotation: Map<String, Value>,
+        draft: &Draft,
+        options: &PackOptions,
+    ) -> Self {
+        if !annotation.contains_key("conversations") && !annotation.contains_key("messages") {
+            // Another layout: the conversation that it stands for is written out.
+            let turn = |turn: &crate::Turn| json!({"role": turn.role.name(), "content": turn.text});
+            annotation.insert("messages".into(), draft.turns().iter().map(turn).collect());
+        }
+        for (field, value) in [("license", &options.license), ("source", &options.source)] {
+            if let Some(value) = value.as_ref().filter(|_| annotation.get(field).is_none_or(Value::is_null)) {
+                annotation.insert(field.into(), Value::String(value.clone()));
+            }
+        }
+        let image = |bytes: &[u8]| (extension(bytes).unwrap_or("jpg"), bytes.to_vec());
+        Self { id, annotation, images: image_files(draft).map(image).collect() }
+    }
+
+    /// The members of the sample: the annotation, which names the images, then these.
+    pub(super) fn members(mut self, key: &str) -> Vec<(String, Vec<u8>)> {
+        let single = self.images.len() == 1;
+        let name = |(index, (extension, _)): (usize, &(&str, Vec<u8>))| {
+            if single { format!("{key}.{extension}") } else { format!("{key}.img{}.{extension}", index + 1) }
+        };
+        let names: Vec<String> = self.images.iter().enumerate().map(name).collect();
+        let field = if self.annotation.contains_key("images") { "images" } else { "image" };
+        let was_text = self.annotation.get(field).is_none_or(|value| value.is_string() || value.is_null());
+        if !names.is_empty() {
+            let value = if single && was_text && field == "image" { json!(names[0]) } else { json!(names) };
+            self.annotation.insert(field.into(), value);
+        }
+        let json = Value::Object(self.annotation).to_string().into_bytes();
+        let images = names.into_iter().zip(self.images).map(|(name, (_, bytes))| (name, bytes));
+        std::iter::once((format!("{key}.json"), json)).chain(images).collect()
+    }
+
+    /// What it is called in its input.
+    pub(super) fn id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+}
+
+/// The keys given so far, so that none is given twice. It remembers 8 bytes of each.
+#[derive(Debug, Default)]
+pub(super) struct Keys(HashSet<u64>);
+
+impl Keys {
+    /// Member names have at most 100 bytes, and the suffix needs some of them.
+    const LONGEST: usize = 72;
+
+    /// Notes a key that is in use.
+    pub(super) fn note(&mut self, key: &str) -> bool {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        self.0.insert(hasher.finish())
+    }
+
+    /// A key for the record with this id and number: the id where it can be one, with the number after it
+    /// where it is in use already.
+    pub(super) fn give(&mut self, id: Option<&str>, number: u64) -> String {
+        let safe = |character: char| match character {
+            'a'..='z' | 'A'..='Z' | '0'..='9' | '-' | '_' => character,
+            _ => '_',
+        };
+        let base: String = id.unwrap_or_default().chars().map(safe).collect();
+        let base = base.trim_matches('_');
+        let mut key = match base {
+            "" => format!("{number:09}"),
+            _ if base.len() > Self::LONGEST => format!("{}-{number:09}", &base[..Self::LONGEST - 10]),
+            _ => base.to_owned(),
+        };
+        while !self.note(&key) {
+            key = format!("{}-{number:09}", &key[..key.len().min(Self::LONGEST)]);
+        }
+        key
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_unique_and_safe() {
+        let mut keys = Keys::default();
+        let long = "x".repeat(200);
+        let given: Vec<String> = [
+            Some("a/b.c"),
+            Some("a_b_c"),
+            None,
+            Some("../"),
+            Some("__meta__"),
+            Some("é!"),
+            Some(&long),
+            Some(&long),
+        ]
+        .into_iter()
+        .enumerate()
+        .map(|(n, id)| keys.give(id, n as u64))
+        .collect();
+        let expected = ["a_b_c", "a_b_c-000000001", "000000002", "000000003", "meta", "000000005"];
+        assert_eq!(&given[..6], &expected);
+        assert_eq!(given.iter().collect::<HashSet<_>>().len(), given.len());
+        assert!(given.iter().all(|key| key.len() <= 84), "{given:?}");
+    }
+
+    #[test]
+    fn images_stay_in_their_folder() {
+        let folder = Path::new("/data/images");
+        for (name, path) in [
+            ("a/b.jpg", Some("/data/images/a/b.jpg")),
+            ("./b.jpg", Some("/data/images/b.jpg")),
+            ("/data/images/c.jpg", Some("/data/images/c.jpg")),
+            ("../secret", None),
+            ("a/../../secret", None),
+            ("/etc/passwd", None),
+        ] {
+            assert_eq!(inside(folder, name), path.map(PathBuf::from), "{name}");
+        }
+    }
+
+    #[test]
+    fn annotations_name_their_members() {
+        let annotation = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap();
+        let names = |text: &str, images: usize| {
+            let images = vec![("png", vec![1]); images];
+            let members = Prepared { id: None, annotation: annotation(text), images }.members("k");
+            let json = String::from_utf8(members[0].1.clone()).unwrap();
+            let names: Vec<String> = members.into_iter().map(|(name, _)| name).collect();
+            (json, names)
+        };
+        let cases = [
+            (r#"{"image":"x/y.png","z":1}"#, 1, r#"{"image":"k.png","z":1}"#),
+            (r#"{"image":["x.png"]}"#, 1, r#"{"image":["k.png"]}"#),
+            (r#"{"images":["x","y"]}"#, 2, r#"{"images":["k.img1.png","k.img2.png"]}"#),
+            (r#"{"id":7}"#, 0, r#"{"id":7}"#),
+            (r#"{"id":7}"#, 1, r#"{"id":7,"image":"k.png"}"#),
+        ];
+        for (text, images, expected) in cases {
+            assert_eq!(names(text, images).0, expected);
+        }
+        assert_eq!(names("{}", 2).1, ["k.json", "k.img1.png", "k.img2.png"]);
+    }
+}

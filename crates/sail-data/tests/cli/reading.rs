@@ -1,0 +1,159 @@
+//! `index`, `check`, `stats` and `inspect` on shards, good and bad.
+
+use serde_json::Value;
+
+use crate::support::{Folder, demo, run, sail_data, succeed};
+
+const SMALL: [&str; 6] = ["--image-px", "16", "--tokens-per-tile", "4", "--max-tiles", "4"];
+
+#[test]
+fn the_demo_corpus_is_clean() {
+    let clean = succeed(&["check", &demo("*.tar"), "--image-px", "112", "--tokens-per-tile", "16"]);
+    assert_eq!(clean, "1 328 samples with 1 088 images in 12 shards: 0 bad; text was not tokenised\n");
+}
+
+#[test]
+fn bad_samples_and_broken_shards_are_named_and_the_rest_is_read() {
+    let folder = Folder::new();
+    let whole = std::fs::read(demo("ocr-heldout-000000.tar")).unwrap();
+    folder.write("b-0.tar", &whole[..whole.len() / 2]);
+    let mut spoiled = whole.clone();
+    let at = spoiled.windows(8).position(|window| window == b"\x89PNG\r\n\x1a\n").unwrap();
+    spoiled[at + 60..at + 120].fill(0);
+    folder.write("a-0.tar", spoiled);
+    folder.write("c-0.tar", &whole);
+    let json = folder.at("problems.json");
+    let (code, stdout, stderr) = run(&["check", &folder.at("*.tar"), "--json", &json]);
+    assert_eq!((code, stderr.as_str()), (1, ""));
+    let lines: Vec<&str> = stdout.lines().collect();
+    assert!(lines[0].contains("a-0.tar  ocr-") && lines[0].contains("  bad_image: "), "{stdout}");
+    assert!(lines[1].contains("b-0.tar` is broken at byte "), "{stdout}");
+    assert!(
+        stdout.contains("bad_image                 1") && stdout.contains("broken shards             1"),
+        "{stdout}"
+    );
+    let found: Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert_eq!(found["summary"]["bad"]["bad_image"], 1);
+    assert_eq!(found["problems"].as_array().unwrap().len(), 2);
+    assert!(found["summary"]["samples"].as_u64().unwrap() > 80);
+    let (code, _, stderr) = run(&["stats", &folder.at("*.tar")]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("b-0.tar` is broken at byte "), "{stderr}");
+}
+
+#[test]
+fn too_long_samples_are_bad_in_check_and_counted_in_stats() {
+    let folder = Folder::new();
+    let tokenizer = folder.tokenizer();
+    let shards = demo("vqa-*.tar");
+    let options = [&SMALL[..], &["--tokenizer", &tokenizer, "--tokens-per-pack", "200"]].concat();
+    let (code, stdout, _) = run(&[&["check", &shards], &options[..]].concat());
+    assert_eq!(code, 1);
+    let row = stdout.lines().find(|line| line.starts_with("  too_long")).unwrap();
+    let json = folder.at("stats.json");
+    let report = succeed(&[&["stats", &shards, "--json", &json], &options[..]].concat());
+    let stats: Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert_eq!(row.split_whitespace().last().unwrap(), stats["total"]["too_long"].to_string(), "{report}");
+    assert_eq!(stats["sources"][0]["name"], "vqa");
+    let tokens = &stats["total"]["distributions"]["total_tokens"];
+    assert_eq!(tokens["count"], 240);
+    let bars = tokens["histogram"].as_array().unwrap();
+    assert_eq!(bars.iter().map(|bar| bar["count"].as_u64().unwrap()).sum::<u64>(), 240);
+}
+
+#[test]
+fn a_specification_file_gives_everything() {
+    let folder = Folder::new();
+    let tokenizer = folder.tokenizer();
+    let shards = demo("caption-heldout-*.tar");
+    let spec = format!(
+        "tokenizer: {tokenizer}\n\
+         data:\n  sources: [{{ name: captions, shards: ['{shards}'], weight: 1.0 }}]\n  mix_by: samples\n  \
+         length: !epochs 1\n  streams: 1\n  seed: 0\n  tokens_per_pack: 4096\n  visual_tokens_per_pack: null\n  \
+         too_long: drop\n  shuffle_buffer: 1\n  pack_buffer: 1\n  max_error_rate: 0.1\n  \
+         text: {{ template: chatml, system: null, image_tokens: {{ start: '<img>', context: '<IMG_CONTEXT>', end: '</img>' }}, loss_weight: square }}\n  \
+         image: {{ tile_px: 32, tokens_per_tile: 4, tiling: {{ min: 1, max: 4, thumbnail: true }}, any_resolution: null, max_frames: 8, \
+         alpha: drop, exif_orientation: true, reencode: null, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], max_pixels: 1000000 }}\n  \
+         store: {{ retries: 1, timeout_secs: 1.0, read_ahead_bytes: 1000000, cache: null }}\n"
+    );
+    let spec = folder.write("data.yaml", spec);
+    let stats = succeed(&["stats", "--spec", &spec]);
+    assert!(
+        stats.starts_with("captions: 48 samples in 1 shard\n") && stats.contains("pack of 4096 tokens"),
+        "{stats}"
+    );
+    let shown = succeed(&["inspect", "--spec", &spec]);
+    assert!(shown.contains("[0."), "weights of 1/sqrt(n): {shown}");
+    let other = succeed(&["stats", "--spec", &spec, &demo("text-heldout-*.tar")]);
+    assert!(other.starts_with("text-heldout: 40 samples"), "{other}");
+}
+
+#[test]
+fn an_index_holds_the_offset_of_every_sample() {
+    let folder = Folder::new();
+    let shard = folder.write("a.tar", std::fs::read(demo("vqa-heldout-000000.tar")).unwrap());
+    let before = succeed(&["inspect", &shard, "--nth", "17"]);
+    let printed = succeed(&["index", &shard]);
+    assert_eq!(printed, format!("{shard}.idx: 40 samples\n"));
+    let index = std::fs::read(format!("{shard}.idx")).unwrap();
+    let offsets: Vec<u64> =
+        index.chunks_exact(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())).collect();
+    // As Python's tarfile counts: a sample begins at the header of its first member.
+    let mut archive = tar::Archive::new(std::fs::File::open(&shard).unwrap());
+    let (mut expected, mut end, mut key) = (Vec::new(), 0, String::new());
+    for entry in archive.entries().unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.path().unwrap().display().to_string();
+        let stem = name.split_once('.').unwrap().0.to_owned();
+        if stem != key {
+            expected.push(entry.raw_header_position());
+            key = stem;
+        }
+        end = entry.raw_file_position() + entry.size().next_multiple_of(512);
+    }
+    expected.push(end);
+    assert_eq!(offsets, expected);
+    assert_eq!(succeed(&["inspect", &shard, "--nth", "17"]), before, "found through the index");
+
+    // The shard is replaced, the index stays.
+    std::fs::write(&shard, std::fs::read(demo("text-heldout-000000.tar")).unwrap()).unwrap();
+    let (code, stdout, stderr) = run(&["inspect", &shard, "--nth", "17"]);
+    assert_eq!(code, 0);
+    assert!(
+        stdout.contains("sample text-") && stderr.contains("does not fit its shard"),
+        "{stdout} {stderr}"
+    );
+}
+
+#[test]
+fn a_sample_is_shown_in_text_colours_and_html() {
+    let folder = Folder::new();
+    let tokenizer = folder.tokenizer();
+    let (shard, html) = (demo("ocr-heldout-000000.tar"), folder.at("sample.html"));
+    let args = [&["inspect", &shard, "--tokenizer", &tokenizer, "--html", &html], &SMALL[..]].concat();
+    let plain = succeed(&args);
+    assert!(plain.contains("<IMG_CONTEXT> x ") && plain.contains("<|im_end|>⟧[1]"), "{plain}");
+    assert!(!plain.contains('\u{1b}'), "no colours into a pipe");
+    let coloured = succeed(&[&args[..], &["--color", "always", "--tiles"]].concat());
+    assert!(coloured.contains("\u{1b}[32m") && coloured.contains('▀'));
+    let page = std::fs::read_to_string(&html).unwrap();
+    assert!(page.contains("data:image/png;base64,") && page.contains("learnt, weight 1"));
+    assert!(!page.contains("http"), "the page must not ask the network for anything");
+    let output = sail_data().args(&args).env("NO_COLOR", "1").output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), plain);
+    let (code, _, stderr) = run(&["inspect", &shard, "--key", "nobody"]);
+    assert_eq!(code, 1);
+    assert!(stderr.starts_with("error: there is no sample with the key `nobody`"), "{stderr}");
+}
+
+#[test]
+fn the_page_of_statistics_needs_nothing_else() {
+    let folder = Folder::new();
+    let html = folder.at("stats.html");
+    succeed(&["stats", &demo("vqa-*.tar"), &demo("ocr-*.tar"), "--html", &html]);
+    let page = std::fs::read_to_string(html).unwrap();
+    assert!(
+        page.contains("<svg") && page.contains("prefers-color-scheme:dark") && page.contains("role=\"img\"")
+    );
+    assert!(page.contains("Bitstream-Vera") && !page.contains("http"), "nothing from the network");
+}
