@@ -249,10 +249,10 @@ impl Stream {
         }
         self.candidates = kept;
         let spec = &self.shared.spec.image;
-        let decoded: Vec<_> =
-            taken.into_par_iter().map(|(source, draft)| (source, draft.finish(spec))).collect();
+        let finish = |(source, draft): (usize, Draft)| (source, draft.load(), draft.finish(spec));
+        let decoded: Vec<_> = taken.into_par_iter().map(finish).collect();
         let mut whole = true;
-        for (source, sample) in decoded {
+        for (source, load, sample) in decoded {
             match sample {
                 Ok(sample) => {
                     rows.good(source);
@@ -260,6 +260,10 @@ impl Stream {
                 }
                 Err(rejected) => {
                     whole = false;
+                    // It is not given after all.
+                    let tally = &mut self.sources[source].tally;
+                    tally.tokens -= load.tokens as u64;
+                    tally.visual_tokens -= load.visual as u64;
                     self.reject(source, &rejected, rows)?;
                 }
             }
