@@ -60,8 +60,17 @@ fn growth(samples: u64) -> u64 {
     most.max(resident_kb()) - before
 }
 
+/// In a process of its own: other tests take memory too.
 #[test]
 fn memory_does_not_grow_with_the_samples() {
+    let mut alone = Command::new(std::env::current_exe().unwrap());
+    let status = alone.args(["--ignored", "--exact", "tests::figures::memory_alone"]).status().unwrap();
+    assert!(status.success());
+}
+
+#[test]
+#[ignore = "the process that `memory_does_not_grow_with_the_samples` starts"]
+fn memory_alone() {
     growth(1_000);
     let (few, many) = (growth(1_000), growth(300_000));
     assert!(many < few + 4_096, "{few} kB for 1,000 samples, {many} kB for 300,000");
@@ -159,17 +168,51 @@ fn figures_reading() {
     println!("samples of a shard: {ours:.0} MB/s, cat: {cat:.0} MB/s, ratio {:.2}", ours / cat);
 }
 
-/// Mean fill, and mean over the steps of how much more visual tokens the fullest of 8 packs has than the mean.
-fn packing(spec: &DataSpec) -> (f64, f64) {
-    let packs: Vec<Pack> =
-        take(&mut loader(spec, 2), 8 * 60).into_iter().filter_map(|turn| turn.pack).collect();
-    let tokens: usize = packs.iter().map(|pack| pack.ids.len()).sum();
-    let fill = tokens as f64 / (packs.len() * spec.tokens_per_pack) as f64;
+const STEPS: usize = 60;
+
+/// Tokens and visual tokens of packs.
+type Loads = Vec<(usize, usize)>;
+
+/// Prints the mean fill, and the mean over steps of how much more visual tokens the fullest of 8 packs has than
+/// the mean.
+fn print_packing(name: &str, tokens_per_pack: usize, packs: &Loads) {
+    let tokens: usize = packs.iter().map(|(tokens, _)| tokens).sum();
+    let fill = tokens as f64 / (packs.len() * tokens_per_pack) as f64;
     let steps = packs.chunks(8).map(|ranks| {
-        let visual = ranks.iter().map(|pack| pack.image_rows.len() as f64);
-        visual.clone().fold(0.0, f64::max) * 8.0 / visual.sum::<f64>() - 1.0
+        let most = ranks.iter().map(|&(_, visual)| visual).max().unwrap() as f64;
+        most * 8.0 / ranks.iter().map(|&(_, visual)| visual).sum::<usize>() as f64 - 1.0
     });
-    (fill, steps.sum::<f64>() / 60.0)
+    let imbalance = steps.sum::<f64>() / STEPS as f64;
+    let (fill, imbalance) = (100.0 * fill, 100.0 * imbalance);
+    println!("{tokens_per_pack} tokens, {name}: {fill:.2} % filled, imbalance {imbalance:.2} %");
+}
+
+fn packed(spec: &DataSpec) -> Loads {
+    let packs = take(&mut loader(spec, 2), 8 * STEPS).into_iter().filter_map(|turn| turn.pack);
+    packs.map(|pack| (pack.ids.len(), pack.image_rows.len())).collect()
+}
+
+/// What a packer without candidates makes of the same samples: a pack is closed by the first that does not fit.
+fn first_come(spec: &DataSpec) -> Loads {
+    let mut samples = loader(&DataSpec { tokens_per_pack: 1_000, pack_buffer: 1, ..spec.clone() }, 2);
+    let mut open = [(0, 0); 8];
+    let mut closed = vec![Loads::new(); 8];
+    while closed.iter().any(|packs| packs.len() < STEPS) {
+        let turn = samples.next_pack().unwrap();
+        let pack: Pack = turn.pack.unwrap();
+        for bounds in pack.cu_seqlens.windows(2) {
+            let length = (bounds[1] - bounds[0]) as usize;
+            let visual = pack.image_rows.iter().filter(|&&row| bounds[0] <= row && row < bounds[1]).count();
+            let (tokens, images) = &mut open[turn.stream];
+            if *tokens + length > spec.tokens_per_pack {
+                closed[turn.stream].push((*tokens, *images));
+                (*tokens, *images) = (0, 0);
+            }
+            *tokens += length;
+            *images += visual;
+        }
+    }
+    (0..STEPS).flat_map(|step| closed.iter().map(move |packs| packs[step])).collect()
 }
 
 #[test]
@@ -186,19 +229,18 @@ fn figures_packing() {
     let image = ImageSpec { tiling, ..ImageSpec::square(56, 16) };
     let base = DataSpec { sources, streams: 8, shuffle_buffer: 64, mix_by: MixBy::Tokens, image, ..base };
     for tokens_per_pack in [1_024, 2_048, 8_192] {
+        print_packing(
+            "first come",
+            tokens_per_pack,
+            &first_come(&DataSpec { tokens_per_pack, ..base.clone() }),
+        );
         for (name, pack_buffer, balance) in [
-            ("first come", 1, Balance::Off),
             ("64 candidates", 64, Balance::Off),
             ("64 candidates, balanced", 64, Balance::Mean),
             ("256 candidates, balanced", 256, Balance::Mean),
         ] {
-            let (fill, imbalance) =
-                packing(&DataSpec { tokens_per_pack, pack_buffer, balance, ..base.clone() });
-            println!(
-                "{tokens_per_pack} tokens, {name}: {:.2} % filled, imbalance {:.2} %",
-                100.0 * fill,
-                100.0 * imbalance
-            );
+            let spec = DataSpec { tokens_per_pack, pack_buffer, balance, ..base.clone() };
+            print_packing(name, tokens_per_pack, &packed(&spec));
         }
     }
 }
