@@ -59,8 +59,6 @@ pub(crate) struct Order {
     draw_key: Key,
     cursor: Cursor,
     scanner: Option<OpenUnit>,
-    /// The permutation of the epoch it belongs to.
-    permutation: Option<(u64, Vec<u32>)>,
 }
 
 #[derive(Debug)]
@@ -87,7 +85,7 @@ impl Order {
         cursor: Cursor,
     ) -> Self {
         let draw_key = source.key.with_name("draw").with(stream as u64);
-        Self { source, stream, streams, capacity, draw_key, cursor, scanner: None, permutation: None }
+        Self { source, stream, streams, capacity, draw_key, cursor, scanner: None }
     }
 
     /// The position after the last sample.
@@ -144,14 +142,9 @@ impl Order {
         (place / units, (place % units) as usize)
     }
 
-    fn unit(&mut self, epoch: u64, place: usize) -> Unit {
-        let source = &self.source;
-        if self.permutation.as_ref().is_none_or(|(of, _)| *of != epoch) {
-            let order = source.key.with_name("epoch").with(epoch).permutation(source.units());
-            self.permutation = Some((epoch, order));
-        }
-        let number = self.permutation.as_ref().map_or(0, |(_, order)| order[place]);
-        let parts = source.parts as u32;
+    fn unit(&self, epoch: u64, place: usize) -> Unit {
+        let number = self.source.order(epoch)[place];
+        let parts = self.source.parts as u32;
         Unit { shard: number / parts, part: u64::from(number % parts) }
     }
 

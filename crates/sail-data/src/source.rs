@@ -2,6 +2,8 @@
 
 mod energon;
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use crate::error::{Error, Result};
 use crate::rng::Key;
 use crate::shard::index::Index;
@@ -25,7 +27,12 @@ pub(crate) struct Source {
     pub(crate) parts: usize,
     /// The sequence of its random draws.
     pub(crate) key: Key,
+    /// The order of the units in the epochs asked for last: all streams share them.
+    orders: Arc<Mutex<Vec<(u64, Arc<[u32]>)>>>,
 }
+
+/// Epochs whose order is kept. Streams are seldom further apart.
+const KEPT_ORDERS: usize = 2;
 
 impl Source {
     /// Finds the shards of all sources.
@@ -46,6 +53,7 @@ impl Source {
                 parts: spec.streams.div_ceil(shards.len()),
                 shards,
                 key: Key::new(spec.seed).with_name(&source.name),
+                orders: Arc::default(),
             });
         }
         Ok(sources)
@@ -75,6 +83,21 @@ impl Source {
     /// Number of (shard, part) units in an epoch.
     pub(crate) fn units(&self) -> usize {
         self.shards.len() * self.parts
+    }
+
+    /// The order of the units in an epoch.
+    pub(crate) fn order(&self, epoch: u64) -> Arc<[u32]> {
+        // What another thread left there when it panicked is a whole order.
+        let mut kept = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, order)) = kept.iter().find(|(of, _)| *of == epoch) {
+            return Arc::clone(order);
+        }
+        let order: Arc<[u32]> = self.key.with_name("epoch").with(epoch).permutation(self.units()).into();
+        if kept.len() == KEPT_ORDERS {
+            kept.remove(0);
+        }
+        kept.push((epoch, Arc::clone(&order)));
+        order
     }
 
     /// A number that tells this source's shard list from others'.

@@ -28,7 +28,7 @@ pub struct DataSpec {
     pub too_long: TooLong,
     /// Samples held for shuffling, per stream and source; 1 keeps the order of the shards' samples.
     pub shuffle_buffer: usize,
-    /// Candidate samples from which a stream fills a pack; 1 packs in order.
+    /// Candidate samples, at least, from which a stream fills a pack; there are always enough for two packs.
     pub pack_buffer: usize,
     /// Share of bad samples, in [0, 1), above which a source stops the run.
     pub max_error_rate: f64,

@@ -23,6 +23,11 @@ use crate::state::{SourceState, StreamState};
 use crate::tally::{Rows, Tally};
 use crate::text::TextEncoder;
 
+/// Packs of more tokens are filled from candidates for two packs of so many.
+const MOST_TOKENS_HELD: usize = 1 << 22;
+/// Samples that are drafted before their lengths are looked at again.
+const MOST_DRAFTED_AT_ONCE: usize = 256;
+
 /// What all streams share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -137,9 +142,8 @@ impl Stream {
     /// Fills up the candidates, as far as there are samples.
     fn fill(&mut self, rows: &mut Rows) -> Result<()> {
         self.draft_waiting()?;
-        let wanted = self.shared.spec.pack_buffer;
-        while self.candidates.len() < wanted {
-            let places = self.next_places(wanted - self.candidates.len())?;
+        loop {
+            let places = self.next_places(self.missing())?;
             if places.is_empty() {
                 break;
             }
@@ -162,6 +166,19 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// How many more candidates are wanted: `pack_buffer` of them, and enough for two packs.
+    fn missing(&self) -> usize {
+        let spec = &self.shared.spec;
+        let missing = spec.pack_buffer.saturating_sub(self.candidates.len());
+        let drafts = self.candidates.iter().filter_map(|candidate| candidate.draft.as_ref());
+        let held: usize = drafts.map(|draft| draft.load().tokens).sum();
+        let wanted = spec.tokens_per_pack.min(MOST_TOKENS_HELD).saturating_mul(2);
+        let sum =
+            |count: fn(&Tally) -> u64| self.sources.iter().map(|source| count(&source.tally)).sum::<u64>();
+        let mean = (sum(|tally| tally.tokens) / sum(|tally| tally.seen).max(1)).max(1) as usize;
+        missing.max(wanted.saturating_sub(held).div_ceil(mean).min(MOST_DRAFTED_AT_ONCE))
     }
 
     /// Drafts the candidates of a resumed stream.
@@ -249,10 +266,10 @@ impl Stream {
         }
         self.candidates = kept;
         let spec = &self.shared.spec.image;
-        let decoded: Vec<_> =
-            taken.into_par_iter().map(|(source, draft)| (source, draft.finish(spec))).collect();
+        let finish = |(source, draft): (usize, Draft)| (source, draft.load(), draft.finish(spec));
+        let decoded: Vec<_> = taken.into_par_iter().map(finish).collect();
         let mut whole = true;
-        for (source, sample) in decoded {
+        for (source, load, sample) in decoded {
             match sample {
                 Ok(sample) => {
                     rows.good(source);
@@ -260,6 +277,10 @@ impl Stream {
                 }
                 Err(rejected) => {
                     whole = false;
+                    // It is not given after all.
+                    let tally = &mut self.sources[source].tally;
+                    tally.tokens -= load.tokens as u64;
+                    tally.visual_tokens -= load.visual as u64;
                     self.reject(source, &rejected, rows)?;
                 }
             }

@@ -17,7 +17,7 @@ pub struct Tally {
     pub seen: u64,
     /// Of those, how many in a second or later epoch.
     pub repeated: u64,
-    /// Tokens of the samples that were not skipped at once, visual ones included.
+    /// Tokens of the samples that were not skipped, visual ones included.
     pub tokens: u64,
     /// Of those, how many are visual.
     pub visual_tokens: u64,

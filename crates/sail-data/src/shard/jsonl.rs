@@ -122,8 +122,11 @@ pub(super) fn read_sample(blob: &Blob, place: Extent) -> Result<RawSample> {
     let wanted = before.saturating_add(place.bytes).saturating_add(1);
     let start = place.offset - before;
     let bytes = wanted.min(blob.len().saturating_sub(start));
-    let line = blob.read(start, bytes).map_err(|cause| Error::Io { path: blob.location().into(), cause })?;
     let changed = || broken("there is no line any more; has the file changed?");
+    let line = blob.read(start, bytes).map_err(|cause| match cause.kind() {
+        ErrorKind::UnexpectedEof => changed(),
+        _ => Error::Io { path: blob.location().into(), cause },
+    })?;
     let (head, line) = line.split_at_checked(before as usize).ok_or_else(changed)?;
     let (line, tail) = line.split_at_checked(place.bytes as usize).ok_or_else(changed)?;
     if [head, tail].iter().any(|edge| !matches!(edge, [] | [b'\n'])) || line.contains(&b'\n') {

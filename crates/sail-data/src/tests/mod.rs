@@ -5,6 +5,7 @@ mod bad_images;
 mod bad_samples;
 mod bad_shards;
 mod edits;
+mod figures;
 mod fuzz;
 mod image_goldens;
 mod images;

@@ -19,7 +19,8 @@ pub(super) struct RawData {
     pub(super) threads: usize,
     /// Samples in the shuffle buffer, per stream and source. Default: 256.
     pub(super) shuffle_buffer: usize,
-    /// Candidate samples the packer chooses from, per stream: more fill packs better. Default: 64.
+    /// Candidate samples the packer chooses from, at least, per stream; there are always enough for two packs.
+    /// Default: 64.
     pub(super) pack_buffer: usize,
     /// What the sources' weights are shares of: `samples` or `tokens`. Default: `samples`.
     pub(super) mix_by: MixBy,

@@ -35,10 +35,10 @@ pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&Batch
     for (index, std) in raw.std.iter().enumerate() {
         checker.expect(*std > 0.0, &format!("data.std[{index}]"), "must be above 0", std);
     }
+    lengths(checker, &raw, batch);
     let image_tokens = image_tokens(checker, raw.image_tokens);
     let tiling = tiling(checker, &raw.tiling);
     checker.expect(raw.max_frames >= 1, "data.max_frames", "must be at least 1", raw.max_frames);
-    lengths(checker, &raw, batch);
     if raw.template_file.is_some() && raw.template != Template::Jinja {
         checker.invalid_with_hint(
             "data.template_file",

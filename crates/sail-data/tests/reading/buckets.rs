@@ -3,52 +3,29 @@
 //! Credentials and the endpoint come from the environment, which a process must not change for itself: the
 //! test starts its own binary again, with the variables set.
 
-#![expect(clippy::unwrap_used, reason = "a failure here fails the test")]
-
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sail_data::{
-    CacheSpec, DataSpec, ImageSpec, ImageTokens, Loader, LossWeight, Pack, SourceSpec, Template, TextEncoder,
-    TextSpec,
-};
+use sail_data::{CacheSpec, DataSpec, Loader, LoaderOptions, SourceSpec, StoreSpec};
+
+use crate::support::{demo_spec, encoder, line, root};
 
 const PACKS: usize = 12;
 /// Set for the second process only.
 const AS_CHILD: &str = "SAIL_TEST_BUCKET";
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
-
 fn spec(shards: &[String], cache: Option<CacheSpec>) -> DataSpec {
-    let [start, context, end] = ["<img>", "<IMG_CONTEXT>", "</img>"].map(str::to_owned);
-    let text = TextSpec {
-        template: Template::Chatml,
-        system: None,
-        image_tokens: ImageTokens { start, context, end },
-        loss_weight: LossWeight::Token,
-    };
-    let source = SourceSpec::new("demo", shards.to_vec());
-    let mut spec = DataSpec::in_order(vec![source], text, ImageSpec::square(28, 4));
-    spec.streams = 2;
-    spec.shuffle_buffer = 16;
-    spec.tokens_per_pack = 2048;
+    let sources = vec![SourceSpec::new("demo", shards.to_vec())];
     // Small enough that reading ahead matters.
-    spec.store.read_ahead_bytes = 256 << 10;
-    spec.store.cache = cache;
-    spec
+    let store = StoreSpec { read_ahead_bytes: 256 << 10, cache, ..StoreSpec::default() };
+    DataSpec { sources, store, ..demo_spec("", 2) }
 }
 
-fn packs(shards: &[String], cache: Option<CacheSpec>) -> Vec<Pack> {
-    let spec = spec(shards, cache);
-    let encoder = TextEncoder::new(&root().join("configs/tiny/tokenizer.json"), &spec.text).unwrap();
-    let mut loader = Loader::new(&spec, Arc::new(encoder), None, 0, 2).unwrap();
-    (0..PACKS).map(|_| loader.next_pack().unwrap().pack).collect()
+fn packs(shards: &[String], cache: Option<CacheSpec>) -> Vec<String> {
+    let mut loader = Loader::new(&spec(shards, cache), encoder(), LoaderOptions::alone(2), None).unwrap();
+    (0..PACKS).map(|_| line(&loader.next_pack().unwrap())).collect()
 }
 
 fn patterns(folder: &str) -> Vec<String> {
@@ -119,7 +96,7 @@ fn a_bucket_gives_the_packs_of_the_local_shards() {
         }
     }
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "a_bucket_gives_the_packs_of_the_local_shards", "--nocapture"])
+        .args(["--exact", "buckets::a_bucket_gives_the_packs_of_the_local_shards", "--nocapture"])
         .env(AS_CHILD, "s3://shards/demo")
         .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", moto.port))
         .env("AWS_ACCESS_KEY_ID", "test")
@@ -132,19 +109,11 @@ fn a_bucket_gives_the_packs_of_the_local_shards() {
 
 fn compare_with_local(bucket: &str) {
     let local = packs(&patterns(root().join("data/demo").to_str().unwrap()), None);
-    let same = |found: &[Pack]| {
-        assert_eq!(found.len(), local.len());
-        for (found, expected) in found.iter().zip(&local) {
-            assert_eq!(found.ids, expected.ids);
-            assert_eq!(found.cu_seqlens, expected.cu_seqlens);
-            assert!(found.images.pixels == expected.images.pixels);
-        }
-    };
-    same(&packs(&patterns(bucket), None));
+    assert_eq!(packs(&patterns(bucket), None), local);
     let dir = tempfile::tempdir().unwrap();
     for _ in 0..2 {
         let cache = CacheSpec { dir: dir.path().to_owned(), max_bytes: 1 << 30 };
-        same(&packs(&patterns(bucket), Some(cache)));
+        assert_eq!(packs(&patterns(bucket), Some(cache)), local);
     }
     let absent = spec(&[format!("{bucket}/none-*.tar")], None);
     let error = sail_data::check_sources(&absent).unwrap_err().to_string();
