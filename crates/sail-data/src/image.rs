@@ -25,8 +25,8 @@ mod resize;
 mod tiff;
 mod webp;
 
+use bytes::Bytes;
 use std::path::Path;
-use std::sync::Arc;
 
 pub(crate) use decode::{Treatment, decode};
 pub(crate) use header::{Header, frame_count};
@@ -62,7 +62,7 @@ enum Layout {
 #[derive(Clone, Debug)]
 pub(crate) struct Picture {
     name: String,
-    bytes: Arc<[u8]>,
+    bytes: Bytes,
     frame: usize,
     header: Header,
     layout: Layout,
@@ -75,7 +75,7 @@ impl Picture {
     /// As [`Header::read`].
     pub(crate) fn plan(
         name: String,
-        bytes: Arc<[u8]>,
+        bytes: Bytes,
         frame: usize,
         share: Share,
         spec: &ImageSpec,

@@ -1,7 +1,5 @@
 //! The pictures of a conversation, fetched and in the order of their marks; a video becomes its frames.
 
-use std::sync::Arc;
-
 use super::{Conversation, PictureRef, VideoRef};
 use crate::annotation::{IMAGE_MARK, Role, Turn, VIDEO_MARK, place_marks};
 use crate::error::{BadSample, Failure};
@@ -87,7 +85,7 @@ fn open_frames(raw: &RawSample, video: VideoRef, spec: &ImageSpec) -> Result<Vec
             None => {
                 let bytes = raw.image(&name)?;
                 let count = frame_count(&name, &bytes)?;
-                let plan = |frame| Picture::plan(name.clone(), Arc::clone(&bytes), frame, Share::Frame, spec);
+                let plan = |frame| Picture::plan(name.clone(), bytes.clone(), frame, Share::Frame, spec);
                 return Ok(thinned(count, spec.max_frames).map(plan).collect::<Result<_, _>>()?);
             }
         },

@@ -1,8 +1,8 @@
 //! The images that JSON lines name: files below one folder or URL, and nothing outside it.
 
+use bytes::Bytes;
 use std::io::{Error as IoError, ErrorKind};
 use std::path::Path;
-use std::sync::Arc;
 
 use super::IMAGE_EXTENSIONS;
 use crate::error::{BadSample, Error, Failure};
@@ -37,7 +37,7 @@ impl Folder {
     ///
     /// # Errors
     /// [`BadSample::BadPath`], [`BadSample::MissingFile`]; [`Error`] for what is no fault of the sample.
-    pub(super) fn read(&self, name: &str) -> Result<Arc<[u8]>, Failure> {
+    pub(super) fn read(&self, name: &str) -> Result<Bytes, Failure> {
         let path = self.resolve(name)?;
         let blob = self.store.open(&path).map_err(|error| self.blame(&path, error))?;
         let bytes = blob.len();

@@ -5,6 +5,7 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use serde::Deserialize;
 
 use super::{Extent, Member, RawSample};
@@ -135,7 +136,11 @@ pub(super) fn read_sample(blob: &Blob, place: Extent) -> Result<RawSample> {
     let line = if place.offset == 0 { line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line) } else { line };
     let key = own_key(line).unwrap_or_else(|| format!("{}@{}", stem(blob.location()), place.offset));
     let mut sample = RawSample::new(&key, Vec::new());
-    sample.members.push(Member { name: key, suffix: "json".into(), data: line.trim_ascii().into() });
+    sample.members.push(Member {
+        name: key,
+        suffix: "json".into(),
+        data: Bytes::copy_from_slice(line.trim_ascii()),
+    });
     Ok(sample)
 }
 

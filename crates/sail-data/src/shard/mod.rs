@@ -11,6 +11,7 @@ mod tar;
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use self::folder::{Folder, shortened};
@@ -205,7 +206,7 @@ pub(crate) struct Member {
     pub(crate) name: String,
     /// Everything after the first dot of the base name, in lower case.
     pub(crate) suffix: String,
-    pub(crate) data: Arc<[u8]>,
+    pub(crate) data: Bytes,
 }
 
 impl Member {
@@ -262,7 +263,7 @@ impl RawSample {
     ///
     /// # Errors
     /// [`BadSample::UnknownImage`], [`BadSample::BadPath`], [`BadSample::MissingFile`]; errors of a remote store.
-    pub(crate) fn image(&self, reference: &str) -> std::result::Result<Arc<[u8]>, Failure> {
+    pub(crate) fn image(&self, reference: &str) -> std::result::Result<Bytes, Failure> {
         if let Some(folder) = &self.folder {
             return folder.read(reference);
         }
@@ -276,7 +277,7 @@ impl RawSample {
             reference: shortened(reference),
             members: shortened(&self.suffixes()),
         };
-        Ok(found.map(|member| Arc::clone(&member.data)).ok_or_else(unknown)?)
+        Ok(found.map(|member| member.data.clone()).ok_or_else(unknown)?)
     }
 
     /// The names of the images in the folder that an annotation names, sorted; none when it is no folder.

@@ -8,6 +8,7 @@ mod header;
 use std::io::ErrorKind;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use webdataset::core::utils::{base_plus_ext, is_shard_metadata};
 
 use self::header::{Failure, File, Found, next_file};
@@ -129,11 +130,12 @@ pub(super) fn read_sample(blob: &Blob, place: Extent) -> Result<RawSample> {
         ErrorKind::UnexpectedEof => broken(error.to_string()),
         _ => Error::Io { path: blob.location().into(), cause: error },
     })?;
+    // Members share the bytes that were read.
+    let bytes = Bytes::from(bytes);
     let mut sample: Option<RawSample> = None;
     let mut at = 0;
     loop {
-        let found =
-            next_file(bytes.as_slice(), at).map_err(|failure| explain(blob, place.offset, failure))?;
+        let found = next_file(&bytes[..], at).map_err(|failure| explain(blob, place.offset, failure))?;
         let Found::File(file) = found else { break };
         at = file.end;
         let Some((key, suffix)) = key_and_suffix(&file.name) else { continue };
@@ -143,7 +145,7 @@ pub(super) fn read_sample(blob: &Blob, place: Extent) -> Result<RawSample> {
         }
         let suffix = suffix.to_ascii_lowercase();
         let content = file.data as usize..(file.data + file.size) as usize;
-        sample.members.push(Member { suffix, data: bytes[content].into(), name: file.name });
+        sample.members.push(Member { suffix, data: bytes.slice(content), name: file.name });
     }
     sample.ok_or_else(|| broken("there is no sample".into()))
 }

@@ -263,11 +263,11 @@ fn fuzz_images(forever: bool) -> u64 {
         let split = if head { base.len().min(64) } else { base.len() };
         let mut bytes = [apply(&base[..split], &edits, &tokens), base[split..].to_vec()].concat();
         mend_png(&mut bytes);
-        let bytes: Arc<[u8]> = bytes.into();
+        let bytes: bytes::Bytes = bytes.into();
         let frames = frame_count("x", &bytes).unwrap_or(1);
         for frame in [0, frames.saturating_sub(1)] {
             let mut images = Images::default();
-            let planned = Picture::plan("x".into(), Arc::clone(&bytes), frame, Share::OneOf(1), &spec);
+            let planned = Picture::plan("x".into(), bytes.clone(), frame, Share::OneOf(1), &spec);
             if let Ok(()) = planned.and_then(|picture| picture.render(&spec, Key::new(0), &mut images)) {
                 assert!(images.pixels.iter().all(|value| value.is_finite()));
             }

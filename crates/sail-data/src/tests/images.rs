@@ -1,7 +1,6 @@
 //! Images of every kind and every kind of breakage; `image_goldens` compares pixels with Pillow's.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use image::{ImageFormat, RgbImage};
 use proptest::prelude::*;
@@ -76,7 +75,7 @@ fn raw_spec(tile_px: usize) -> ImageSpec {
 }
 
 fn rendered(bytes: &[u8], spec: &ImageSpec) -> Images {
-    let picture = Picture::plan("x".into(), bytes.into(), 0, Share::OneOf(1), spec).unwrap();
+    let picture = Picture::plan("x".into(), bytes.to_vec().into(), 0, Share::OneOf(1), spec).unwrap();
     let mut images = Images::default();
     picture.render(spec, Key::new(0), &mut images).unwrap();
     assert_eq!(picture.visual_tokens(spec), spec.visual_tokens(&images));
@@ -127,9 +126,9 @@ fn images_of_any_resolution_are_not_tiled() {
 #[test]
 fn a_frame_of_a_video_is_one_tile() {
     let spec = ImageSpec { tiling: Tiling { min: 4, max: 12, thumbnail: true }, ..raw_spec(8) };
-    let bytes: Arc<[u8]> = png(&gradient(64, 32)).into();
+    let bytes: bytes::Bytes = png(&gradient(64, 32)).into();
     let tokens = |share| {
-        let picture = Picture::plan("x.png".into(), Arc::clone(&bytes), 0, share, &spec).unwrap();
+        let picture = Picture::plan("x.png".into(), bytes.clone(), 0, share, &spec).unwrap();
         picture.visual_tokens(&spec) / spec.tokens_per_tile
     };
     assert_eq!((tokens(Share::Frame), tokens(Share::OneOf(1)), tokens(Share::OneOf(12))), (1, 9, 1));

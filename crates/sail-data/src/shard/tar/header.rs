@@ -13,14 +13,14 @@ pub(super) const BLOCK: u64 = 512;
 const MAX_RECORD_BYTES: u64 = 1 << 20;
 
 /// Bytes that can be read at any place.
-pub(super) trait Bytes {
+pub(super) trait Readable {
     /// How many there are.
     fn size(&self) -> u64;
     /// Fills `buf` from `at` on.
     fn fill(&self, at: u64, buf: &mut [u8]) -> std::io::Result<()>;
 }
 
-impl Bytes for Blob {
+impl Readable for Blob {
     fn size(&self) -> u64 {
         self.len()
     }
@@ -30,7 +30,7 @@ impl Bytes for Blob {
     }
 }
 
-impl Bytes for [u8] {
+impl Readable for [u8] {
     fn size(&self) -> u64 {
         self.len() as u64
     }
@@ -83,7 +83,7 @@ struct Extension {
 }
 
 /// The next regular file at or behind `at`, where a header begins.
-pub(super) fn next_file<B: Bytes + ?Sized>(bytes: &B, mut at: u64) -> Result<Found, Failure> {
+pub(super) fn next_file<B: Readable + ?Sized>(bytes: &B, mut at: u64) -> Result<Found, Failure> {
     let mut start = at;
     let mut extension = Extension::default();
     loop {
@@ -139,7 +139,7 @@ impl Failure {
     }
 }
 
-fn record<B: Bytes + ?Sized>(bytes: &B, at: u64, size: u64) -> Result<Vec<u8>, Failure> {
+fn record<B: Readable + ?Sized>(bytes: &B, at: u64, size: u64) -> Result<Vec<u8>, Failure> {
     if size > MAX_RECORD_BYTES {
         return Err(Failure::Broken { at, detail: format!("a name has {size} bytes") });
     }
