@@ -25,8 +25,10 @@ mod resize;
 mod tiff;
 mod webp;
 
-use bytes::Bytes;
 use std::path::Path;
+
+use bytes::Bytes;
+use image::RgbImage;
 
 pub(crate) use decode::{Treatment, decode};
 pub(crate) use header::{Header, frame_count};
@@ -39,7 +41,7 @@ pub(crate) use render::push_tiles;
 use crate::error::{BadSample, Error, Result};
 use crate::rng::Key;
 use crate::sample::Images;
-use crate::spec::ImageSpec;
+use crate::spec::{Alpha, ImageSpec};
 use crate::tiling::{Grid, choose_grid, choose_size};
 
 /// How many of a sample's tiles an image may have.
@@ -124,6 +126,15 @@ impl Picture {
             Layout::Tiles(grid) => grid.tiles() * spec.tokens_per_tile,
             Layout::Whole(size) => spec.tokens_of(size.height, size.width),
         }
+    }
+
+    /// Its pixels, upright, without any transparency.
+    ///
+    /// # Errors
+    /// As [`decode`].
+    pub(crate) fn decode(&self) -> std::result::Result<RgbImage, BadSample> {
+        let treatment = Treatment { alpha: Alpha::Drop, turn: true, max_pixels: u64::MAX };
+        decode(&self.name, &self.bytes, self.frame, &self.header, treatment)
     }
 
     /// Decodes it and appends its tiles, or itself. `key` is the sample's, for augmentation.

@@ -177,7 +177,12 @@ impl Stream {
         let wanted = spec.tokens_per_pack.min(MOST_TOKENS_HELD).saturating_mul(2);
         let sum =
             |count: fn(&Tally) -> u64| self.sources.iter().map(|source| count(&source.tally)).sum::<u64>();
-        let mean = (sum(|tally| tally.tokens) / sum(|tally| tally.seen).max(1)).max(1) as usize;
+        let seen = sum(|tally| tally.seen);
+        if seen == 0 {
+            // How long samples are is not known yet.
+            return missing;
+        }
+        let mean = (sum(|tally| tally.tokens) / seen).max(1) as usize;
         missing.max(wanted.saturating_sub(held).div_ceil(mean).min(MOST_DRAFTED_AT_ONCE))
     }
 

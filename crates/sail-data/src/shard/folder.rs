@@ -1,8 +1,9 @@
 //! The images that JSON lines name: files below one folder or URL, and nothing outside it.
 
-use bytes::Bytes;
 use std::io::{Error as IoError, ErrorKind};
 use std::path::Path;
+
+use bytes::Bytes;
 
 use super::IMAGE_EXTENSIONS;
 use crate::error::{BadSample, Error, Failure};
@@ -25,6 +26,11 @@ impl Folder {
     pub(super) fn beside(store: &Store, shard: &str) -> Self {
         let root =
             shard.rsplit_once('/').map_or(".", |(folder, _)| if folder.is_empty() { "/" } else { folder });
+        Self { store: store.clone(), root: root.to_owned() }
+    }
+
+    /// This folder or URL.
+    pub(super) fn at(store: &Store, root: &str) -> Self {
         Self { store: store.clone(), root: root.to_owned() }
     }
 

@@ -231,6 +231,11 @@ impl RawSample {
         Self { key: key.to_owned(), members, folder: None }
     }
 
+    /// The same, with the images that it names in a folder or at a URL.
+    pub(crate) fn with_images_in(self, store: &Store, root: &str) -> Self {
+        Self { folder: Some(Folder::at(store, root)), ..self }
+    }
+
     /// The member with this suffix.
     pub(crate) fn member(&self, suffix: &str) -> Option<&Member> {
         self.members.iter().find(|member| member.suffix == suffix)

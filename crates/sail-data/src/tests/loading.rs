@@ -287,7 +287,9 @@ proptest! {
         if streams == 1 {
             // Epochs do not mix, so counts differ by the current epoch and by what waits as a candidate.
             let (least, most) = (times.values().min().unwrap(), times.values().max().unwrap());
-            prop_assert!(most - least <= 1 + pack_buffer as u64, "{:?}", times);
+            // There are enough for two packs, each sample of 20 tokens at least.
+            let waiting = pack_buffer.max(2 * 150 / 20 + 8) as u64;
+            prop_assert!(most - least <= 1 + waiting, "{:?}", times);
         }
     }
 }

@@ -1,14 +1,16 @@
 //! The one place where the tools meet the rest of the crate: sources, drafts, pictures, tokens.
 
+use std::io::Cursor;
 use std::path::Path;
 
-use image::RgbImage;
+use image::{ImageFormat, RgbImage};
 use serde_json::{Value, json};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 use super::error::{Result, ToolError};
 use crate::draft::{Draft, Rejected};
-use crate::image::{Picture, Size};
+use crate::error::BadSample;
+use crate::image::{Picture, Size, frame_count};
 use crate::sample::{IGNORE, Sample};
 use crate::shard::{Member, RawSample, SampleRef};
 use crate::source::Source;
@@ -47,23 +49,17 @@ impl Setup {
         Ok(Drafted { key, annotation, draft })
     }
 
-    /// As [`draft`](Self::draft), for a conversation that is not in a shard yet. `images` are the files by
-    /// their names in the annotation.
+    /// As [`draft`](Self::draft), for a conversation that is not in a shard yet; its images are files in a folder.
     pub(crate) fn draft_of(
         &self,
         source: &Source,
         key: &str,
         annotation: Vec<u8>,
-        images: Vec<(String, Vec<u8>)>,
+        folder: &Path,
     ) -> crate::Result<std::result::Result<Draft, Box<Rejected>>> {
         let json = Member { name: format!("{key}.json"), suffix: "json".into(), data: annotation.into() };
-        let pictures = images.into_iter().enumerate().map(|(n, (name, data))| {
-            // Which file it is, is known already: the suffix only says that it is an image.
-            let suffix = format!("{n}.{}", extension(&data).unwrap_or("jpg"));
-            Member { name, suffix, data: data.into() }
-        });
-        let members = std::iter::once(json).chain(pictures).collect();
-        let raw = RawSample::new(key, members);
+        let raw = RawSample::new(key, vec![json]);
+        let raw = raw.with_images_in(&source.store, &folder.display().to_string());
         let extent = crate::shard::Extent { offset: 0, bytes: 0 };
         Draft::from_raw(&self.spec, &self.encoder, source, SampleRef { shard: 0, epoch: 0, extent }, &raw)
     }
@@ -118,9 +114,27 @@ fn facts(picture: &Picture, spec: &ImageSpec) -> PictureFacts {
     }
 }
 
-/// The image files of a draft, in the order of its marks.
-pub(crate) fn image_files(draft: &Draft) -> impl Iterator<Item = &[u8]> {
-    draft.pictures().iter().map(Picture::bytes)
+/// The images of a draft as files with their extensions, in the order of its marks.
+///
+/// # Errors
+/// That of a page or frame that cannot be decoded.
+pub(crate) fn image_files(draft: &Draft) -> std::result::Result<Vec<(&'static str, Vec<u8>)>, BadSample> {
+    draft.pictures().iter().map(image_file).collect()
+}
+
+/// The file as it is, or the page or frame alone where the file has several.
+fn image_file(picture: &Picture) -> std::result::Result<(&'static str, Vec<u8>), BadSample> {
+    let bytes = picture.bytes();
+    if frame_count(picture.name(), bytes)? == 1 {
+        return Ok((extension(bytes).unwrap_or("jpg"), bytes.to_vec()));
+    }
+    let mut png = Cursor::new(Vec::new());
+    let failed = |error: image::ImageError| BadSample::BadImage {
+        image: picture.name().to_owned(),
+        detail: error.to_string(),
+    };
+    picture.decode()?.write_to(&mut png, ImageFormat::Png).map_err(failed)?;
+    Ok(("png", png.into_inner()))
 }
 
 /// The usual extension of an image file, by its first bytes.

@@ -18,7 +18,7 @@ fn samples_keep_their_fields_and_bad_ones_are_listed() {
     let (input, out) = (folder.samples("a.json", 32), folder.at("out"));
     let printed = succeed(&args(&input, &out, &["--license", "CC0-1.0", "--source", "made"]));
     assert!(printed.starts_with("30 samples in 3 shards ("), "{printed}");
-    assert!(printed.contains("2 skipped: no_answer 1, unknown_image 1"), "{printed}");
+    assert!(printed.contains("2 skipped: missing_file 1, no_answer 1"), "{printed}");
 
     let rejected = std::fs::read_to_string(folder.path("out/rejected.jsonl")).unwrap();
     let lines: Vec<Value> = rejected.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -26,7 +26,7 @@ fn samples_keep_their_fields_and_bad_ones_are_listed() {
         .iter()
         .map(|line| (line["record"].as_u64().unwrap(), line["reason"].as_str().unwrap()))
         .collect();
-    assert_eq!(short, [(3, "unknown_image"), (5, "no_answer")]);
+    assert_eq!(short, [(3, "missing_file"), (5, "no_answer")]);
 
     let mut archive = tar::Archive::new(std::fs::File::open(folder.path("out/shard-000000.tar")).unwrap());
     let names: Vec<String> = archive
@@ -55,6 +55,46 @@ fn samples_keep_their_fields_and_bad_ones_are_listed() {
     );
     let shown = succeed(&["inspect", &folder.at("out/*.tar"), "--key", "part_6_x-000000007"]);
     assert!(shown.contains("Question 7?"), "two samples had the same id: {shown}");
+}
+
+#[test]
+fn frames_of_a_video_become_images_of_their_own() {
+    let folder = Folder::new();
+    let mut gif = Vec::new();
+    let mut encoder = image::codecs::gif::GifEncoder::new(&mut gif);
+    for n in 0..3 {
+        encoder.encode(&[n * 80; 16 * 8 * 3], 16, 8, image::ExtendedColorType::Rgb8).unwrap();
+    }
+    drop(encoder);
+    folder.write("clip.gif", gif);
+    let input = folder.write(
+        "a.jsonl",
+        r#"{"id": "v", "video": "clip.gif", "conversations": [
+            {"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": "It grows lighter."}]}"#
+            .replace('\n', " "),
+    );
+    succeed(&args(&input, &folder.at("out"), &[]));
+    let mut archive = tar::Archive::new(std::fs::File::open(folder.path("out/shard-000000.tar")).unwrap());
+    let mut members = std::collections::BTreeMap::new();
+    for entry in archive.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut entry, &mut bytes).unwrap();
+        members.insert(entry.path().unwrap().display().to_string(), bytes);
+    }
+    assert!(members.keys().eq(["v.img1.png", "v.img2.png", "v.img3.png", "v.json"]), "{:?}", members.keys());
+    for (n, name) in ["v.img1.png", "v.img2.png", "v.img3.png"].iter().enumerate() {
+        let frame = image::load_from_memory(&members[*name]).unwrap().into_rgb8();
+        assert!(frame.pixels().all(|pixel| pixel.0.iter().all(|&value| value.abs_diff(n as u8 * 80) < 4)));
+    }
+    let json: Value = serde_json::from_slice(&members["v.json"]).unwrap();
+    let asked = json["messages"][0]["content"].as_str().unwrap();
+    assert!(asked.starts_with("Frame-1: <image>\nFrame-2: <image>\nFrame-3: <image>\n"), "{asked}");
+    let clean = succeed(&["check", &folder.at("out/*.tar")]);
+    assert!(
+        clean.starts_with("1 samples with 3 images") || clean.starts_with("1 sample with 3 images"),
+        "{clean}"
+    );
 }
 
 #[test]
