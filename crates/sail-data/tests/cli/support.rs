@@ -124,6 +124,11 @@ impl Folder {
 
 fn picture(width: u32, height: u32, format: ImageFormat) -> Vec<u8> {
     let image = RgbImage::from_fn(width, height, |x, y| Rgb([(x * 7) as u8, (y * 11) as u8, (x * y) as u8]));
+    if format == ImageFormat::Jpeg {
+        let (width, height) = (width as usize, height as usize);
+        let (format, chroma) = (libjpeg_turbo_rs::PixelFormat::Rgb, libjpeg_turbo_rs::Subsampling::S420);
+        return libjpeg_turbo_rs::compress(image.as_raw(), width, height, format, 75, chroma).unwrap();
+    }
     let mut bytes = Cursor::new(Vec::new());
     image.write_to(&mut bytes, format).unwrap();
     bytes.into_inner()
