@@ -28,8 +28,11 @@ pub(crate) struct Source {
     /// The sequence of its random draws.
     pub(crate) key: Key,
     /// The order of the units in the epochs asked for last: all streams share them.
-    orders: Arc<Mutex<Vec<(u64, Arc<[u32]>)>>>,
+    orders: Arc<Mutex<Vec<(u64, UnitOrder)>>>,
 }
+
+/// The units of an epoch in the order in which they are dealt to the streams.
+type UnitOrder = Arc<[u32]>;
 
 /// Epochs whose order is kept. Streams are seldom further apart.
 const KEPT_ORDERS: usize = 2;
@@ -86,13 +89,13 @@ impl Source {
     }
 
     /// The order of the units in an epoch.
-    pub(crate) fn order(&self, epoch: u64) -> Arc<[u32]> {
+    pub(crate) fn order(&self, epoch: u64) -> UnitOrder {
         // What another thread left there when it panicked is a whole order.
         let mut kept = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, order)) = kept.iter().find(|(of, _)| *of == epoch) {
             return Arc::clone(order);
         }
-        let order: Arc<[u32]> = self.key.with_name("epoch").with(epoch).permutation(self.units()).into();
+        let order: UnitOrder = self.key.with_name("epoch").with(epoch).permutation(self.units()).into();
         if kept.len() == KEPT_ORDERS {
             kept.remove(0);
         }

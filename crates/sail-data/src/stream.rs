@@ -114,7 +114,7 @@ impl Stream {
             open: true,
         };
         let sources = shared.sources.iter().zip(state.sources).map(progress).collect();
-        Ok(Self { number, fingerprint, sources, candidates, shared })
+        Ok(Self { shared, number, fingerprint, sources, candidates })
     }
 
     /// The next pack and the state after it; no pack when the stream has ended.

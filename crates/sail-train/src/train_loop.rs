@@ -134,9 +134,9 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
             grad_norm,
             lr_factor,
             size,
-            packing,
             step_secs,
             data_wait_secs,
+            packing,
             coverage,
         })?;
 

@@ -131,7 +131,7 @@ fn figures_restore() {
 #[ignore = "a figure"]
 fn figures_reading() {
     let dir = tempfile::tempdir().unwrap();
-    let payload: Vec<u8> = (0..120_000_u32).map(|n| (n * n >> 7) as u8).collect();
+    let payload: Vec<u8> = (0..120_000_u32).map(|n| ((n * n) >> 7) as u8).collect();
     let json = text_sample("<image>", "x");
     let members: Vec<(String, &[u8])> = (0..4_000)
         .flat_map(|n| {
@@ -239,7 +239,7 @@ fn figures_packing() {
             ("64 candidates, balanced", 64, Balance::Mean),
             ("256 candidates, balanced", 256, Balance::Mean),
         ] {
-            let spec = DataSpec { tokens_per_pack, pack_buffer, balance, ..base.clone() };
+            let spec = DataSpec { tokens_per_pack, balance, pack_buffer, ..base.clone() };
             print_packing(name, tokens_per_pack, &packed(&spec));
         }
     }

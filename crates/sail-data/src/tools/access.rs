@@ -31,7 +31,11 @@ pub(crate) struct Setup {
 impl Setup {
     /// Finds the shards and loads the tokenizer. Without one, every byte of text counts as a token, which is
     /// enough to check conversations and images.
-    pub(crate) fn open(spec: DataSpec, tokenizer: Option<&Path>) -> Result<Self> {
+    pub(crate) fn open(mut spec: DataSpec, tokenizer: Option<&Path>) -> Result<Self> {
+        // A tool goes on where training would stop, and reports the sample.
+        if spec.too_long == TooLong::Error {
+            spec.too_long = TooLong::Drop;
+        }
         let sources = Source::open_all(&spec)?;
         let encoder = match tokenizer {
             Some(path) => TextEncoder::new(path, &spec.text)?,

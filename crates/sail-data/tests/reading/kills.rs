@@ -70,7 +70,8 @@ fn a_killed_reader_goes_on_where_it_was() {
         kills += 1;
     }
     assert!(start(killed.path()).wait().unwrap().success());
-    let [whole, killed] = [whole, killed].map(|folder| fs::read(folder.path().join("lines")).unwrap());
-    assert_eq!(whole.iter().filter(|&&byte| byte == b'\n').count(), PACKS);
+    let [whole, killed] =
+        [whole, killed].map(|folder| fs::read_to_string(folder.path().join("lines")).unwrap());
+    assert_eq!(whole.lines().count(), PACKS);
     assert!(whole == killed, "the sequence differs after {kills} kills");
 }
