@@ -14,7 +14,9 @@ use crate::image::{Picture, Size, frame_count};
 use crate::sample::{IGNORE, Sample};
 use crate::shard::{Member, RawSample, SampleRef};
 use crate::source::Source;
-use crate::spec::{DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, StoreSpec, Template, TextSpec};
+use crate::spec::{
+    DataSpec, ImageSpec, ImageTokens, LossWeight, SourceSpec, StoreSpec, Template, TextSpec, TooLong,
+};
 use crate::store::Store;
 use crate::text::TextEncoder;
 
