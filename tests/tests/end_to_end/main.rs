@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
 
 mod curriculum;
+mod data;
 mod exports;
 mod faults;
 mod hub;
