@@ -69,6 +69,9 @@ fn visit_source<E: From<Error>>(
     let mut tally = Tally::default();
     let mut given = 0;
     for shard in 0..source.shards.len() {
+        if given >= limit {
+            break;
+        }
         let mut scanner = source.open(shard)?.scan(0, 0);
         while given < limit {
             let Some(extent) = scanner.next_sample()? else { break };

@@ -34,6 +34,11 @@ pub(crate) struct Cursor {
 }
 
 impl Cursor {
+    /// The samples that wait to be drawn.
+    pub(crate) fn buffered(&self) -> &[SampleRef] {
+        &self.buffer
+    }
+
     /// Samples drawn so far.
     pub(crate) fn draws(&self) -> u64 {
         self.draws

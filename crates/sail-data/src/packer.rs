@@ -14,7 +14,7 @@ pub(crate) struct Load {
 }
 
 /// Rows of visual tokens that are told apart; more are rounded together.
-const MOST_ROWS: usize = 256;
+const MOST_ROWS: usize = 1024;
 /// Token sums that are told apart, times rows; more are rounded together.
 const MOST_CELLS: usize = 1 << 24;
 
@@ -32,10 +32,10 @@ pub(crate) fn choose(loads: &[Load], budget: usize, target: Option<usize>) -> Ve
     }
     let grid = Grid::new(loads, budget, target, *oldest);
     let mut sums = Sums::new(&grid);
-    for (index, load) in loads.iter().enumerate().skip(1) {
-        sums.add(&grid, index, *load);
+    for index in 1..loads.len() {
+        sums.add(&grid, index);
     }
-    let mut chosen = sums.best(&grid, loads);
+    let mut chosen = sums.best(&grid);
     chosen.push(0);
     chosen.sort_unstable();
     chosen
@@ -67,8 +67,8 @@ struct Grid {
     visual_unit: usize,
     columns: usize,
     rows: usize,
-    /// Columns and row of the oldest candidate alone.
-    start: (usize, usize),
+    /// Columns and rows that each candidate adds.
+    cells: Vec<(usize, usize)>,
     target: Option<usize>,
 }
 
@@ -78,20 +78,13 @@ impl Grid {
         // Twice the target leaves room to make up for what a large sample brings.
         let most_visual = target.map_or(0, |target| budget.min(oldest.visual.saturating_add(2 * target)));
         let visual_unit = common * most_visual.div_ceil(common).div_ceil(MOST_ROWS).max(1);
-        // Rounding up must not shut the oldest out, in rows nor in columns.
-        let rows = 1 + (most_visual / visual_unit).max(oldest.visual.div_ceil(visual_unit));
-        let rows = if target.is_some() { rows } else { 1 };
-        let token_unit = budget.div_ceil(MOST_CELLS / rows).max(1);
-        let mut grid =
-            Self { token_unit, visual_unit, columns: budget / token_unit + 1, rows, start: (0, 0), target };
-        grid.start = grid.cell(oldest);
-        grid.start.0 = grid.start.0.min(grid.columns - 1);
-        grid
-    }
-
-    fn cell(&self, load: Load) -> (usize, usize) {
-        let row = if self.target.is_some() { load.visual.div_ceil(self.visual_unit) } else { 0 };
-        (load.tokens.div_ceil(self.token_unit), row)
+        let most_rows = if target.is_some() { most_visual / visual_unit + 1 } else { 1 };
+        let token_unit = budget.div_ceil(MOST_CELLS / most_rows).max(1);
+        let cells = cells(loads, token_unit, visual_unit, target.is_some());
+        // Rounding must not shut the oldest out.
+        let rows = if target.is_some() { 1 + (most_visual / visual_unit).max(cells[0].1) } else { 1 };
+        let columns = 1 + (budget / token_unit).max(cells[0].0);
+        Self { token_unit, visual_unit, columns, rows, cells, target }
     }
 
     /// Free tokens, and visual tokens too many or too few, at a cell.
@@ -99,6 +92,20 @@ impl Grid {
         let free = (self.columns - 1 - column) * self.token_unit;
         free + self.target.map_or(0, |target| 2 * target.abs_diff(row * self.visual_unit))
     }
+}
+
+/// Columns and rows that each candidate adds. Tokens are rounded up. Visual tokens are rounded so that the errors
+/// of neighbours cancel, or a choice of many would drift from its target.
+fn cells(loads: &[Load], token_unit: usize, visual_unit: usize, visual: bool) -> Vec<(usize, usize)> {
+    let (mut sum, mut rows_before) = (0, 0);
+    let cell = |load: &Load| {
+        sum += if visual { load.visual } else { 0 };
+        let rows = (sum + visual_unit / 2) / visual_unit;
+        let added = rows - rows_before;
+        rows_before = rows;
+        (load.tokens.div_ceil(token_unit), added)
+    };
+    loads.iter().map(cell).collect()
 }
 
 fn gcd(a: usize, b: usize) -> usize {
@@ -126,15 +133,13 @@ impl Sums {
             by: vec![0; grid.columns * grid.rows],
             shifted: vec![0; words],
         };
-        let (column, row) = grid.start;
-        if row < grid.rows {
-            sums.reached[row * words + column / 64] |= 1 << (column % 64);
-        }
+        let (column, row) = grid.cells[0];
+        sums.reached[row * words + column / 64] |= 1 << (column % 64);
         sums
     }
 
-    fn add(&mut self, grid: &Grid, index: usize, load: Load) {
-        let (columns, rows) = grid.cell(load);
+    fn add(&mut self, grid: &Grid, index: usize) {
+        let (columns, rows) = grid.cells[index];
         if columns >= grid.columns || rows >= grid.rows {
             return;
         }
@@ -157,8 +162,8 @@ impl Sums {
     }
 
     /// The candidates, without the oldest, that reach the cell of the lowest cost.
-    fn best(&self, grid: &Grid, loads: &[Load]) -> Vec<usize> {
-        let mut best = grid.start;
+    fn best(&self, grid: &Grid) -> Vec<usize> {
+        let mut best = grid.cells[0];
         for row in 0..grid.rows {
             // The cost of a row falls with every column.
             let Some(column) = self.last(row) else { continue };
@@ -168,9 +173,9 @@ impl Sums {
         }
         let mut chosen = Vec::new();
         let (mut column, mut row) = best;
-        while (column, row) != grid.start {
+        while (column, row) != grid.cells[0] {
             let index = self.by[row * grid.columns + column] as usize;
-            let (columns, rows) = grid.cell(loads[index]);
+            let (columns, rows) = grid.cells[index];
             (column, row) = (column - columns, row - rows);
             chosen.push(index);
         }

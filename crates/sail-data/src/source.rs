@@ -80,7 +80,10 @@ impl Source {
         let path = &self.shards[shard];
         let opened = self.open(shard)?;
         let index = if path.contains("://") { None } else { Index::open(&self.store, path)? };
-        Ok(index.map_or_else(|| opened.scan(offset, ordinal), |index| Scanner::indexed(index, ordinal)))
+        Ok(match index {
+            Some(index) => Scanner::indexed(opened, index, ordinal),
+            None => opened.scan(offset, ordinal),
+        })
     }
 
     /// Number of (shard, part) units in an epoch.

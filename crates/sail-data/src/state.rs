@@ -103,7 +103,11 @@ impl StreamState {
         if self.fingerprint != fingerprint {
             return mismatch("the seed, the number of streams or the list of shards has changed".into());
         }
-        let unknown = self.candidates.iter().find(|(source, place)| {
+        let buffered =
+            self.sources.iter().enumerate().flat_map(|(source, saved)| {
+                saved.cursor.buffered().iter().map(move |&place| (source, place))
+            });
+        let unknown = self.candidates.iter().copied().chain(buffered).find(|(source, place)| {
             shared.sources.get(*source).is_none_or(|source| place.shard as usize >= source.shards.len())
         });
         match unknown {

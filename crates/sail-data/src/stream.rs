@@ -175,14 +175,11 @@ impl Stream {
         let drafts = self.candidates.iter().filter_map(|candidate| candidate.draft.as_ref());
         let held: usize = drafts.map(|draft| draft.load().tokens).sum();
         let wanted = spec.tokens_per_pack.min(MOST_TOKENS_HELD).saturating_mul(2);
-        let sum =
-            |count: fn(&Tally) -> u64| self.sources.iter().map(|source| count(&source.tally)).sum::<u64>();
-        let seen = sum(|tally| tally.seen);
-        if seen == 0 {
+        if self.sources.iter().all(|source| source.tally.seen == 0) {
             // How long samples are is not known yet.
             return missing;
         }
-        let mean = (sum(|tally| tally.tokens) / seen).max(1) as usize;
+        let mean = self.mean_tokens() as usize;
         missing.max(wanted.saturating_sub(held).div_ceil(mean).min(MOST_DRAFTED_AT_ONCE))
     }
 
@@ -218,6 +215,13 @@ impl Stream {
         Ok(places)
     }
 
+    /// Tokens of a sample, over all sources, as far as is known; at least 1.
+    fn mean_tokens(&self) -> f64 {
+        let sum =
+            |count: fn(&Tally) -> u64| self.sources.iter().map(|source| count(&source.tally)).sum::<u64>();
+        (sum(|tally| tally.tokens) as f64 / sum(|tally| tally.seen).max(1) as f64).max(1.0)
+    }
+
     /// A source's part in the mixture. Samples that were drawn and are not counted yet are expected to be as
     /// long as those before, so the mixture never waits for a draft.
     fn part(&self, source: usize) -> Part {
@@ -225,7 +229,8 @@ impl Stream {
         let drawn = order.cursor().draws();
         let next = match self.shared.spec.mix_by {
             MixBy::Samples => 1.0,
-            MixBy::Tokens => (tally.tokens as f64 / tally.seen.max(1) as f64).max(1.0),
+            MixBy::Tokens if tally.seen == 0 => self.mean_tokens(),
+            MixBy::Tokens => (tally.tokens as f64 / tally.seen as f64).max(1.0),
         };
         let given = match self.shared.spec.mix_by {
             MixBy::Samples => drawn as f64,

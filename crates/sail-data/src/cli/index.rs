@@ -1,5 +1,6 @@
 //! `sail-data index`.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use rayon::prelude::*;
@@ -32,6 +33,14 @@ impl Args {
             return Err(ToolError::usage(
                 format!("`{url}` is not a local file"),
                 "index a local copy, and store the index beside the shard",
+            ));
+        }
+        if let Some(lines) =
+            self.shards.iter().find(|shard| Path::new(shard).extension().is_some_and(|e| e == "jsonl"))
+        {
+            return Err(ToolError::usage(
+                format!("`{lines}` is no tar archive"),
+                "JSON lines need no index; streams enter them at any line",
             ));
         }
         let source: Source = find_shards(SourceSpec::new("shards", self.shards))?;

@@ -127,6 +127,9 @@ fn jpeg_head(decoder: &mut Page) -> Result<Vec<u8>, String> {
     Ok(head)
 }
 
+/// Pixels of a strip or tile that any page may have, however small it is.
+const MOST_CHUNK_PIXELS: u64 = 1 << 24;
+
 /// Puts a page together from its strips or tiles, decoded one by one.
 fn from_chunks(
     decoder: &mut Page,
@@ -146,9 +149,11 @@ fn from_chunks(
         let (left, top) = (index as u32 % across * chunk_width, index as u32 / across * chunk_height);
         let data = offset.checked_add(length).and_then(|end| bytes.get(offset as usize..end as usize));
         let data = data.ok_or("the file is truncated: a strip ends beyond it")?;
-        let tiled = decoder.get_chunk_type() == ChunkType::Tile;
-        let chunk_rows = if tiled { chunk_height } else { chunk_height.min(height - top) };
-        let size = Size { height: chunk_rows as usize, width: chunk_width as usize };
+        // Rows of a tile that lie beyond the page are not asked for.
+        let size = Size { height: chunk_height.min(height - top) as usize, width: chunk_width as usize };
+        if size.area() as u64 > MOST_CHUNK_PIXELS.max(4 * u64::from(width) * u64::from(height)) {
+            return Err(format!("a strip claims {chunk_width}x{chunk_height} pixels"));
+        }
         let chunk = decode(data, size)?;
         let (visible_width, visible_height) = (chunk_width.min(width - left), chunk_height.min(height - top));
         if chunk.width() < visible_width || chunk.height() < visible_height {

@@ -7,7 +7,7 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 
-use super::Extent;
+use super::{Extent, Shard};
 use crate::error::{Error, Result};
 use crate::store::{Blob, Store};
 
@@ -37,6 +37,7 @@ impl Index {
         let blob = match store.open(&path) {
             Ok(blob) => blob,
             Err(Error::Io { cause, .. }) if cause.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(Error::NoObject { .. }) => return Ok(None),
             Err(error) => return Err(error),
         };
         let index = Self { samples: (blob.len() / ENTRY).saturating_sub(1), blob };
@@ -105,14 +106,16 @@ impl Index {
 #[derive(Debug)]
 pub(super) struct IndexScanner {
     index: Index,
+    /// Kept open: its samples will be read, and a compressed one must not be unpacked for each.
+    _shard: Shard,
     ordinal: u64,
     /// Where sample number `ordinal` begins, once it is known.
     offset: u64,
 }
 
 impl IndexScanner {
-    pub(super) fn new(index: Index, ordinal: u64) -> Self {
-        Self { index, ordinal, offset: 0 }
+    pub(super) fn new(shard: Shard, index: Index, ordinal: u64) -> Self {
+        Self { index, _shard: shard, ordinal, offset: 0 }
     }
 
     pub(super) fn offset(&self) -> u64 {

@@ -88,7 +88,6 @@ impl Shard {
             _ => Kind::Tar,
         };
         let blob = store.open(path)?;
-        check_plain(&blob)?;
         Ok(Self { blob, kind })
     }
 
@@ -131,8 +130,8 @@ impl Shard {
 
 impl Scanner {
     /// Goes by an index of the shard, from sample number `ordinal` on.
-    pub(crate) fn indexed(index: index::Index, ordinal: u64) -> Self {
-        Self(AnyScanner::Indexed(index::IndexScanner::new(index, ordinal)))
+    pub(crate) fn indexed(shard: Shard, index: index::Index, ordinal: u64) -> Self {
+        Self(AnyScanner::Indexed(index::IndexScanner::new(shard, index, ordinal)))
     }
 
     /// Where the next sample begins, or the search for it goes on.
@@ -172,29 +171,6 @@ fn extension(path: &str) -> String {
     let name = path.rsplit('/').next().unwrap_or(path).to_ascii_lowercase();
     let compressed = [".gz", ".zst", ".bz2", ".xz"].iter().find_map(|codec| name.strip_suffix(codec));
     compressed.unwrap_or(&name).rsplit_once('.').map_or("", |(_, extension)| extension).to_owned()
-}
-
-/// Refuses a compressed shard, in which samples have no offsets.
-///
-/// # Errors
-/// [`Error::CompressedShard`], [`Error::Io`].
-fn check_plain(blob: &Blob) -> Result<()> {
-    let mut magic = [0; 4];
-    let n = blob.read_at(0, &mut magic).map_err(|cause| Error::Io { path: blob.location().into(), cause })?;
-    match compression(&magic[..n]) {
-        Some(codec) => Err(Error::CompressedShard { shard: blob.location().to_owned(), codec }),
-        None => Ok(()),
-    }
-}
-
-fn compression(magic: &[u8]) -> Option<&'static str> {
-    match magic {
-        [0x1f, 0x8b, ..] => Some("gzip"),
-        [0x28, 0xb5, 0x2f, 0xfd] => Some("zstd"),
-        [b'B', b'Z', b'h', ..] => Some("bzip2"),
-        [0xfd, b'7', b'z', b'X'] => Some("xz"),
-        _ => None,
-    }
 }
 
 /// The extensions of members and files that are images.

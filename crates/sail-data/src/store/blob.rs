@@ -4,6 +4,9 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::os::unix::fs::FileExt;
 
+use rustix::buffer::spare_capacity;
+use rustix::io::{Errno, pread};
+
 use super::blocks::RemoteContent;
 
 /// A shard's plain content. Reads may come from many threads at once.
@@ -95,8 +98,17 @@ impl Blob {
         }
         match &self.content {
             Content::File { file, .. } => {
-                let mut bytes = vec![0; len as usize];
-                file.read_exact_at(&mut bytes, offset)?;
+                // Into memory that was not cleared before: clearing costs a third of reading from the page cache.
+                let mut bytes = Vec::with_capacity(len as usize);
+                while (bytes.len() as u64) < len {
+                    let at = offset + bytes.len() as u64;
+                    match pread(file, spare_capacity(&mut bytes), at) {
+                        Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                        Ok(_) | Err(Errno::INTR) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                bytes.truncate(len as usize);
                 Ok(bytes)
             }
             Content::Remote(remote) => remote.read(offset, len as usize),

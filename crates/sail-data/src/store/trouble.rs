@@ -113,7 +113,7 @@ fn describe(error: &object_store::Error) -> (String, &'static str, bool) {
             (format!("the server ignores ranges: {detail}"), NO_RANGES, false)
         }
         Cause::InvalidPath { .. } => (detail, "check the name", false),
-        _ if detail.contains("416") => (
+        _ if detail.contains("status code: 416") || detail.contains("416 Range Not Satisfiable") => (
             "the object is shorter than the bytes asked for".into(),
             "has it been replaced or cut off?",
             false,

@@ -64,8 +64,9 @@ fn growth(samples: u64) -> u64 {
 #[test]
 fn memory_does_not_grow_with_the_samples() {
     let mut alone = Command::new(std::env::current_exe().unwrap());
-    let status = alone.args(["--ignored", "--exact", "tests::figures::memory_alone"]).status().unwrap();
-    assert!(status.success());
+    let output = alone.args(["--ignored", "--exact", "tests::figures::memory_alone"]).output().unwrap();
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && told.contains("1 passed"), "{told}");
 }
 
 #[test]

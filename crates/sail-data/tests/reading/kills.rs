@@ -59,7 +59,7 @@ fn start(folder: &Path) -> Child {
 fn a_killed_reader_goes_on_where_it_was() {
     let (whole, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     assert!(start(whole.path()).wait().unwrap().success());
-    let mut kills = 0;
+    let (mut kills, mut in_between) = (0, 0);
     let mut bits = 0x9e37_79b9_7f4a_7c15_u64 ^ u64::from(std::process::id());
     while kills < 20 {
         let mut child = start(killed.path());
@@ -68,7 +68,10 @@ fn a_killed_reader_goes_on_where_it_was() {
         child.kill().unwrap();
         child.wait().unwrap();
         kills += 1;
+        let done = fs::read_to_string(killed.path().join("lines")).unwrap_or_default().lines().count();
+        in_between += usize::from(0 < done && done < PACKS);
     }
+    assert!(in_between >= 3, "only {in_between} kills fell between the first pack and the last");
     assert!(start(killed.path()).wait().unwrap().success());
     let [whole, killed] =
         [whole, killed].map(|folder| fs::read_to_string(folder.path().join("lines")).unwrap());

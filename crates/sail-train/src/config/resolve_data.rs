@@ -46,6 +46,13 @@ pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&Batch
             "add it, or leave the file out",
         );
     }
+    if raw.any_resolution.is_some() && raw.tiling.max > 1 {
+        checker.invalid_with_hint(
+            "data.tiling",
+            "is given beside `data.any_resolution`",
+            "leave one of them out",
+        );
+    }
     let any_resolution = raw.any_resolution.map(|any| {
         let path = "data.any_resolution.max_tokens";
         checker.expect(

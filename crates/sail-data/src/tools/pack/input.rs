@@ -102,7 +102,9 @@ impl Inputs {
                 found.push(true);
             }
         }
-        let spec = DataSpec::in_order(specs, text_spec(IMAGE_TOKENS), ImageSpec::square(448, 1));
+        // Every frame of a video is kept.
+        let image = ImageSpec { max_frames: usize::MAX, ..ImageSpec::square(448, 1) };
+        let spec = DataSpec::in_order(specs, text_spec(IMAGE_TOKENS), image);
         let setup = Setup::open(spec, None)?;
         let mut list = Vec::new();
         for (index, source) in setup.sources.iter().enumerate() {
@@ -133,6 +135,12 @@ fn is_json(pattern: &str) -> bool {
 }
 
 fn identify(input: &Input) -> Result<Identity> {
+    if input.path.contains("://") {
+        return Err(ToolError::usage(
+            format!("`{}` is not a local file", input.path),
+            "copy it first: what is packed must be the same after an interruption",
+        ));
+    }
     let path = Path::new(&input.path);
     let failed = || ToolError::io("read", path);
     let mut file = File::open(path).map_err(failed())?;

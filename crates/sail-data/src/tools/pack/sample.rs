@@ -19,6 +19,8 @@ pub(super) struct Prepared {
     /// What it is called in its input.
     id: Option<String>,
     annotation: Map<String, Value>,
+    /// Where the annotation names its images.
+    field: &'static str,
     /// Extension and contents of each image.
     images: Vec<(&'static str, Vec<u8>)>,
 }
@@ -78,6 +80,38 @@ fn id_of(annotation: &Map<String, Value>) -> Option<String> {
     }
 }
 
+/// What has to become of an annotation for its images to be members.
+enum Form {
+    /// Turns of text, and images in `image` or `images`.
+    Plain,
+    /// Turns of text, and one video: its frames can be named in its place.
+    Video,
+    /// Another layout, parts of messages that name images, or images beside videos.
+    Other,
+}
+
+impl Form {
+    fn of(annotation: &Map<String, Value>) -> Self {
+        let given = |field: &str| {
+            annotation.get(field).is_some_and(|value| {
+                !(value.is_null() || value == "" || value.as_array().is_some_and(Vec::is_empty))
+            })
+        };
+        let is_text = |message: &Value| message.get("content").is_none_or(Value::is_string);
+        let messages = annotation.get("messages").and_then(Value::as_array);
+        let of_text = match messages {
+            Some(messages) => messages.iter().all(is_text),
+            None => annotation.contains_key("conversations"),
+        };
+        let images = given("image") || given("images");
+        match (of_text, given("video"), given("videos")) {
+            (true, false, false) => Self::Plain,
+            (true, true, false) if !images => Self::Video,
+            _ => Self::Other,
+        }
+    }
+}
+
 impl Prepared {
     fn new(
         id: Option<String>,
@@ -85,21 +119,24 @@ impl Prepared {
         draft: &Draft,
         options: &PackOptions,
     ) -> Result<Self, BadSample> {
-        let own = ["conversations", "messages"].iter().any(|field| annotation.contains_key(*field));
-        let videos =
-            ["video", "videos"].map(|field| annotation.shift_remove(field)).iter().any(Option::is_some);
-        if !own || videos {
-            // Another layout, or frames of a video: the conversation that it stands for is written out.
-            annotation.shift_remove("conversations");
-            let turn = |turn: &crate::Turn| json!({"role": turn.role.name(), "content": turn.text});
-            annotation.insert("messages".into(), draft.turns().iter().map(turn).collect());
-        }
+        let field = match Form::of(&annotation) {
+            Form::Video => "video",
+            Form::Plain if annotation.get("images").is_some_and(Value::is_array) => "images",
+            Form::Plain => "image",
+            Form::Other => {
+                // The conversation that it stands for is written out.
+                annotation.shift_remove("conversations");
+                let turn = |turn: &crate::Turn| json!({"role": turn.role.name(), "content": turn.text});
+                annotation.insert("messages".into(), draft.turns().iter().map(turn).collect());
+                "images"
+            }
+        };
         for (field, value) in [("license", &options.license), ("source", &options.source)] {
             if let Some(value) = value.as_ref().filter(|_| annotation.get(field).is_none_or(Value::is_null)) {
                 annotation.insert(field.into(), Value::String(value.clone()));
             }
         }
-        Ok(Self { id, annotation, images: image_files(draft)? })
+        Ok(Self { id, annotation, field, images: image_files(draft)? })
     }
 
     /// The members of the sample: the annotation, which names the images, then these.
@@ -109,11 +146,17 @@ impl Prepared {
             if single { format!("{key}.{extension}") } else { format!("{key}.img{}.{extension}", index + 1) }
         };
         let names: Vec<String> = self.images.iter().enumerate().map(name).collect();
-        let field = if self.annotation.contains_key("images") { "images" } else { "image" };
-        let was_text = self.annotation.get(field).is_none_or(|value| value.is_string() || value.is_null());
+        let was_list = self.annotation.get(self.field).is_some_and(Value::is_array);
+        // Whatever was there names files, not members; an empty list beside the other field is legal too.
+        for field in ["image", "images", "video", "videos"] {
+            if field != self.field || names.is_empty() {
+                self.annotation.shift_remove(field);
+            }
+        }
         if !names.is_empty() {
-            let value = if single && was_text && field == "image" { json!(names[0]) } else { json!(names) };
-            self.annotation.insert(field.into(), value);
+            let one = single && !was_list && self.field == "image";
+            let value = if one { json!(names[0]) } else { json!(names) };
+            self.annotation.insert(self.field.into(), value);
         }
         let json = Value::Object(self.annotation).to_string().into_bytes();
         let images = names.into_iter().zip(self.images).map(|(name, (_, bytes))| (name, bytes));
@@ -195,7 +238,10 @@ mod tests {
         let annotation = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap();
         let names = |text: &str, images: usize| {
             let images = vec![("png", vec![1]); images];
-            let members = Prepared { id: None, annotation: annotation(text), images }.members("k");
+            let annotation = annotation(text);
+            let field =
+                if annotation.get("images").is_some_and(Value::is_array) { "images" } else { "image" };
+            let members = Prepared { id: None, annotation, field, images }.members("k");
             let json = String::from_utf8(members[0].1.clone()).unwrap();
             let names: Vec<String> = members.into_iter().map(|(name, _)| name).collect();
             (json, names)
