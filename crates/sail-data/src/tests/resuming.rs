@@ -5,9 +5,11 @@ use proptest::prelude::*;
 use super::loading::{loader, mixed_spec, open, shards_spec, take};
 use crate::error::Error;
 use crate::loader::{Loaded, Loader, LoaderOptions};
+use crate::source::Source;
 use crate::spec::{Balance, DataSpec, Length, MixBy};
 use crate::state::{Position, StreamState};
 use crate::testing::encoder_for;
+use crate::tools::index::write_index;
 
 /// Turns of all streams as `world` ranks read them, put together in the global order.
 fn read_with(
@@ -43,6 +45,30 @@ fn a_run_resumes_exactly_after_every_pack() {
         assert_eq!(resumed.tallies(), start.tallies());
         assert!(take(&mut resumed, 8) == expected[stop..stop + 8], "stopped after pack {stop}");
     }
+}
+
+#[test]
+fn indexes_change_nothing_but_the_way_through_a_shard() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = DataSpec { streams: 5, ..shards_spec(dir.path(), &[9, 30]) };
+    let expected = take(&mut loader(&spec, 2), 60);
+    let mut without = loader(&spec, 1);
+    take(&mut without, 20);
+    let before = without.position();
+    let source = Source::open_all(&spec).unwrap().remove(0);
+    for shard in 0..2 {
+        write_index(&source, shard).unwrap();
+    }
+    let mut with = loader(&spec, 2);
+    assert!(take(&mut with, 60) == expected);
+    let mut resumed = open(&spec, LoaderOptions::alone(1), Some(before));
+    assert!(take(&mut resumed, 20) == expected[20..40], "an index came between stop and resume");
+    let between = resumed.position();
+    for shard in &source.shards {
+        std::fs::remove_file(format!("{shard}.idx")).unwrap();
+    }
+    let mut resumed = open(&spec, LoaderOptions::alone(1), Some(between));
+    assert!(take(&mut resumed, 20) == expected[40..], "and went again");
 }
 
 #[test]
