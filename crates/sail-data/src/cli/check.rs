@@ -81,10 +81,11 @@ fn summary(checked: &Checked, tokenised: bool) -> String {
     let tokenised = if tokenised { "" } else { "; text was not tokenised" };
     let _ = writeln!(
         text,
-        "{} samples with {} images in {} shards: {} bad{tokenised}",
+        "{} samples with {} images in {} shard{}: {} bad{tokenised}",
         text_count(checked.samples),
         text_count(checked.images),
         checked.shards,
+        if checked.shards == 1 { "" } else { "s" },
         text_count(bad)
     );
     text

@@ -120,7 +120,7 @@ fn frames_of_a_video_become_images_of_their_own() {
     }
     let json: Value = serde_json::from_slice(&members["v.json"]).unwrap();
     assert_eq!(json["video"], serde_json::json!(["v.img1.png", "v.img2.png", "v.img3.png"]));
-    assert_eq!(json["conversations"][0]["value"], "<video> What happens?", "it stays a video");
+    assert_eq!(json["conversations"][0]["value"], "<video>\nWhat happens?", "it stays a video");
     let clean = succeed(&["check", &folder.at("out/*.tar")]);
     assert!(
         clean.starts_with("1 samples with 3 images") || clean.starts_with("1 sample with 3 images"),
