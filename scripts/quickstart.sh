@@ -18,7 +18,7 @@ done
 step() { printf '\n== %s\n' "$*"; "$@"; }
 
 step ./scripts/setup.sh --reference
-step cargo build --release --bin sail-train
+step cargo build --release --bin sail-train --bin sail-data
 [ "$size" = tiny ] || step .venv/bin/python scripts/fetch_demo_weights.py
 
 train=target/release/sail-train

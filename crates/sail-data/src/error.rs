@@ -168,7 +168,7 @@ pub enum Error {
     },
     /// Too large a share of a source's samples is bad.
     #[error(
-        "source `{name}`: {skipped} of {seen} samples are bad, more than the limit of {limit}; the commonest reason is `{reason}` ({count} times)\n\nhint: mend the samples named above, or raise `data.max_error_rate`"
+        "source `{name}`: {skipped} of {seen} samples are bad, more than the limit of {limit}; the commonest reason is `{reason}` ({count} times)\n\nhint: does the source need another `layout`, or `images`? else mend the samples named above, or raise `data.max_error_rate`"
     )]
     TooManyBad {
         /// The source's name.

@@ -15,6 +15,7 @@ pub struct DataSpec {
     /// What the weights are shares of.
     pub mix_by: MixBy,
     /// How long the stream is.
+    #[serde(with = "serde_yaml::with::singleton_map")]
     pub length: Length,
     /// Number of logical streams S; pack g comes from stream g mod S.
     pub streams: usize,
@@ -23,6 +24,7 @@ pub struct DataSpec {
     /// Largest number of tokens in a pack.
     pub tokens_per_pack: usize,
     /// How visual tokens are spread over the packs.
+    #[serde(with = "serde_yaml::with::singleton_map")]
     pub balance: Balance,
     /// What happens to a sample with more tokens than a pack.
     pub too_long: TooLong,
@@ -275,6 +277,7 @@ pub struct ImageSpec {
     /// Most frames of a video; more are thinned out evenly.
     pub max_frames: usize,
     /// What becomes of transparency.
+    #[serde(with = "serde_yaml::with::singleton_map")]
     pub alpha: Alpha,
     /// Whether images are turned upright as their EXIF orientation says.
     pub exif_orientation: bool,
@@ -499,6 +502,17 @@ mod tests {
         let text = serde_json::to_string(&spec).unwrap();
         assert!(text.contains("\"template\":\"chatml\""), "{text}");
         assert_eq!(serde_json::from_str::<DataSpec>(&text).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_spec_survives_yaml_by_way_of_json() {
+        let mut spec = spec(&["a.tar"]);
+        (spec.length, spec.balance) = (Length::Epochs(3), Balance::Tokens(64));
+        spec.image.alpha = Alpha::Over([1, 2, 3]);
+        let json = serde_json::to_value(&spec).unwrap();
+        let text = serde_yaml::to_string(&json).unwrap();
+        assert!(text.contains("length:\n  epochs: 3\n"), "{text}");
+        assert_eq!(serde_yaml::from_str::<DataSpec>(&text).unwrap(), spec);
     }
 
     #[test]

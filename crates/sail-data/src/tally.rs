@@ -13,7 +13,7 @@ const ENOUGH_SEEN: u64 = 20;
 /// Counts of one source.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
-    /// Samples looked at.
+    /// Samples looked at; some of them wait for a pack.
     pub seen: u64,
     /// Of those, how many in a second or later epoch.
     pub repeated: u64,
@@ -26,15 +26,13 @@ pub struct Tally {
 }
 
 impl fmt::Display for Tally {
-    /// `120 samples, 20 of them again, 3 skipped (bad_json 2, no_answer 1)`
+    /// `120 samples read (20 of them again), 3 skipped (bad_json 2, no_answer 1)`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} samples, {} of them again, {} skipped",
-            self.seen,
-            self.repeated,
-            self.total_skipped()
-        )?;
+        write!(f, "{} samples read", self.seen)?;
+        if self.repeated > 0 {
+            write!(f, " ({} of them again)", self.repeated)?;
+        }
+        write!(f, ", {} skipped", self.total_skipped())?;
         for (index, (reason, count)) in self.skipped.iter().enumerate() {
             write!(f, "{}{reason} {count}", if index == 0 { " (" } else { ", " })?;
         }

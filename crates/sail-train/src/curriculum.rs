@@ -72,7 +72,7 @@ impl fmt::Display for Summary {
         }
         for stage in &self.0 {
             for (source, tally) in &stage.coverage {
-                writeln!(f, "{}: {tally} of `{source}`", stage.name)?;
+                writeln!(f, "{}, `{source}`: {tally}", stage.name)?;
             }
         }
         let Some(last) = self.0.last() else { return Ok(()) };

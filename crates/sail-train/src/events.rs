@@ -170,11 +170,11 @@ impl Events {
         Ok(())
     }
 
-    /// The mean training loss over the last tenth of the steps, and the evaluation before the first
+    /// The mean training loss over the last tenth of `steps`, and the evaluation before the first
     /// one, as the whole run recorded them.
-    pub fn history(&self) -> Result<(Option<f64>, Option<EvalReport>)> {
+    pub fn history(&self, steps: u64) -> Result<(Option<f64>, Option<EvalReport>)> {
         let text = fs::read_to_string(&self.metrics).map_err(Error::io(&self.metrics))?;
-        let from = self.plan.schedule.steps - self.plan.schedule.steps.div_ceil(10);
+        let from = steps - steps.div_ceil(10);
         let (mut losses, mut before) = (Vec::new(), None);
         for line in text.lines() {
             let broken = |error: serde_json::Error| Error::io(&self.metrics)(error.into());

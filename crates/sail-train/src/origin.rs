@@ -3,6 +3,7 @@
 //! Called by [`crate::session`] while it builds the model.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use sail_model::params::{Init, RandomSource, TensorSource};
@@ -15,6 +16,7 @@ use crate::config::{ModelSource, Module, Plan};
 use crate::error::{Error, Result};
 use crate::optim::StateKind;
 use crate::stage::Fingerprints;
+use crate::train_loop::SUMMARY;
 
 /// The checkpoint that `init.from` names: itself, or the last one of a finished run.
 pub(crate) fn open_finished(from: &Path) -> Result<Checkpoint> {
@@ -25,13 +27,20 @@ pub(crate) fn open_finished(from: &Path) -> Result<Checkpoint> {
         )
     })?;
     let (step, steps) = (checkpoint.state().step, checkpoint.state().plan.schedule.steps);
-    if step < steps && checkpoint.dir() != from {
+    if step < steps && checkpoint.dir() != from && !ended_with_its_data(from, step) {
         return Err(Error::usage(
             format!("`init.from`: the run in `{}` stopped at step {step} of {steps}", from.display()),
             format!("finish it, or name the checkpoint itself: `{}`", checkpoint.dir().display()),
         ));
     }
     Ok(checkpoint)
+}
+
+/// Whether the run's summary, which is written when it ends, is of this step.
+fn ended_with_its_data(run_dir: &Path, step: u64) -> bool {
+    let summary = fs::read(run_dir.join(SUMMARY)).ok();
+    let summary = summary.and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
+    summary.is_some_and(|summary| summary["steps"] == step)
 }
 
 /// Refuses to go on from `resume` where `init.from` holds other weights now than the run started from;

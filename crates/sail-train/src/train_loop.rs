@@ -24,7 +24,8 @@ use crate::session::{self, Session};
 use crate::stage::FreezeTable;
 use crate::step::Step;
 
-const SUMMARY: &str = "summary.json";
+/// What a stage leaves in its folder when it has ended.
+pub(crate) const SUMMARY: &str = "summary.json";
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
 const HARMLESS: [&str; 7] =
     ["run.name", "run.dir", "data.threads", "data.store", "log", "checkpoint", "eval"];
@@ -281,7 +282,7 @@ fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
         None => None,
     };
     events.close();
-    let (train_loss, before) = events.history()?;
+    let (train_loss, before) = events.history(session.step)?;
     let plan = &session.plan;
     let summary = StageSummary {
         name: plan.run.name.clone(),

@@ -45,6 +45,10 @@ fn a_stage_ends_with_its_data_and_stays_finished() {
     assert!(stderr(&run(&arguments(&root, &sets), 0)).contains("already finished"));
     assert_eq!(std::fs::read_to_string(run_dir.join("summary.json")).unwrap(), summary);
 
+    let next = ["eval=null", "schedule.steps=1", "schedule.warmup=0"].map(|set| ["--set", set]).concat();
+    run(&[&["--config", "configs/tiny/stage2.yaml", "--set", &root], &next[..]].concat(), 0);
+    assert!(serde_json::from_str::<Value>(&summary).unwrap()["train_loss"].is_number(), "{summary}");
+
     let root = under(stopped.path());
     let args = [&arguments(&root, &sets)[..], &["--stop-at", "2"]].concat();
     assert_eq!(sail_train(&args).output().unwrap().status.code(), Some(3));

@@ -30,7 +30,7 @@ pub(super) struct DataArgs {
     /// A `tokenizer.json`, or the folder of one; without it text is not tokenised
     #[arg(long, value_name = "PATH", help_heading = "How samples are read")]
     tokenizer: Option<PathBuf>,
-    /// The chat template: `chatml`, `sail` or `smollm` [default: chatml]
+    /// The chat template: `chatml`, `sail`, `smollm`, or `jinja` (the tokenizer's own) [default: chatml]
     #[arg(long, requires = "tokenizer", value_parser = by_name::<Template>, help_heading = "How samples are read")]
     template: Option<Template>,
     /// System prompt for samples without one; empty for none

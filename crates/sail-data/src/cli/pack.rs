@@ -81,8 +81,10 @@ impl Args {
         let bar = Bar::new(None);
         let packed = threads(self.threads)?.install(|| pack(&options, &bar));
         bar.end();
-        print(&summary(&options, &packed?))?;
-        Ok(ExitCode::SUCCESS)
+        let packed = packed?;
+        print(&summary(&options, &packed))?;
+        // Nothing but bad samples is no success.
+        Ok(if packed.samples == 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 }
 

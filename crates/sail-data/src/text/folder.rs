@@ -126,7 +126,7 @@ pub(super) fn chat_template(tokenizer_json: &Path, file: Option<&Path>) -> Resul
         None => Err(error(
             &path,
             format!(
-                "there is none, neither here as `chat_template` nor in a `{TEMPLATE}`\n\nhint: choose `chatml`, `smollm` or `sail` as `template`, or put a `{TEMPLATE}` beside the tokenizer"
+                "there is none, neither here as `chat_template` nor in a `{TEMPLATE}`\n\nhint: choose `chatml`, `smollm` or `sail` as `template`, put a `{TEMPLATE}` beside the tokenizer, or name one as `template_file`"
             ),
         )),
     }

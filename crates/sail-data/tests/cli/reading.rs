@@ -69,7 +69,7 @@ fn a_specification_file_gives_everything() {
     let spec = format!(
         "tokenizer: {tokenizer}\n\
          data:\n  sources: [{{ name: captions, shards: ['{shards}'], weight: 1.0 }}]\n  mix_by: samples\n  \
-         length: !epochs 1\n  streams: 1\n  seed: 0\n  tokens_per_pack: 4096\n  balance: mean\n  \
+         length: {{ epochs: 1 }}\n  streams: 1\n  seed: 0\n  tokens_per_pack: 4096\n  balance: mean\n  \
          too_long: drop\n  shuffle_buffer: 1\n  pack_buffer: 1\n  max_error_rate: 0.1\n  \
          text: {{ template: chatml, system: null, image_tokens: {{ start: '<img>', context: '<IMG_CONTEXT>', end: '</img>' }}, loss_weight: square }}\n  \
          image: {{ tile_px: 32, tokens_per_tile: 4, tiling: {{ min: 1, max: 4, thumbnail: true }}, any_resolution: null, max_frames: 8, \
