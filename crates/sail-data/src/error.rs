@@ -222,7 +222,7 @@ pub enum Error {
     },
     /// A sample has more tokens than a pack, and the specification says that this stops the run.
     #[error(
-        "source `{source_name}`: the sample `{key}` of shard `{shard}` has {tokens} tokens, more than the {limit} of a pack\n\nhint: raise `data.tokens_per_pack`, or set `data.too_long` to `drop` or `truncate_text`"
+        "source `{source_name}`: the sample `{key}` of shard `{shard}` has {tokens} tokens, more than the {limit} of a pack\n\nhint: raise `batch.tokens_per_pack`, or set `data.too_long` to `drop` or `truncate_text`"
     )]
     SampleTooLong {
         /// The source's name.

@@ -99,7 +99,7 @@ impl Loader {
     ) -> Result<Self> {
         let sources: Vec<Arc<Source>> = Source::open_all(spec)?.into_iter().map(Arc::new).collect();
         check_options(options, spec.streams)?;
-        let shared = Arc::new(Shared { spec: spec.clone(), sources, encoder });
+        let shared = Arc::new(Shared::new(spec.clone(), sources, encoder));
         let LoaderOptions { threads, rank, world } = options;
         let (states, first) = own_states(position, spec.streams, options)?;
         let pool = start_pool(threads)?;

@@ -106,9 +106,11 @@ impl Source {
         order
     }
 
-    /// A number that tells this source's shard list from others'.
+    /// A number that tells this source's shards from others', local ones also by their size.
     pub(crate) fn fingerprint(&self) -> u64 {
-        self.shards.iter().fold(self.key.with(self.parts as u64), |key, shard| key.with_name(shard)).bits(0)
+        let size = |shard: &String| std::fs::metadata(shard).map_or(0, |about| about.len());
+        let key = self.key.with(self.parts as u64);
+        self.shards.iter().fold(key, |key, shard| key.with_name(shard).with(size(shard))).bits(0)
     }
 }
 
@@ -158,6 +160,7 @@ mod tests {
         assert!(matches!(open(&[&at("c-*.tar")]), Err(Error::NoShards { .. })));
         assert!(matches!(open(&[&at("a-*.tar"), &at("a-1.tar")]), Err(Error::DuplicateShard { .. })));
         assert!(matches!(open(&["[.tar"]), Err(Error::Pattern { .. })));
+        assert!(matches!(open(&[&at("b-{0..999999}-{0..999999}.tar")]), Err(Error::Pattern { .. })));
     }
 
     #[test]

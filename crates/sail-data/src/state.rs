@@ -101,7 +101,9 @@ impl StreamState {
             return mismatch(format!("the state of stream {} was given for stream {number}", self.stream));
         }
         if self.fingerprint != fingerprint {
-            return mismatch("the seed, the number of streams or the list of shards has changed".into());
+            return mismatch(
+                "the seed, the number of streams, the list of shards or the size of one has changed".into(),
+            );
         }
         let buffered =
             self.sources.iter().enumerate().flat_map(|(source, saved)| {

@@ -34,19 +34,22 @@ pub(crate) struct Shared {
     pub(crate) spec: DataSpec,
     pub(crate) sources: Vec<Arc<Source>>,
     pub(crate) encoder: Arc<TextEncoder>,
+    /// Tells the seed, the streams, the sources and their shards from others.
+    pub(crate) fingerprint: u64,
 }
 
 impl Shared {
+    pub(crate) fn new(spec: DataSpec, sources: Vec<Arc<Source>>, encoder: Arc<TextEncoder>) -> Self {
+        let key = Key::new(spec.seed).with(spec.streams as u64);
+        let fingerprint = sources.iter().fold(key, |key, source| key.with(source.fingerprint())).bits(0);
+        Self { spec, sources, encoder, fingerprint }
+    }
+
     fn draft(
         &self,
         (source, place): (usize, SampleRef),
     ) -> Result<std::result::Result<Draft, Box<Rejected>>> {
         Draft::read(&self.spec, &self.encoder, &self.sources[source], place)
-    }
-
-    pub(crate) fn fingerprint(&self) -> u64 {
-        let key = Key::new(self.spec.seed).with(self.spec.streams as u64);
-        self.sources.iter().fold(key, |key, source| key.with(source.fingerprint())).bits(0)
     }
 
     /// Samples that a stream takes from the mixture.
@@ -94,7 +97,7 @@ impl Stream {
     /// # Errors
     /// [`Error::StateMismatch`] when the state belongs to other data.
     pub(crate) fn new(shared: Arc<Shared>, number: usize, state: Option<StreamState>) -> Result<Self> {
-        let fingerprint = shared.fingerprint();
+        let fingerprint = shared.fingerprint;
         let state = match state {
             Some(state) => state.checked(&shared, number, fingerprint)?,
             None => StreamState::start(&shared, number, fingerprint),

@@ -26,7 +26,7 @@ const ONE_SOURCE: &str = r#"data.sources=[{"name": "ocr", "shards": "data/demo/o
 #[test]
 fn a_stage_ends_with_its_data_and_stays_finished() {
     let (straight, stopped) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let sets = [ONE_SOURCE, "data.epochs=1", "batch.tokens_per_pack=2048", "checkpoint.every=null"];
+    let sets = [ONE_SOURCE, "data.epochs=1", "batch.tokens_per_pack=512", "checkpoint.every=null"];
     let root = under(straight.path());
     let ended = run(&arguments(&root, &sets), 0);
     let told = stderr(&ended);

@@ -37,6 +37,10 @@ impl Pattern<'_> {
 pub(super) fn find(store: &Store, source: &str, pattern: &str) -> Result<Vec<String>> {
     let pattern = Pattern { source, pattern };
     let mut found = Vec::new();
+    let named = ranged(pattern.pattern);
+    if named > MOST_SHARDS {
+        return Err(pattern.malformed(&format!("its ranges name {named} shards, more than {MOST_SHARDS}")));
+    }
     for expanded in braceexpand(pattern.pattern).map_err(|error| pattern.malformed(&error))? {
         let before = found.len();
         match Address::parse(&expanded) {
@@ -51,6 +55,16 @@ pub(super) fn find(store: &Store, source: &str, pattern: &str) -> Result<Vec<Str
         }
     }
     Ok(found)
+}
+
+/// More shards than any data set has; a slip of the pen in a range takes all memory.
+const MOST_SHARDS: u64 = 10_000_000;
+
+/// How many names the ranges (`{000..999}`) of a pattern make.
+fn ranged(pattern: &str) -> u64 {
+    let ranges = pattern.split('{').skip(1).filter_map(|part| part.split_once('}')?.0.split_once(".."));
+    let numbers = ranges.filter_map(|(from, to)| Some((from.parse::<u64>().ok()?, to.parse::<u64>().ok()?)));
+    numbers.fold(1, |count: u64, (from, to)| count.saturating_mul(from.abs_diff(to).saturating_add(1)))
 }
 
 fn local(pattern: Pattern<'_>, expanded: &str) -> Result<Vec<String>> {

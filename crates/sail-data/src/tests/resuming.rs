@@ -93,6 +93,12 @@ fn a_state_of_other_data_is_refused() {
         let refused = Loader::new(&changed, encoder.clone(), alone, Some(position.clone()));
         assert!(matches!(refused, Err(Error::StateMismatch { .. })));
     }
+    let shard = &spec.sources[0].shards[1];
+    let whole = std::fs::read(shard).unwrap();
+    std::fs::write(shard, [&whole[..], &[0; 512]].concat()).unwrap();
+    let refused = Loader::new(&spec, encoder.clone(), alone, Some(position.clone()));
+    assert!(matches!(refused, Err(Error::StateMismatch { .. })), "a shard of another size");
+    std::fs::write(shard, whole).unwrap();
     let harmless = DataSpec { pack_buffer: 9, ..spec.clone() };
     assert!(Loader::new(&harmless, encoder.clone(), alone, Some(position.clone())).is_ok());
     let refusals = [

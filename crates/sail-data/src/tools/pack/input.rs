@@ -143,6 +143,10 @@ fn identify(input: &Input) -> Result<Identity> {
     }
     let path = Path::new(&input.path);
     let failed = || ToolError::io("read", path);
+    // Asked before it is opened, since opening a FIFO waits for a writer.
+    if !std::fs::metadata(path).map_err(failed())?.is_file() {
+        return Err(failed()(std::io::Error::other("it is not a regular file")));
+    }
     let mut file = File::open(path).map_err(failed())?;
     let metadata = file.metadata().map_err(failed())?;
     let mut identity =
