@@ -130,9 +130,7 @@ impl Remote {
         while at < range.end {
             let before = at;
             if let Err(trouble) = self.fetch_once(&mut at, range.end, sink).await {
-                if at > before {
-                    tries.progressed();
-                }
+                tries.progressed(at - before);
                 tries.failed(trouble).await?;
             }
         }

@@ -43,6 +43,9 @@ impl From<object_store::Error> for Trouble {
     }
 }
 
+/// Bytes of an answer that make it worth asking again.
+const LEAST_PROGRESS_BYTES: u64 = 1024;
+
 /// The failures in a row of one transfer.
 #[derive(Debug)]
 pub(super) struct Tries {
@@ -56,9 +59,12 @@ impl Tries {
         Self { location: location.to_owned(), patience, failures: 0 }
     }
 
-    /// Bytes have arrived: the count begins anew.
-    pub(super) fn progressed(&mut self) {
-        self.failures = 0;
+    /// Bytes have arrived: the count begins anew. A server that trickles would be insisted on for ever, so a few
+    /// bytes before the next failure do not count.
+    pub(super) fn progressed(&mut self, bytes: u64) {
+        if bytes >= LEAST_PROGRESS_BYTES {
+            self.failures = 0;
+        }
     }
 
     /// Waits before the next try.
