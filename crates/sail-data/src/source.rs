@@ -164,6 +164,19 @@ mod tests {
     }
 
     #[test]
+    fn a_name_that_is_not_utf8_is_not_left_out_in_silence() {
+        use std::os::unix::ffi::OsStrExt;
+        let dir = tempfile::tempdir().unwrap();
+        for name in [&b"a.tar"[..], b"\xff.tar", b"\xff.txt"] {
+            std::fs::write(dir.path().join(std::ffi::OsStr::from_bytes(name)), "").unwrap();
+        }
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        let error = open(&[&at("*.tar")]).unwrap_err().to_string();
+        assert!(error.contains("not UTF-8") && error.contains("\u{fffd}.tar"), "{error}");
+        assert_eq!(open(&[&at("a*")]).unwrap()[0].shards.len(), 1);
+    }
+
+    #[test]
     fn few_shards_are_cut_so_that_every_stream_has_data() {
         let dir = tempfile::tempdir().unwrap();
         for index in 0..3 {

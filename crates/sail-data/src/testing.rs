@@ -15,8 +15,7 @@ use crate::sample::Sample;
 use crate::shard::{RawSample, SampleRef, Shard};
 use crate::source::Source;
 use crate::spec::{
-    Alpha, Balance, DataSpec, ImageSpec, ImageTokens, Length, LossWeight, MixBy, SourceSpec, StoreSpec,
-    Template, TextSpec, Tiling, TooLong,
+    Alpha, Balance, DataSpec, ImageSpec, Length, MixBy, SourceSpec, StoreSpec, TextSpec, Tiling, TooLong,
 };
 use crate::store::Store;
 use crate::text::TextEncoder;
@@ -24,14 +23,8 @@ use crate::text::TextEncoder;
 pub(crate) const SPECIALS: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>"];
 
 pub(crate) fn text_spec() -> TextSpec {
-    let [_, _, start, context, end] = SPECIALS.map(str::to_owned);
-    TextSpec {
-        template: Template::Chatml,
-        template_file: None,
-        system: None,
-        image_tokens: ImageTokens { start, context, end },
-        loss_weight: LossWeight::Token,
-    }
+    let [_, _, start, context, end] = SPECIALS;
+    crate::tools::access::text_spec([start, context, end])
 }
 
 /// One stream over these shards, 8 px tiles of 4 tokens.

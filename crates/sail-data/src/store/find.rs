@@ -74,7 +74,20 @@ fn local(pattern: Pattern<'_>, expanded: &str) -> Result<Vec<String>> {
         let path = path.into_os_string().into_string();
         paths.push(path.map_err(|name| pattern.malformed(&format!("{} is not UTF-8", name.display())))?);
     }
-    Ok(paths)
+    match passed_over(expanded) {
+        Some(name) => Err(pattern.malformed(&format!("it matches `{name}`, whose name is not UTF-8"))),
+        None => Ok(paths),
+    }
+}
+
+/// A file that the pattern means and `glob` leaves out without a word, because its name is not UTF-8.
+fn passed_over(expanded: &str) -> Option<String> {
+    let (folder, names) = expanded.rsplit_once('/').unwrap_or((".", expanded));
+    let names = glob::Pattern::new(names).ok().filter(|_| names.contains(['*', '?', '[']))?;
+    // A folder that is itself a pattern cannot be read, and is not looked into.
+    let entries = std::fs::read_dir(if folder.is_empty() { "/" } else { folder }).ok()?;
+    let odd = entries.flatten().map(|entry| entry.file_name()).filter(|name| name.to_str().is_none());
+    odd.map(|name| name.to_string_lossy().into_owned()).find(|name| names.matches_with(name, AS_SHELL))
 }
 
 /// A web address is taken as it is: its server cannot be asked what there is.
