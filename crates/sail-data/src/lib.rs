@@ -66,4 +66,3 @@ pub use spec::{
 pub use state::{Position, StreamState};
 pub use tally::Tally;
 pub use text::{Encoded, JinjaTemplate, StructureTokens, TextEncoder};
-pub use tiling::{Grid, candidates, choose_grid};

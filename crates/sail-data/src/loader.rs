@@ -153,11 +153,6 @@ impl Loader {
         Position { next_stream, streams: self.states.clone() }
     }
 
-    /// Samples skipped so far, by source and reason, in the packs given out.
-    pub fn skipped(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
-        self.tallies().into_iter().map(|(name, tally)| (name, tally.skipped)).collect()
-    }
-
     /// Samples seen, repeated and skipped so far, by source, over this rank's streams.
     pub fn tallies(&self) -> BTreeMap<String, Tally> {
         let sources = self.shared.sources.iter().enumerate();

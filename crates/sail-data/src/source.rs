@@ -9,7 +9,7 @@ use crate::rng::Key;
 use crate::shard::index::Index;
 use crate::shard::{Scanner, Shard};
 use crate::spec::{DataSpec, Length, SourceSpec};
-use crate::store::Store;
+use crate::store::{Store, is_remote};
 
 /// A source ready to be read.
 #[derive(Clone, Debug)]
@@ -79,7 +79,7 @@ impl Source {
     pub(crate) fn scan(&self, shard: usize, offset: u64, ordinal: u64) -> Result<Scanner> {
         let path = &self.shards[shard];
         let opened = self.open(shard)?;
-        let index = if path.contains("://") { None } else { Index::open(&self.store, path)? };
+        let index = if is_remote(path) { None } else { Index::open(&self.store, path)? };
         Ok(match index {
             Some(index) => Scanner::indexed(opened, index, ordinal),
             None => opened.scan(offset, ordinal),

@@ -7,13 +7,13 @@ use crate::spec::{AnyResolution, Tiling};
 
 /// A layout of tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Grid {
+pub(crate) struct Grid {
     /// Tiles per row (i).
-    pub columns: usize,
+    pub(crate) columns: usize,
     /// Tiles per column (j).
-    pub rows: usize,
+    pub(crate) rows: usize,
     /// Whether a tile of the whole image follows.
-    pub thumbnail: bool,
+    pub(crate) thumbnail: bool,
 }
 
 impl Grid {
@@ -21,13 +21,13 @@ impl Grid {
     pub(crate) const ONE: Self = Self { columns: 1, rows: 1, thumbnail: false };
 
     /// Number of tiles, the thumbnail included.
-    pub fn tiles(self) -> usize {
+    pub(crate) fn tiles(self) -> usize {
         self.columns * self.rows + usize::from(self.thumbnail)
     }
 }
 
 /// All layouts (columns, rows) with `min <= columns * rows <= max`, by area, then by columns.
-pub fn candidates(min: usize, max: usize) -> Vec<(usize, usize)> {
+pub(crate) fn candidates(min: usize, max: usize) -> Vec<(usize, usize)> {
     let mut layouts: Vec<(usize, usize)> = (1..=max)
         .flat_map(|columns| (1..=max / columns).map(move |rows| (columns, rows)))
         .filter(|&(columns, rows)| columns * rows >= min)
@@ -41,7 +41,7 @@ pub fn candidates(min: usize, max: usize) -> Vec<(usize, usize)> {
 /// The smallest |W/H - i/j| in f64 wins; of layouts exactly as near, a later (larger) one wins only if the
 /// image has more than half of that layout's pixels. With several images each may have
 /// `max(1, tiling.max / images)` tiles.
-pub fn choose_grid(width: u32, height: u32, images: usize, tiling: Tiling, tile_px: usize) -> Grid {
+pub(crate) fn choose_grid(width: u32, height: u32, images: usize, tiling: Tiling, tile_px: usize) -> Grid {
     let max = (tiling.max / images.max(1)).max(1);
     let aspect = f64::from(width) / f64::from(height);
     let area = f64::from(width) * f64::from(height);

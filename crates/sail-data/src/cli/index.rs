@@ -9,6 +9,7 @@ use super::options::threads;
 use super::terminal::{print, warn};
 use crate::source::Source;
 use crate::spec::SourceSpec;
+use crate::store::is_remote;
 use crate::tools::access::find_shards;
 use crate::tools::error::{Result, ToolError, with_causes};
 use crate::tools::index::write_index;
@@ -29,7 +30,7 @@ pub(super) struct Args {
 
 impl Args {
     pub(super) fn run(self) -> Result<ExitCode> {
-        if let Some(url) = self.shards.iter().find(|shard| shard.contains("://")) {
+        if let Some(url) = self.shards.iter().find(|shard| is_remote(shard)) {
             return Err(ToolError::usage(
                 format!("`{url}` is not a local file"),
                 "index a local copy, and store the index beside the shard",

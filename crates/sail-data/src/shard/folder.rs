@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::IMAGE_EXTENSIONS;
 use crate::error::{BadSample, Error, Failure};
-use crate::store::Store;
+use crate::store::{Store, is_remote};
 
 /// Most bytes of an image file: it is held in memory as a whole.
 const MAX_FILE_BYTES: u64 = 1 << 30;
@@ -80,7 +80,7 @@ impl Folder {
     }
 
     fn is_remote(&self) -> bool {
-        self.root.contains("://")
+        is_remote(&self.root)
     }
 
     /// The path or URL of `name`, which must stay below the root.
@@ -95,7 +95,7 @@ impl Folder {
             Some(())
         };
         let stays = name.split('/').try_for_each::<_, Option<()>>(below).is_some();
-        if !stays || depth == 0 || name.starts_with('/') || name.contains("://") || name.contains('\0') {
+        if !stays || depth == 0 || name.starts_with('/') || is_remote(name) || name.contains('\0') {
             return Err(BadSample::BadPath { reference: shortened(name) });
         }
         let name =

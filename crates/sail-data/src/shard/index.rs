@@ -7,6 +7,7 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 
+use super::tar::is_header;
 use super::{Extent, Shard};
 use crate::error::{Error, Result};
 use crate::store::{Blob, Store};
@@ -141,41 +142,12 @@ fn io(blob: &Blob) -> impl FnOnce(std::io::Error) -> Error + '_ {
     |cause| Error::Io { path: blob.location().into(), cause }
 }
 
-/// Whether a block is a member's header: its checksum says so.
-fn is_header(block: &[u8]) -> bool {
-    let mut header = tar::Header::new_old();
-    header.as_mut_bytes().copy_from_slice(block);
-    let outside = |&(at, _): &(usize, &u8)| !(148..156).contains(&at);
-    let sum: u32 = block.iter().enumerate().filter(outside).map(|(_, &byte)| u32::from(byte)).sum();
-    header.cksum().is_ok_and(|written| written == sum + 8 * 32)
-}
-
-/// Where the end mark of an archive begins, searched from the end of some member on.
-///
-/// # Errors
-/// [`Error::BrokenShard`] when there is none.
-pub(crate) fn end_mark(blob: &Blob, mut offset: u64) -> Result<u64> {
-    let broken =
-        |offset, detail: String| Error::BrokenShard { shard: blob.location().to_owned(), offset, detail };
-    loop {
-        let block = blob.read(offset, BLOCK).map_err(|e| broken(offset, e.to_string()))?;
-        if block.iter().all(|&byte| byte == 0) {
-            return Ok(offset);
-        }
-        let mut header = tar::Header::new_old();
-        header.as_mut_bytes().copy_from_slice(&block);
-        let size = header.entry_size().map_err(|e| broken(offset, e.to_string()))?;
-        let past = size.checked_next_multiple_of(BLOCK).and_then(|size| offset.checked_add(BLOCK + size));
-        offset = past.ok_or_else(|| broken(offset, format!("a member of {size} bytes")))?;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shard::Shard;
+    use crate::shard::{Shard, end_mark};
     use crate::spec::StoreSpec;
-    use crate::testing::write_shards;
+    use crate::testing::{tar, write_shards};
 
     fn store() -> Store {
         Store::new(&StoreSpec::default()).unwrap()
@@ -245,6 +217,22 @@ mod tests {
         let index = open(&fixture, &[good[0], good[2], good[1], end], &[]).unwrap().unwrap();
         let message = index.extent(1).unwrap_err().to_string();
         assert!(message.contains("broken at byte 8"), "{message}");
+    }
+
+    /// The size in the header of a link is not that of any content.
+    #[test]
+    fn a_link_before_the_end_mark_has_no_content() {
+        let dir = tempfile::tempdir().unwrap();
+        let shard = dir.path().join("a.tar").display().to_string();
+        let whole = tar(&[("a.json", "{}")]);
+        let mut link = whole[..512].to_vec();
+        link[124..136].copy_from_slice(b"00000002000\0");
+        link[148..156].fill(b' ');
+        link[156] = b'1';
+        let sum: u32 = link.iter().map(|&byte| u32::from(byte)).sum();
+        link[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        std::fs::write(&shard, [&whole[..1024], &link, &[0; 1024]].concat()).unwrap();
+        assert_eq!(end_mark(&store().open(&shard).unwrap(), 0).unwrap(), 1536);
     }
 
     #[test]

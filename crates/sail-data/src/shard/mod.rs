@@ -15,8 +15,9 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use self::folder::{Folder, shortened};
+pub(crate) use self::tar::end_mark;
 use crate::error::{BadSample, Error, Failure, Result};
-use crate::store::{Blob, Store};
+use crate::store::{Blob, Store, is_remote};
 
 /// One sample's place: a shard of its source, and a byte range in it. Stored as `[shard, epoch, offset, bytes]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -167,7 +168,7 @@ impl Scanner {
 
 /// The extension of a path or URL that tells the kind of shard, in lower case, without that of a compression.
 fn extension(path: &str) -> String {
-    let path = if path.contains("://") { path.split(['?', '#']).next().unwrap_or(path) } else { path };
+    let path = if is_remote(path) { path.split(['?', '#']).next().unwrap_or(path) } else { path };
     let name = path.rsplit('/').next().unwrap_or(path).to_ascii_lowercase();
     let compressed = [".gz", ".zst", ".bz2", ".xz"].iter().find_map(|codec| name.strip_suffix(codec));
     compressed.unwrap_or(&name).rsplit_once('.').map_or("", |(_, extension)| extension).to_owned()

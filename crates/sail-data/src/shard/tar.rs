@@ -11,11 +11,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use webdataset::core::utils::{base_plus_ext, is_shard_metadata};
 
-use self::header::{Failure, File, Found, next_file};
+use self::header::{Failure, File, Found, check_sum, next_file};
 use super::{Extent, Member, RawSample};
 use crate::error::{Error, Result};
 use crate::store::Blob;
 
+const NO_END_MARK: &str = "it ends without the end mark of a tar archive; is it truncated?";
 /// Most bytes of one sample: it is held in memory as a whole.
 const MAX_SAMPLE_BYTES: u64 = 2 << 30;
 
@@ -94,10 +95,9 @@ impl TarScanner {
                         return Ok(Some(Span { key: key.to_owned(), start, end }));
                     }
                 }
-                Found::EndMark => return Ok(None),
+                Found::EndMark(_) => return Ok(None),
                 Found::EndOfBytes => {
-                    let detail = "it ends without the end mark of a tar archive; is it truncated?".into();
-                    return Err(broken(&self.blob, self.position, detail));
+                    return Err(broken(&self.blob, self.position, NO_END_MARK.into()));
                 }
             }
         }
@@ -118,6 +118,25 @@ fn explain(blob: &Blob, base: u64, failure: Failure) -> Error {
         Failure::Broken { at, detail } => broken(blob, base + at, detail),
         Failure::Io(cause) => Error::Io { path: blob.location().into(), cause },
     }
+}
+
+/// Where the end mark of an archive begins, sought from the header at `at` on.
+///
+/// # Errors
+/// [`Error::BrokenShard`] when there is none, [`Error::Io`].
+pub(crate) fn end_mark(blob: &Blob, mut at: u64) -> Result<u64> {
+    loop {
+        match next_file(blob, at).map_err(|failure| explain(blob, 0, failure))? {
+            Found::File(file) => at = file.end,
+            Found::EndMark(mark) => return Ok(mark),
+            Found::EndOfBytes => return Err(broken(blob, at, NO_END_MARK.into())),
+        }
+    }
+}
+
+/// Whether a block is a member's header: its checksum says so.
+pub(super) fn is_header(block: &[u8]) -> bool {
+    check_sum(block).is_ok()
 }
 
 /// Reads the sample at `place`.

@@ -236,6 +236,11 @@ impl Inner {
     }
 }
 
+/// Whether a location is a URL and not a local path.
+pub(crate) fn is_remote(location: &str) -> bool {
+    location.contains("://")
+}
+
 /// Locks also after another thread has panicked: what is behind these locks is always whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -121,7 +121,7 @@ fn the_loader_counts_by_reason_over_one_epoch() {
     for (reason, _) in &bad {
         *expected.entry((*reason).to_owned()).or_default() += 1;
     }
-    let skipped = &loader.skipped()["demo"];
+    let skipped = &loader.tallies()["demo"].skipped;
     let seen = loader.tallies()["demo"].seen;
     for (reason, count) in &expected {
         // The pack that ends the epoch may reach into the next one.

@@ -86,8 +86,8 @@ fn packs_are_well_formed() {
         assert_eq!(images.pixels.len(), images.len() * 3 * 8 * 8);
         assert!(image_rows.iter().all(|&row| ids[row as usize] == 259));
     }
-    assert!(loader.skipped()["images"].contains_key("bad_json"));
-    assert!(loader.skipped()["images"].contains_key("bad_image"));
+    assert!(loader.tallies()["images"].skipped.contains_key("bad_json"));
+    assert!(loader.tallies()["images"].skipped.contains_key("bad_image"));
 }
 
 #[test]

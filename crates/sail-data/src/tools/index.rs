@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::error::Result;
 use super::files::write_atomically;
-use crate::shard::index::{end_mark, index_path};
+use crate::shard::end_mark;
+use crate::shard::index::index_path;
 use crate::source::Source;
 
 /// Writes `{shard}.idx` beside shard number `shard` of `source`. Gives its path and the number of samples.

@@ -60,8 +60,8 @@ pub(super) struct File {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     File(File),
-    /// The zero block that ends an archive.
-    EndMark,
+    /// The zero block that ends an archive, and where it begins.
+    EndMark(u64),
     /// The bytes end where a header could begin.
     EndOfBytes,
 }
@@ -98,7 +98,7 @@ pub(super) fn next_file<B: Readable + ?Sized>(bytes: &B, mut at: u64) -> Result<
         let mut header = [0; BLOCK as usize];
         bytes.fill(at, &mut header).map_err(Failure::Io)?;
         if header.iter().all(|&byte| byte == 0) {
-            return Ok(Found::EndMark);
+            return Ok(Found::EndMark(at));
         }
         check_sum(&header).map_err(broken)?;
         let kind = header[156];
@@ -173,7 +173,7 @@ impl Extension {
 }
 
 /// The checksum counts the bytes as unsigned, in old archives as signed, and its own field as spaces.
-fn check_sum(header: &[u8]) -> Result<(), String> {
+pub(super) fn check_sum(header: &[u8]) -> Result<(), String> {
     let stored = octal(&header[148..156]).ok_or("a header has an unreadable checksum")?;
     let bytes =
         || header.iter().enumerate().map(|(i, &byte)| if (148..156).contains(&i) { b' ' } else { byte });

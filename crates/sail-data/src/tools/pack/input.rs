@@ -13,6 +13,7 @@ use super::PackOptions;
 use super::records::Records;
 use crate::shard::{SampleRef, Scanner};
 use crate::spec::{DataSpec, ImageSpec, Layout, SourceSpec};
+use crate::store::is_remote;
 use crate::tools::access::{IMAGE_TOKENS, Setup, find_files, text_spec};
 use crate::tools::error::{Result, ToolError};
 
@@ -135,7 +136,7 @@ fn is_json(pattern: &str) -> bool {
 }
 
 fn identify(input: &Input) -> Result<Identity> {
-    if input.path.contains("://") {
+    if is_remote(&input.path) {
         return Err(ToolError::usage(
             format!("`{}` is not a local file", input.path),
             "copy it first: what is packed must be the same after an interruption",
