@@ -1,7 +1,7 @@
 //! Compiles `csrc/` against the libtorch that torch-sys links, and hands its directory on.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 fn main() {
     let lib_dir = PathBuf::from(
@@ -10,17 +10,38 @@ fn main() {
     // `<torch>/lib` of a wheel or of a libtorch archive; the headers lie beside it.
     let torch = lib_dir.parent().expect("the library directory has a parent");
     println!("cargo:rerun-if-changed=csrc");
-    cc::Build::new()
+    let mut build = cc::Build::new();
+    build
         .cpp(true)
         .std("c++17")
-        .file("csrc/shim.cpp")
+        .files(["ops", "store", "group", "gloo", "nccl"].map(|name| format!("csrc/{name}.cpp")))
+        .include("csrc/gloo_api")
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))
-        .warnings(false)
-        .compile("sail_torch_shim");
+        .warnings(false);
+    if let Some(headers) = nccl_headers(torch) {
+        build.includes(headers).define("SAIL_WITH_NCCL", None);
+    }
+    build.compile("sail_torch_shim");
     // So that this crate's tests find libtorch, and libtorch its own dependencies, without a variable.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib_dir.display());
     println!("cargo:rustc-link-arg=-Wl,--disable-new-dtags");
     // Read by the build scripts of binaries: DEP_SAIL_TORCH_LIB.
     println!("cargo:lib={}", lib_dir.display());
+}
+
+/// The headers of NCCL and CUDA: those of the wheels beside torch's, where this libtorch has CUDA.
+fn nccl_headers(torch: &Path) -> Option<[PathBuf; 2]> {
+    if !torch.join("lib/libtorch_cuda.so").exists() {
+        return None;
+    }
+    let site_packages = torch.canonicalize().ok()?.parent()?.join("nvidia");
+    let headers = [site_packages.join("nccl/include"), site_packages.join("cu13/include")];
+    let found = headers[0].join("nccl.h").exists() && headers[1].join("cuda_runtime_api.h").exists();
+    if !found {
+        println!(
+            "cargo:warning=libtorch has CUDA, but no headers of NCCL and CUDA are beside it: built without NCCL"
+        );
+    }
+    found.then_some(headers)
 }

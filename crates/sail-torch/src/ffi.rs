@@ -1,11 +1,37 @@
-//! The C entry points of `csrc/shim.cpp`. Private: `lib.rs` wraps each in a checked, safe function.
+//! The C entry points of `csrc/`. Private: the other files wrap each in a checked, safe function.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_int, c_void};
 
 use torch_sys::C_tensor;
 
+/// `sail_error` of `csrc/common.h`.
+#[repr(C)]
+pub(crate) struct RawError {
+    pub(crate) kind: i32,
+    pub(crate) message: *mut c_char,
+}
+
+/// `kSailTimeout`.
+pub(crate) const TIMEOUT: i32 = 1;
+/// `kSailNetwork`.
+pub(crate) const NETWORK: i32 = 2;
+
+/// `sail_store`.
+#[repr(C)]
+pub(crate) struct RawStore([u8; 0]);
+/// `sail_group`.
+#[repr(C)]
+pub(crate) struct RawGroup([u8; 0]);
+/// `sail_work`.
+#[repr(C)]
+pub(crate) struct RawWork([u8; 0]);
+
+pub(crate) type HookCall = extern "C" fn(data: *mut c_void, param: *mut C_tensor) -> *mut RawError;
+pub(crate) type HookDrop = extern "C" fn(data: *mut c_void);
+
 unsafe extern "C" {
-    pub(crate) fn sail_free(message: *mut c_char);
+    pub(crate) fn sail_error_free(error: *mut RawError);
+    pub(crate) fn sail_error_new(message: *const c_char) -> *mut RawError;
 
     pub(crate) fn sail_fused_adamw(
         params: *const *mut C_tensor,
@@ -19,13 +45,19 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         eps: f64,
-    ) -> *mut c_char;
+    ) -> *mut RawError;
 
     pub(crate) fn sail_global_norm(
         tensors: *const *mut C_tensor,
         n: usize,
         out: *mut *mut C_tensor,
-    ) -> *mut c_char;
+    ) -> *mut RawError;
+
+    pub(crate) fn sail_foreach_mul(
+        tensors: *const *mut C_tensor,
+        n: usize,
+        factor: *mut C_tensor,
+    ) -> *mut RawError;
 
     pub(crate) fn sail_varlen_attention(
         q: *const C_tensor,
@@ -35,11 +67,103 @@ unsafe extern "C" {
         longest: i64,
         causal: bool,
         out: *mut *mut C_tensor,
-    ) -> *mut c_char;
+    ) -> *mut RawError;
 
-    pub(crate) fn sail_foreach_mul(
-        tensors: *const *mut C_tensor,
-        n: usize,
-        factor: *mut C_tensor,
-    ) -> *mut c_char;
+    pub(crate) fn sail_set_post_accumulate_grad_hook(
+        param: *const C_tensor,
+        call: HookCall,
+        drop: HookDrop,
+        data: *mut c_void,
+    ) -> *mut RawError;
+    pub(crate) fn sail_take_grad(param: *mut C_tensor, out: *mut *mut C_tensor) -> *mut RawError;
+
+    pub(crate) fn sail_bytes_free(data: *mut u8);
+    pub(crate) fn sail_store_new(
+        host: *const c_char,
+        port: u16,
+        serve: bool,
+        prefix: *const c_char,
+        timeout_ms: i64,
+        out: *mut *mut RawStore,
+        found_port: *mut u16,
+    ) -> *mut RawError;
+    pub(crate) fn sail_store_free(store: *mut RawStore);
+    pub(crate) fn sail_store_set(
+        store: *mut RawStore,
+        key: *const c_char,
+        data: *const u8,
+        len: usize,
+    ) -> *mut RawError;
+    pub(crate) fn sail_store_get(
+        store: *mut RawStore,
+        key: *const c_char,
+        data: *mut *mut u8,
+        len: *mut usize,
+    ) -> *mut RawError;
+    pub(crate) fn sail_store_check(
+        store: *mut RawStore,
+        key: *const c_char,
+        there: *mut bool,
+    ) -> *mut RawError;
+    pub(crate) fn sail_store_add(
+        store: *mut RawStore,
+        key: *const c_char,
+        amount: i64,
+        sum: *mut i64,
+    ) -> *mut RawError;
+    pub(crate) fn sail_store_wait(store: *mut RawStore, key: *const c_char, timeout_ms: i64)
+    -> *mut RawError;
+
+    pub(crate) fn sail_has_nccl() -> bool;
+    pub(crate) fn sail_gloo_new(
+        store: *mut RawStore,
+        rank: c_int,
+        size: c_int,
+        timeout_ms: i64,
+        address: *const c_char,
+        out: *mut *mut RawGroup,
+    ) -> *mut RawError;
+    pub(crate) fn sail_nccl_new(
+        store: *mut RawStore,
+        rank: c_int,
+        size: c_int,
+        timeout_ms: i64,
+        device: c_int,
+        out: *mut *mut RawGroup,
+    ) -> *mut RawError;
+    pub(crate) fn sail_group_free(group: *mut RawGroup);
+    pub(crate) fn sail_group_set_timeout(group: *mut RawGroup, timeout_ms: i64) -> *mut RawError;
+    pub(crate) fn sail_all_reduce(
+        group: *mut RawGroup,
+        tensor: *const C_tensor,
+        op: u8,
+        out: *mut *mut RawWork,
+    ) -> *mut RawError;
+    pub(crate) fn sail_broadcast(
+        group: *mut RawGroup,
+        tensor: *const C_tensor,
+        root: i64,
+        out: *mut *mut RawWork,
+    ) -> *mut RawError;
+    pub(crate) fn sail_reduce_scatter(
+        group: *mut RawGroup,
+        output: *const C_tensor,
+        input: *const C_tensor,
+        out: *mut *mut RawWork,
+    ) -> *mut RawError;
+    pub(crate) fn sail_all_to_all(
+        group: *mut RawGroup,
+        output: *const C_tensor,
+        input: *const C_tensor,
+        out: *mut *mut RawWork,
+    ) -> *mut RawError;
+    pub(crate) fn sail_all_gather(
+        group: *mut RawGroup,
+        output: *const C_tensor,
+        input: *const C_tensor,
+        out: *mut *mut RawWork,
+    ) -> *mut RawError;
+    pub(crate) fn sail_barrier(group: *mut RawGroup, out: *mut *mut RawWork) -> *mut RawError;
+    pub(crate) fn sail_work_wait(work: *mut RawWork) -> *mut RawError;
+    pub(crate) fn sail_work_free(work: *mut RawWork);
 }

@@ -1,0 +1,82 @@
+// What every C entry point of this library shares: how errors cross the boundary.
+//
+// Every function returns nullptr, or a `sail_error` that the caller frees with `sail_error_free`. No
+// exception crosses the boundary.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string>
+#include <vector>
+
+// The kinds that `src/error.rs` tells apart.
+enum sail_error_kind : int32_t {
+  kSailOther = 0,
+  kSailTimeout = 1,
+  kSailNetwork = 2,
+};
+
+struct sail_error {
+  int32_t kind;
+  char* message;
+};
+
+namespace sail {
+
+inline sail_error* make_error(const char* what, int32_t kind) {
+  auto* error = static_cast<sail_error*>(std::malloc(sizeof(sail_error)));
+  char* message = static_cast<char*>(std::malloc(std::strlen(what) + 1));
+  if (error == nullptr || message == nullptr) std::abort();
+  std::strcpy(message, what);
+  *error = {kind, message};
+  return error;
+}
+
+inline bool mentions(const char* text, const char* part) { return std::strstr(text, part) != nullptr; }
+
+// c10d and Gloo throw one class for several faults; their messages say which.
+inline int32_t network_kind(const char* what) {
+  for (const char* part : {"imed out", "timeout", "Timeout"}) {
+    if (mentions(what, part)) return kSailTimeout;
+  }
+  for (const char* part : {"onnection", "address already in use", "Broken pipe", "unreachable", "resolve"}) {
+    if (mentions(what, part)) return kSailNetwork;
+  }
+  return kSailOther;
+}
+
+template <typename F>
+sail_error* guarded(F&& body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const c10::DistNetworkError& e) {
+    const char* what = e.what_without_backtrace();
+    const int32_t kind = network_kind(what);
+    return make_error(what, kind == kSailOther ? kSailNetwork : kind);
+  } catch (const c10::DistError& e) {
+    return make_error(e.what_without_backtrace(), network_kind(e.what_without_backtrace()));
+  } catch (const c10::Error& e) {
+    return make_error(e.what_without_backtrace(), network_kind(e.what_without_backtrace()));
+  } catch (const std::exception& e) {
+    return make_error(e.what(), network_kind(e.what()));
+  } catch (...) {
+    return make_error("an exception that is not a std::exception", kSailOther);
+  }
+}
+
+inline std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t n) {
+  std::vector<at::Tensor> out;
+  out.reserve(n);
+  for (size_t i = 0; i < n; ++i) out.push_back(*tensors[i]);
+  return out;
+}
+
+}  // namespace sail

@@ -1,0 +1,21 @@
+// The handles that the files on c10d share.
+
+#pragma once
+
+#include "common.h"
+
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
+struct sail_store {
+  c10::intrusive_ptr<c10d::Store> store;
+};
+
+struct sail_group {
+  c10::intrusive_ptr<c10d::Backend> backend;
+};
+
+struct sail_work {
+  c10::intrusive_ptr<c10d::Work> work;
+};

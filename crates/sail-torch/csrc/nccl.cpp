@@ -1,0 +1,39 @@
+// The NCCL backend: collectives between CUDA devices. Compiled where the headers of CUDA and NCCL are.
+
+#include "dist.h"
+
+#ifdef SAIL_WITH_NCCL
+#define USE_C10D_NCCL
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+#endif
+
+#include <chrono>
+#include <stdexcept>
+
+extern "C" {
+
+bool sail_has_nccl() {
+#ifdef SAIL_WITH_NCCL
+  return true;
+#else
+  return false;
+#endif
+}
+
+sail_error* sail_nccl_new(sail_store* store, int rank, int size, int64_t timeout_ms, int device,
+                          sail_group** out) {
+  return sail::guarded([&] {
+#ifdef SAIL_WITH_NCCL
+    using Nccl = c10d::ProcessGroupNCCL;
+    auto options = Nccl::Options::create();
+    options->timeout = std::chrono::milliseconds(timeout_ms);
+    auto backend = c10::make_intrusive<Nccl>(store->store, rank, size, options);
+    backend->setBoundDeviceId(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
+    *out = new sail_group{std::move(backend)};
+#else
+    throw std::runtime_error("this build has no NCCL: its headers were not found when it was compiled");
+#endif
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,119 @@
+// What ATen and its autograd have and tch's generated bindings leave out.
+
+#include "common.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_flash_attention_forward.h>
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <memory>
+#include <stdexcept>
+
+using sail::guarded;
+using sail::list;
+
+namespace {
+
+// A callback of the caller's; frees what it captured when the hook goes.
+class Hook final : public torch::autograd::PostAccumulateGradHook {
+ public:
+  using Call = sail_error* (*)(void*, at::Tensor*);
+  using Drop = void (*)(void*);
+
+  Hook(Call call, Drop drop, void* data) : call_(call), drop_(drop), data_(data) {}
+  ~Hook() override { drop_(data_); }
+
+  void operator()(const at::Tensor& param) override {
+    // The callee owns this reference.
+    sail_error* error = call_(data_, new at::Tensor(param));
+    if (error == nullptr) return;
+    std::string message = error->message;
+    std::free(error->message);
+    std::free(error);
+    throw std::runtime_error(message);
+  }
+
+ private:
+  Call call_;
+  Drop drop_;
+  void* data_;
+};
+
+}  // namespace
+
+extern "C" {
+
+void sail_error_free(sail_error* error) {
+  std::free(error->message);
+  std::free(error);
+}
+
+// For callbacks: an error of kind `kSailOther`; `message` is copied.
+sail_error* sail_error_new(const char* message) { return sail::make_error(message, kSailOther); }
+
+sail_error* sail_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads,
+                             at::Tensor* const* exp_avgs, at::Tensor* const* exp_avg_sqs,
+                             at::Tensor* const* steps, size_t n, double lr, double beta1,
+                             double beta2, double weight_decay, double eps) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    // The kernel reads the number of this update, the first one being 1.
+    at::_foreach_add_(list(steps, n), 1);
+    at::_fused_adamw_(list(params, n), list(grads, n), list(exp_avgs, n), list(exp_avg_sqs, n),
+                      /*max_exp_avg_sqs=*/{}, list(steps, n), lr, beta1, beta2, weight_decay, eps,
+                      /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/{});
+  });
+}
+
+// `out` receives a new 0-dimensional fp32 tensor, owned by the caller.
+sail_error* sail_global_norm(at::Tensor* const* tensors, size_t n, at::Tensor** out) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    auto norms = at::_foreach_norm(list(tensors, n), 2, at::kFloat);
+    *out = new at::Tensor(at::linalg_vector_norm(at::stack(norms), 2));
+  });
+}
+
+sail_error* sail_foreach_mul(at::Tensor* const* tensors, size_t n, const at::Tensor* factor) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_mul_(list(tensors, n), *factor);
+  });
+}
+
+// Flash attention over segments, with autograd. `out` receives a new tensor of the shape of `q`, owned
+// by the caller.
+sail_error* sail_varlen_attention(const at::Tensor* q, const at::Tensor* k, const at::Tensor* v,
+                                  const at::Tensor* cu_seqlens, int64_t longest, bool causal,
+                                  at::Tensor** out) {
+  return guarded([&] {
+    auto result = at::_flash_attention_forward(*q, *k, *v, *cu_seqlens, *cu_seqlens, longest, longest,
+                                               /*dropout_p=*/0.0, causal,
+                                               /*return_debug_mask=*/false);
+    *out = new at::Tensor(std::get<0>(result));
+  });
+}
+
+// Calls `call(data, param)` each time that a gradient was added to `param.grad`, and `drop(data)` once when
+// the hook goes: with the parameter, with the next hook set on it, or at once when this fails.
+sail_error* sail_set_post_accumulate_grad_hook(const at::Tensor* param, Hook::Call call, Hook::Drop drop,
+                                               void* data) {
+  auto hook = std::make_unique<Hook>(call, drop, data);
+  return guarded([&] { torch::autograd::impl::set_post_acc_grad_hooks(*param, std::move(hook)); });
+}
+
+// `out` receives the gradient, owned by the caller, or nullptr without one; the parameter has none afterwards.
+sail_error* sail_take_grad(at::Tensor* param, at::Tensor** out) {
+  return guarded([&] {
+    at::Tensor& grad = param->mutable_grad();
+    *out = grad.defined() ? new at::Tensor(std::move(grad)) : nullptr;
+    grad.reset();
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,523 @@
+//! Collectives among processes (c10d), with Gloo on the CPU or NCCL on CUDA.
+//!
+//! Every rank of a group makes the same calls in the same order with tensors of the same size and type.
+
+use std::ptr::NonNull;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::call::{c_string, check, outcome};
+use crate::error::{Error, Result};
+use crate::ffi::{self, RawError, RawGroup, RawWork};
+use crate::store::{Store, millis};
+
+/// Who moves the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// TCP between hosts; tensors are on the CPU.
+    Gloo,
+    /// NVIDIA's library; tensors are on this CUDA device.
+    Nccl(usize),
+}
+
+impl Backend {
+    /// The one for tensors on `device`.
+    pub fn for_device(device: Device) -> Self {
+        match device {
+            Device::Cuda(index) => Self::Nccl(index),
+            _ => Self::Gloo,
+        }
+    }
+
+    fn device(self) -> Device {
+        match self {
+            Self::Gloo => Device::Cpu,
+            Self::Nccl(index) => Device::Cuda(index),
+        }
+    }
+}
+
+/// Whether this build can make groups with [`Backend::Nccl`]; they also need a GPU.
+pub fn has_nccl() -> bool {
+    // SAFETY: the function takes nothing and reads a constant.
+    unsafe { ffi::sail_has_nccl() }
+}
+
+/// How elements at the same place are put together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReduceOp {
+    /// Their sum.
+    Sum,
+    /// The smallest.
+    Min,
+    /// The largest.
+    Max,
+}
+
+impl ReduceOp {
+    /// `c10d::ReduceOp::RedOpType`.
+    fn code(self) -> u8 {
+        match self {
+            Self::Sum => 0,
+            Self::Min => 3,
+            Self::Max => 4,
+        }
+    }
+}
+
+/// How a group is made.
+#[derive(Clone, Debug)]
+pub struct GroupOptions {
+    /// Who moves the bytes.
+    pub backend: Backend,
+    /// This process, from 0.
+    pub rank: usize,
+    /// Processes in the group.
+    pub size: usize,
+    /// How long a collective may take.
+    pub timeout: Duration,
+    /// Gloo: the local address that the other ranks reach this process at. `None` leaves the choice to
+    /// `GLOO_SOCKET_IFNAME` or to what the host's name resolves to.
+    pub address: Option<String>,
+}
+
+/// Processes that make collectives together.
+#[derive(Debug)]
+pub struct ProcessGroup {
+    raw: NonNull<RawGroup>,
+    options: GroupOptions,
+    sent_bytes: AtomicU64,
+    link: Option<Link>,
+}
+
+// SAFETY: c10d's backends may be called from any thread.
+unsafe impl Send for ProcessGroup {}
+// SAFETY: the backends queue what they are given under locks of their own.
+unsafe impl Sync for ProcessGroup {}
+
+/// A link that is slower than the real one, to study overlap on one machine: it carries one collective after
+/// the other, and each ends when its bytes would have gone through.
+#[derive(Debug)]
+struct Link {
+    bytes_per_sec: f64,
+    free_at: Mutex<Instant>,
+}
+
+impl ProcessGroup {
+    /// Joins the group; returns once every rank has. The store's keys must be this group's own (`prefix`).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a rank outside the group; [`Error::Timeout`] and [`Error::Network`] when another
+    /// rank does not come or cannot be reached; [`Error::Torch`] when the build has no such backend.
+    pub fn join(store: &Store, options: GroupOptions) -> Result<Self> {
+        const OP: &str = "ProcessGroup::join";
+        let GroupOptions { backend, rank, size, timeout, address } = &options;
+        check(OP, rank < size, || format!("rank {rank} of a group of {size}"))?;
+        let address = c_string(OP, address.as_deref().unwrap_or_default())?;
+        let (rank, group_size, timeout) = (*rank as i32, *size as i32, millis(*timeout));
+        let mut raw = std::ptr::null_mut();
+        let error = match *backend {
+            // SAFETY: a live store, a NUL-terminated string, and a valid place for one pointer.
+            Backend::Gloo => unsafe {
+                ffi::sail_gloo_new(store.raw(), rank, group_size, timeout, address.as_ptr(), &raw mut raw)
+            },
+            // SAFETY: a live store and a valid place for one pointer.
+            Backend::Nccl(device) => unsafe {
+                ffi::sail_nccl_new(store.raw(), rank, group_size, timeout, device as i32, &raw mut raw)
+            },
+        };
+        outcome(OP, error)?;
+        let raw = NonNull::new(raw).expect("invariant: given without an error");
+        Ok(Self { raw, options, sent_bytes: AtomicU64::new(0), link: None })
+    }
+
+    /// Makes collectives take as long as over a link of this many bytes a second, one after the other.
+    #[must_use]
+    pub fn with_simulated_link(mut self, bytes_per_sec: f64) -> Self {
+        self.link = Some(Link { bytes_per_sec, free_at: Mutex::new(Instant::now()) });
+        self
+    }
+
+    /// This process, from 0.
+    pub fn rank(&self) -> usize {
+        self.options.rank
+    }
+
+    /// Processes in the group.
+    pub fn size(&self) -> usize {
+        self.options.size
+    }
+
+    /// Where the tensors of its collectives are.
+    pub fn device(&self) -> Device {
+        self.options.backend.device()
+    }
+
+    /// Bytes that this rank's collectives have sent so far, by the algorithms' formulas: N ranks, b bytes,
+    /// all-reduce 2 (N-1)/N b, reduce-scatter and all-gather (N-1)/N b of the whole.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes.load(Ordering::Relaxed)
+    }
+
+    /// How long each further collective may take.
+    pub fn set_timeout(&self, timeout: Duration) -> Result<()> {
+        // SAFETY: a live group.
+        let error = unsafe { ffi::sail_group_set_timeout(self.raw.as_ptr(), millis(timeout)) };
+        outcome("set_timeout", error)
+    }
+
+    /// Starts to put the tensors of all ranks together, in place.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the tensor is not contiguous, elsewhere, or of a type that is not summed.
+    pub fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work> {
+        const OP: &str = "all_reduce";
+        self.check_tensor(OP, tensor)?;
+        let bytes = 2 * self.share_of(tensor);
+        self.start(OP, [tensor], bytes, |out| {
+            // SAFETY: a live group, a live contiguous tensor on its device, and a valid place for one pointer.
+            unsafe { ffi::sail_all_reduce(self.raw.as_ptr(), tensor.as_ptr(), op.code(), out) }
+        })
+    }
+
+    /// Starts to give every rank `root`'s tensor, in place.
+    ///
+    /// # Errors
+    /// As [`ProcessGroup::all_reduce`], and for a `root` outside the group.
+    pub fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work> {
+        const OP: &str = "broadcast";
+        self.check_tensor(OP, tensor)?;
+        check(OP, root < self.size(), || format!("root {root} of a group of {}", self.size()))?;
+        let bytes = self.share_of(tensor);
+        self.start(OP, [tensor], bytes, |out| {
+            // SAFETY: as in `all_reduce`, and a root that is in the group.
+            unsafe { ffi::sail_broadcast(self.raw.as_ptr(), tensor.as_ptr(), root as i64, out) }
+        })
+    }
+
+    /// Starts to sum `whole` over all ranks; this one receives the part of it that is `part`'s size and at
+    /// its rank's place.
+    ///
+    /// On Gloo, whose reduce-scatter moves as much as an all-reduce, the parts are exchanged and summed in
+    /// the order of the ranks.
+    ///
+    /// # Errors
+    /// As [`ProcessGroup::all_reduce`], and when `whole` is not the group's size times `part`.
+    pub fn reduce_scatter(&self, part: &Tensor, whole: &Tensor) -> Result<Work> {
+        const OP: &str = "reduce_scatter";
+        self.check_parts(OP, part, whole)?;
+        let bytes = self.share_of(whole);
+        if self.options.backend != Backend::Gloo {
+            return self.start(OP, [part, whole], bytes, |out| {
+                // SAFETY: a live group, two live contiguous tensors of one type on its device, one the group's
+                // size times the other, and a valid place for one pointer.
+                unsafe { ffi::sail_reduce_scatter(self.raw.as_ptr(), part.as_ptr(), whole.as_ptr(), out) }
+            });
+        }
+        let parts = whole.f_empty_like().map_err(|error| torch(OP, &error))?;
+        let mut work = self.start(OP, [&parts, whole], bytes, |out| {
+            // SAFETY: as above, with two tensors of the same size, which the group's size divides.
+            unsafe { ffi::sail_all_to_all(self.raw.as_ptr(), parts.as_ptr(), whole.as_ptr(), out) }
+        })?;
+        work.sum_into = Some((parts.view([self.size() as i64, -1]), part.view(-1)));
+        Ok(work)
+    }
+
+    /// Starts to collect the parts of all ranks, in their order, in `whole`.
+    ///
+    /// # Errors
+    /// As [`ProcessGroup::reduce_scatter`].
+    pub fn all_gather(&self, whole: &Tensor, part: &Tensor) -> Result<Work> {
+        const OP: &str = "all_gather";
+        self.check_parts(OP, part, whole)?;
+        let bytes = self.share_of(whole);
+        self.start(OP, [whole, part], bytes, |out| {
+            // SAFETY: a live group, two live contiguous tensors of one type on its device, one the group's size
+            // times the other, and a valid place for one pointer.
+            unsafe { ffi::sail_all_gather(self.raw.as_ptr(), whole.as_ptr(), part.as_ptr(), out) }
+        })
+    }
+
+    /// Waits until every rank has come here.
+    pub fn barrier(&self) -> Result<()> {
+        let work = self.start("barrier", [], 0, |out| {
+            // SAFETY: a live group and a valid place for one pointer.
+            unsafe { ffi::sail_barrier(self.raw.as_ptr(), out) }
+        })?;
+        work.wait()
+    }
+
+    fn start<const N: usize>(
+        &self,
+        op: &'static str,
+        tensors: [&Tensor; N],
+        bytes: u64,
+        call: impl FnOnce(*mut *mut RawWork) -> *mut RawError,
+    ) -> Result<Work> {
+        let mut raw = std::ptr::null_mut();
+        outcome(op, call(&raw mut raw))?;
+        self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(Work {
+            op,
+            raw: NonNull::new(raw).expect("invariant: given without an error"),
+            tensors: tensors.map(Tensor::shallow_clone).into(),
+            sum_into: None,
+            not_before: self.link.as_ref().map(|link| link.carry(bytes)),
+        })
+    }
+
+    fn check_tensor(&self, op: &'static str, tensor: &Tensor) -> Result<()> {
+        check(op, tensor.is_contiguous(), || format!("needs a contiguous tensor, got {tensor:?}"))?;
+        check(op, tensor.device() == self.device(), || {
+            format!("the group is on {:?}, the tensor on {:?}", self.device(), tensor.device())
+        })?;
+        let kinds = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half, Kind::Int64, Kind::Uint8];
+        check(op, kinds.contains(&tensor.kind()), || format!("cannot move {:?}", tensor.kind()))
+    }
+
+    fn check_parts(&self, op: &'static str, part: &Tensor, whole: &Tensor) -> Result<()> {
+        self.check_tensor(op, part)?;
+        self.check_tensor(op, whole)?;
+        check(op, part.kind() == whole.kind(), || {
+            format!("the part is {:?}, the whole {:?}", part.kind(), whole.kind())
+        })?;
+        check(op, part.numel() * self.size() == whole.numel(), || {
+            format!("{} parts of {} do not make a whole of {}", self.size(), part.numel(), whole.numel())
+        })
+    }
+
+    /// (N-1)/N of the tensor's bytes.
+    fn share_of(&self, tensor: &Tensor) -> u64 {
+        let (bytes, size) = ((tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64, self.size() as u64);
+        bytes * (size - 1) / size
+    }
+}
+
+impl Drop for ProcessGroup {
+    fn drop(&mut self) {
+        // SAFETY: the pointer is owned by this value alone.
+        unsafe { ffi::sail_group_free(self.raw.as_ptr()) };
+    }
+}
+
+impl Link {
+    /// When the bytes will have gone through.
+    fn carry(&self, bytes: u64) -> Instant {
+        let mut free_at = self.free_at.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let start = (*free_at).max(Instant::now());
+        *free_at = start + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
+        *free_at
+    }
+}
+
+/// A collective under way. Its tensors must not be used before [`Work::wait`] has returned.
+#[derive(Debug)]
+#[must_use = "the result is there after `wait`"]
+pub struct Work {
+    op: &'static str,
+    raw: NonNull<RawWork>,
+    /// Kept alive until it has ended.
+    tensors: Vec<Tensor>,
+    /// The rows of the first are summed into the second at the end.
+    sum_into: Option<(Tensor, Tensor)>,
+    not_before: Option<Instant>,
+}
+
+// SAFETY: c10d's works may be waited for on any thread.
+unsafe impl Send for Work {}
+
+impl Work {
+    /// Waits for the end: on the CPU for the bytes, on CUDA only the current stream waits, not the host.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] or [`Error::Network`] when another rank did not do its part.
+    pub fn wait(mut self) -> Result<()> {
+        // SAFETY: a live work.
+        let error = unsafe { ffi::sail_work_wait(self.raw.as_ptr()) };
+        outcome(self.op, error)?;
+        if let Some((rows, mut sum)) = self.sum_into.take() {
+            tch::no_grad(|| {
+                // One row after the other: the order of the sum is that of the ranks.
+                sum.f_copy_(&rows.get(0))?;
+                (1..rows.size()[0]).try_for_each(|row| sum.f_add_(&rows.get(row)).map(drop))
+            })
+            .map_err(|error| torch(self.op, &error))?;
+        }
+        if let Some(end) = self.not_before {
+            std::thread::sleep(end.saturating_duration_since(Instant::now()));
+        }
+        self.tensors.clear();
+        Ok(())
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // SAFETY: the pointer is owned by this value alone.
+        unsafe { ffi::sail_work_free(self.raw.as_ptr()) };
+    }
+}
+
+fn torch(op: &'static str, error: &tch::TchError) -> Error {
+    Error::Torch { op, message: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs `body` on `size` threads, each a rank of one group.
+    fn ranks(size: usize, body: impl Fn(ProcessGroup) + Send + Sync) {
+        let server = Store::serve(0, Duration::from_secs(20)).unwrap();
+        std::thread::scope(|scope| {
+            for rank in 0..size {
+                let (body, port) = (&body, server.port());
+                scope.spawn(move || {
+                    let timeout = Duration::from_secs(20);
+                    let store = Store::connect("127.0.0.1", port, "group", timeout).unwrap();
+                    let address = Some("127.0.0.1".to_owned());
+                    let options = GroupOptions { backend: Backend::Gloo, rank, size, timeout, address };
+                    body(ProcessGroup::join(&store, options).unwrap());
+                });
+            }
+        });
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        Vec::try_from(tensor.to_kind(Kind::Float).view(-1)).unwrap()
+    }
+
+    #[test]
+    fn collectives_do_what_their_names_say_in_both_types() {
+        for size in [1usize, 2, 3] {
+            ranks(size, |group| {
+                for kind in [Kind::Float, Kind::BFloat16] {
+                    let rank = group.rank() as f64;
+                    let mine =
+                        || Tensor::arange(size as i64 * 2, (Kind::Float, Device::Cpu)).to_kind(kind) + rank;
+                    let n = size as f32;
+                    let ranks_sum = (0..size).sum::<usize>() as f32;
+                    let sums: Vec<f32> = (0..2 * size).map(|i| i as f32 * n + ranks_sum).collect();
+
+                    let tensor = mine();
+                    group.all_reduce(&tensor, ReduceOp::Sum).unwrap().wait().unwrap();
+                    assert_eq!(values(&tensor), sums);
+
+                    let part = Tensor::zeros([2], (kind, Device::Cpu));
+                    group.reduce_scatter(&part, &mine()).unwrap().wait().unwrap();
+                    assert_eq!(values(&part), sums[group.rank() * 2..][..2]);
+
+                    let whole = Tensor::zeros([2 * size as i64], (kind, Device::Cpu));
+                    group.all_gather(&whole, &part).unwrap().wait().unwrap();
+                    assert_eq!(values(&whole), sums);
+
+                    let tensor = mine();
+                    group.broadcast(&tensor, size - 1).unwrap().wait().unwrap();
+                    assert_eq!(values(&tensor)[..1], [n - 1.0]);
+                    let tensor = mine();
+                    group.all_reduce(&tensor, ReduceOp::Max).unwrap().wait().unwrap();
+                    assert_eq!(values(&tensor)[..1], [n - 1.0]);
+                    group.barrier().unwrap();
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn several_collectives_under_way_end_in_any_order() {
+        ranks(2, |group| {
+            let tensors: Vec<Tensor> = (0..8).map(|i| Tensor::from_slice(&[i as f32; 1000])).collect();
+            let mut works: Vec<Work> =
+                tensors.iter().map(|tensor| group.all_reduce(tensor, ReduceOp::Sum).unwrap()).collect();
+            while let Some(work) = works.pop() {
+                work.wait().unwrap();
+            }
+            for (i, tensor) in tensors.iter().enumerate() {
+                assert_eq!(values(tensor)[999..], [2.0 * i as f32]);
+            }
+            assert_eq!(group.sent_bytes(), 8 * 4000);
+        });
+    }
+
+    #[test]
+    fn arguments_are_checked_before_the_call() {
+        ranks(2, |group| {
+            let message = |result: Result<Work>| result.unwrap_err().to_string();
+            let row = Tensor::zeros([4, 4], (Kind::Float, Device::Cpu));
+            assert!(message(group.all_reduce(&row.transpose(0, 1), ReduceOp::Sum)).contains("contiguous"));
+            assert!(message(group.broadcast(&row, 2)).contains("root 2 of a group of 2"));
+            assert!(
+                message(group.all_gather(&row, &row)).contains("2 parts of 16 do not make a whole of 16")
+            );
+            let half = row.narrow(0, 0, 2).to_kind(Kind::Half);
+            assert!(message(group.reduce_scatter(&half, &row)).contains("the part is Half, the whole Float"));
+            assert!(
+                message(group.all_reduce(&row.to_kind(Kind::Bool), ReduceOp::Sum))
+                    .contains("cannot move Bool")
+            );
+        });
+        let server = Store::serve(0, Duration::from_secs(1)).unwrap();
+        let options = GroupOptions {
+            backend: Backend::Gloo,
+            rank: 2,
+            size: 2,
+            timeout: Duration::from_secs(1),
+            address: None,
+        };
+        assert!(matches!(ProcessGroup::join(&server, options), Err(Error::Argument { .. })));
+    }
+
+    #[test]
+    fn a_rank_that_does_not_come_is_a_timeout() {
+        let server = Store::serve(0, Duration::from_millis(500)).unwrap();
+        let address = Some("127.0.0.1".to_owned());
+        let timeout = Duration::from_millis(500);
+        let options = GroupOptions { backend: Backend::Gloo, rank: 0, size: 2, timeout, address };
+        let error = ProcessGroup::join(&server, options).unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn a_rank_that_does_not_take_part_is_a_timeout() {
+        ranks(2, |group| {
+            if group.rank() == 1 {
+                std::thread::sleep(Duration::from_secs(2));
+                return;
+            }
+            group.set_timeout(Duration::from_millis(500)).unwrap();
+            let tensor = Tensor::zeros([4], (Kind::Float, Device::Cpu));
+            let error = group.all_reduce(&tensor, ReduceOp::Sum).unwrap().wait().unwrap_err();
+            assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+        });
+    }
+
+    #[test]
+    fn a_simulated_link_carries_one_collective_after_the_other() {
+        ranks(2, |group| {
+            let group = group.with_simulated_link(1e6);
+            let tensors = [0; 3].map(|_| Tensor::zeros([25_000], (Kind::Float, Device::Cpu)));
+            let started = Instant::now();
+            let works = tensors.map(|tensor| group.all_reduce(&tensor, ReduceOp::Sum).unwrap());
+            for work in works {
+                work.wait().unwrap();
+            }
+            let took = started.elapsed().as_secs_f64();
+            assert!((0.29..0.6).contains(&took), "3 x 100 kB at 1 MB/s took {took} s");
+        });
+    }
+
+    #[test]
+    fn nccl_without_a_gpu_is_an_error() {
+        if tch::Cuda::is_available() {
+            return;
+        }
+        let server = Store::serve(0, Duration::from_secs(1)).unwrap();
+        let timeout = Duration::from_secs(1);
+        let options = GroupOptions { backend: Backend::Nccl(0), rank: 0, size: 1, timeout, address: None };
+        let error = ProcessGroup::join(&server, options).unwrap_err();
+        assert!(matches!(error, Error::Torch { .. }), "{error:?}");
+    }
+}
