@@ -4,6 +4,7 @@
 //! |---|---|
 //! | the train loop | [`train_loop::run_stage`] |
 //! | what a configuration may say | [`config`] |
+//! | where a process stands among all | [`world`] |
 //! | where weights, data and optimizer come together | [`session`] |
 //! | where a stage's weights come from | `origin` |
 //! | freezing and its proof | [`stage`], [`optim`] |
@@ -34,5 +35,6 @@ pub mod stage;
 pub mod step;
 pub mod train_loop;
 pub mod trained;
+pub mod world;
 
 pub use error::{Error, Result};

@@ -1,0 +1,6 @@
+//! The processes that train together.
+
+mod place;
+mod slurm;
+
+pub use place::{Place, Rendezvous, Starter};
