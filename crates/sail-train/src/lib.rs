@@ -5,6 +5,7 @@
 //! | the train loop | [`train_loop::run_stage`] |
 //! | what a configuration may say | [`config`] |
 //! | where a process stands among all | [`world`] |
+//! | the command that starts them | [`launch`] |
 //! | where weights, data and optimizer come together | [`session`] |
 //! | where a stage's weights come from | `origin` |
 //! | freezing and its proof | [`stage`], [`optim`] |
@@ -25,6 +26,7 @@ pub mod eval;
 pub mod events;
 pub mod export;
 pub mod generate;
+pub mod launch;
 pub mod optim;
 mod origin;
 pub mod output;

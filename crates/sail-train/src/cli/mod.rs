@@ -2,6 +2,7 @@
 //!
 //! 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
 
+mod launch;
 mod using;
 
 use std::io::{IsTerminal, Write};
@@ -10,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing_subscriber::EnvFilter;
 
@@ -18,12 +19,14 @@ use crate::config::{self, Config};
 use crate::curriculum;
 use crate::error::{Error, Result};
 use crate::events::Console;
+use crate::launch::end_with_launcher;
 use crate::train_loop::{Resume, RunOptions};
 
 const AFTER_HELP: &str = "\
 Examples:
   sail-train --config configs/tiny/curriculum.yaml
   sail-train --config stage2.yaml --set train.projector.lr=1e-4 --set run.dir=runs/try
+  sail-train launch --nproc 8 -- --config stage2.yaml
   sail-train eval --checkpoint runs/demo/stage3
   sail-train generate --checkpoint runs/demo/stage3 --image photo.jpg --prompt What?
 
@@ -45,7 +48,14 @@ pub struct Args {
     #[command(flatten)]
     train: TrainArgs,
     #[command(subcommand)]
-    command: Option<using::Command>,
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Launch(launch::Options),
+    #[command(flatten)]
+    Using(using::Command),
 }
 
 #[derive(Debug, clap::Args)]
@@ -69,6 +79,7 @@ struct TrainArgs {
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
+    end_with_launcher();
     let args = Args::parse();
     let console = Console::new();
     let filter = EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
@@ -124,7 +135,8 @@ fn exit_on_panic(console: Console) {
 fn run(args: Args, console: &Console) -> Result<ExitCode> {
     match args.command {
         None => train(args.train, console),
-        Some(command) => using::run(command),
+        Some(Command::Launch(options)) => launch::run(options, console),
+        Some(Command::Using(command)) => using::run(command),
     }
 }
 
