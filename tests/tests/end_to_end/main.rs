@@ -7,6 +7,7 @@ mod data;
 mod exports;
 mod faults;
 mod hub;
+mod launch;
 mod resume;
 mod usage;
 
