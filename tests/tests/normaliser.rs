@@ -4,18 +4,20 @@
 #![expect(clippy::unwrap_used, reason = "a failure here fails the test")]
 
 use std::path::Path;
+use std::sync::Arc;
 
 use sail_data::{Pack, Sample, read_samples};
 use sail_train::config::{self, Config, VisualShape};
 use sail_train::session::Session;
 use sail_train::step::Step;
+use sail_train::world::World;
 
 fn loss_and_norm(session: &mut Session, packs: &[&[Sample]]) -> (f64, f64) {
-    let step = Step::new(packs.iter().map(|samples| Pack::collate(samples)).collect(), 512, 0.0);
-    let loss = session.accumulate(&step).unwrap().double_value(&[]);
-    let norm = session.optimizer.clip().unwrap().double_value(&[]);
-    session.optimizer.step(0.0).unwrap();
-    (loss, norm)
+    let step = Step::alone(packs.iter().map(|samples| Pack::collate(samples)).collect());
+    let loss = session.accumulate(&step).unwrap();
+    let verdict = session.agree(&loss, false).unwrap();
+    session.update(0.0).unwrap();
+    (verdict.loss, verdict.grad_norm)
 }
 
 #[test]
@@ -26,7 +28,7 @@ fn unequal_packs_give_what_one_pack_gives() {
     let Config::Stage(plan) = config::load("configs/tiny/stage1.yaml".as_ref(), &sets).unwrap() else {
         panic!("a stage");
     };
-    let mut session = Session::build(&plan, None).unwrap();
+    let mut session = Session::build(&plan, &Arc::new(World::alone()), None).unwrap();
     let spec = plan.eval_spec(VisualShape { tokens_per_tile: 16, unit_px: 28 }).unwrap();
     let mut samples = read_samples(&spec, &session.encoder, Some(6)).unwrap();
     samples.sort_by_key(Sample::answer_tokens);

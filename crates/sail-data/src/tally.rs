@@ -56,7 +56,8 @@ impl Tally {
         *self.skipped.entry(reason.to_owned()).or_default() += 1;
     }
 
-    pub(crate) fn add(&mut self, other: &Self) {
+    /// Counts what `other` counted as well.
+    pub fn add(&mut self, other: &Self) {
         self.seen += other.seen;
         self.repeated += other.repeated;
         self.tokens += other.tokens;

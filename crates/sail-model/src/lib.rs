@@ -3,6 +3,7 @@
 //! Knows no rank, no optimizer, no run directory.
 
 pub mod attention;
+pub mod blocks;
 mod error;
 pub mod generate;
 pub mod keys;

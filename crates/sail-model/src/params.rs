@@ -16,6 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use tch::{Device, Kind, Tensor};
 
+use crate::blocks::Listener;
 use crate::error::{Error, Result};
 
 /// Parameters by full name (`vision.…`, `projector.…`, `llm.…`), in sorted order.
@@ -138,6 +139,7 @@ pub struct Builder<'a> {
     module: String,
     /// Path inside the module, with a trailing dot unless empty.
     prefix: String,
+    listener: Listener,
 }
 
 impl<'a> Builder<'a> {
@@ -148,7 +150,23 @@ impl<'a> Builder<'a> {
         source: &'a dyn TensorSource,
         to: (Kind, Device),
     ) -> Self {
-        Self { params, source, to, module: module.into(), prefix: String::new() }
+        let listener = Listener::default();
+        Self { params, source, to, module: module.into(), prefix: String::new(), listener }
+    }
+
+    /// The builder whose blocks tell this listener.
+    #[must_use]
+    pub fn listened_by(self, listener: &Listener) -> Self {
+        Self { listener: listener.clone(), ..self }
+    }
+
+    pub(crate) fn listener(&self) -> Listener {
+        self.listener.clone()
+    }
+
+    /// How the full names of the parameters here begin, with a trailing dot.
+    pub(crate) fn full_prefix(&self) -> String {
+        format!("{}.{}", self.module, self.prefix)
     }
 
     /// The builder one level down: `b.sub("layers").sub(3)`.

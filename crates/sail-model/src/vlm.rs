@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::attention::Segments;
+use crate::blocks::Listener;
 use crate::error::{Error, Result};
 use crate::generate::{GenerateOptions, OnToken, from_embeddings};
 use crate::llm::{Llm, LlmConfig, Routing, Trunk};
@@ -111,6 +112,7 @@ pub struct Vlm {
     projector: Projector,
     llm: Llm,
     params: Params,
+    listener: Listener,
     device: Device,
 }
 
@@ -121,13 +123,16 @@ impl Vlm {
     /// [`Error::Config`] for a configuration that does not fit, and what the sources report.
     pub fn new(config: &VlmConfig, sources: VlmSources, to: (Kind, Device)) -> Result<Self> {
         let params = Rc::new(RefCell::new(Params::new()));
-        let builder = |module, source| Builder::new(params.clone(), module, source, to);
+        let listener = Listener::default();
+        let builder =
+            |module, source| Builder::new(params.clone(), module, source, to).listened_by(&listener);
         let vision = Vision::new(&config.vision, &builder("vision", sources.vision))?;
         let (from, llm_hidden) = (config.vision.hidden_size(), config.llm.hidden_size());
         let projector = builder("projector", sources.projector);
         let projector = Projector::new(config.projector, from, llm_hidden, &projector)?;
         let llm = Llm::new(&config.llm, &builder("llm", sources.llm))?;
-        Ok(Self { config: config.clone(), vision, projector, llm, params: params.take(), device: to.1 })
+        let (params, device) = (params.take(), to.1);
+        Ok(Self { config: config.clone(), vision, projector, llm, params, listener, device })
     }
 
     /// The description it was built from.
@@ -138,6 +143,11 @@ impl Vlm {
     /// All parameters by full name.
     pub fn params(&self) -> &Params {
         &self.params
+    }
+
+    /// Who is told which block is about to compute.
+    pub fn listener(&self) -> &Listener {
+        &self.listener
     }
 
     /// The parameters of one of [`MODULES`] by the name that the module's own files use.

@@ -5,6 +5,7 @@
 #include "common.h"
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
@@ -19,3 +20,8 @@ struct sail_group {
 struct sail_work {
   c10::intrusive_ptr<c10d::Work> work;
 };
+
+// The part of a store whose keys are a group's own.
+inline c10::intrusive_ptr<c10d::Store> named(const sail_store* store, const char* name) {
+  return c10::make_intrusive<c10d::PrefixStore>(name, store->store);
+}

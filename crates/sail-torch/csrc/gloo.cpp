@@ -14,14 +14,14 @@ extern "C" {
 
 // `address`: the local address that other ranks reach this process at; empty leaves the choice to
 // GLOO_SOCKET_IFNAME or the host's name.
-sail_error* sail_gloo_new(sail_store* store, int rank, int size, int64_t timeout_ms, const char* address,
+sail_error* sail_gloo_new(sail_store* store, const char* name, int rank, int size, int64_t timeout_ms, const char* address,
                           sail_group** out) {
   return sail::guarded([&] {
     using Gloo = c10d::ProcessGroupGloo;
     const auto timeout = std::chrono::milliseconds(timeout_ms);
     auto options = *address == '\0' ? Gloo::Options::create_default(timeout) : Gloo::Options::create(timeout);
     if (*address != '\0') options->devices.push_back(Gloo::createDeviceForHostname(address));
-    *out = new sail_group{c10::make_intrusive<Gloo>(store->store, rank, size, options)};
+    *out = new sail_group{c10::make_intrusive<Gloo>(named(store, name), rank, size, options)};
   });
 }
 

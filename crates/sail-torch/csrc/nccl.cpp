@@ -20,14 +20,14 @@ bool sail_has_nccl() {
 #endif
 }
 
-sail_error* sail_nccl_new(sail_store* store, int rank, int size, int64_t timeout_ms, int device,
+sail_error* sail_nccl_new(sail_store* store, const char* name, int rank, int size, int64_t timeout_ms, int device,
                           sail_group** out) {
   return sail::guarded([&] {
 #ifdef SAIL_WITH_NCCL
     using Nccl = c10d::ProcessGroupNCCL;
     auto options = Nccl::Options::create();
     options->timeout = std::chrono::milliseconds(timeout_ms);
-    auto backend = c10::make_intrusive<Nccl>(store->store, rank, size, options);
+    auto backend = c10::make_intrusive<Nccl>(named(store, name), rank, size, options);
     backend->setBoundDeviceId(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
     *out = new sail_group{std::move(backend)};
 #else

@@ -117,6 +117,7 @@ unsafe extern "C" {
     pub(crate) fn sail_has_nccl() -> bool;
     pub(crate) fn sail_gloo_new(
         store: *mut RawStore,
+        name: *const c_char,
         rank: c_int,
         size: c_int,
         timeout_ms: i64,
@@ -125,6 +126,7 @@ unsafe extern "C" {
     ) -> *mut RawError;
     pub(crate) fn sail_nccl_new(
         store: *mut RawStore,
+        name: *const c_char,
         rank: c_int,
         size: c_int,
         timeout_ms: i64,

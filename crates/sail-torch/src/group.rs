@@ -71,6 +71,8 @@ impl ReduceOp {
 /// How a group is made.
 #[derive(Clone, Debug)]
 pub struct GroupOptions {
+    /// Tells its keys in the store from those of other groups.
+    pub name: String,
     /// Who moves the bytes.
     pub backend: Backend,
     /// This process, from 0.
@@ -93,9 +95,13 @@ pub struct ProcessGroup {
     link: Option<Link>,
 }
 
+/// Held while a Gloo collective is queued: c10d's flight recorder, which all groups of a process share, notes it
+/// without a lock.
+static QUEUEING: Mutex<()> = Mutex::new(());
+
 // SAFETY: c10d's backends may be called from any thread.
 unsafe impl Send for ProcessGroup {}
-// SAFETY: the backends queue what they are given under locks of their own.
+// SAFETY: the backends queue what they are given under locks of their own, but for what `QUEUEING` guards.
 unsafe impl Sync for ProcessGroup {}
 
 /// A link that is slower than the real one, to study overlap on one machine: it carries one collective after
@@ -107,26 +113,42 @@ struct Link {
 }
 
 impl ProcessGroup {
-    /// Joins the group; returns once every rank has. The store's keys must be this group's own (`prefix`).
+    /// Joins the group; returns once every rank has.
     ///
     /// # Errors
     /// [`Error::Argument`] for a rank outside the group; [`Error::Timeout`] and [`Error::Network`] when another
     /// rank does not come or cannot be reached; [`Error::Torch`] when the build has no such backend.
     pub fn join(store: &Store, options: GroupOptions) -> Result<Self> {
         const OP: &str = "ProcessGroup::join";
-        let GroupOptions { backend, rank, size, timeout, address } = &options;
+        let GroupOptions { name, backend, rank, size, timeout, address } = &options;
         check(OP, rank < size, || format!("rank {rank} of a group of {size}"))?;
-        let address = c_string(OP, address.as_deref().unwrap_or_default())?;
+        let (name, address) = (c_string(OP, name)?, c_string(OP, address.as_deref().unwrap_or_default())?);
         let (rank, group_size, timeout) = (*rank as i32, *size as i32, millis(*timeout));
         let mut raw = std::ptr::null_mut();
         let error = match *backend {
-            // SAFETY: a live store, a NUL-terminated string, and a valid place for one pointer.
+            // SAFETY: a live store, NUL-terminated strings, and a valid place for one pointer.
             Backend::Gloo => unsafe {
-                ffi::sail_gloo_new(store.raw(), rank, group_size, timeout, address.as_ptr(), &raw mut raw)
+                ffi::sail_gloo_new(
+                    store.raw(),
+                    name.as_ptr(),
+                    rank,
+                    group_size,
+                    timeout,
+                    address.as_ptr(),
+                    &raw mut raw,
+                )
             },
-            // SAFETY: a live store and a valid place for one pointer.
+            // SAFETY: as above.
             Backend::Nccl(device) => unsafe {
-                ffi::sail_nccl_new(store.raw(), rank, group_size, timeout, device as i32, &raw mut raw)
+                ffi::sail_nccl_new(
+                    store.raw(),
+                    name.as_ptr(),
+                    rank,
+                    group_size,
+                    timeout,
+                    device as i32,
+                    &raw mut raw,
+                )
             },
         };
         outcome(OP, error)?;
@@ -258,7 +280,12 @@ impl ProcessGroup {
         call: impl FnOnce(*mut *mut RawWork) -> *mut RawError,
     ) -> Result<Work> {
         let mut raw = std::ptr::null_mut();
-        outcome(op, call(&raw mut raw))?;
+        let error = {
+            let gloo = self.options.backend == Backend::Gloo;
+            let _queueing = gloo.then(|| QUEUEING.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+            call(&raw mut raw)
+        };
+        outcome(op, error)?;
         self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(Work {
             op,
@@ -379,7 +406,14 @@ mod tests {
                     let timeout = Duration::from_secs(20);
                     let store = Store::connect("127.0.0.1", port, "group", timeout).unwrap();
                     let address = Some("127.0.0.1".to_owned());
-                    let options = GroupOptions { backend: Backend::Gloo, rank, size, timeout, address };
+                    let options = GroupOptions {
+                        name: "test".into(),
+                        backend: Backend::Gloo,
+                        rank,
+                        size,
+                        timeout,
+                        address,
+                    };
                     body(ProcessGroup::join(&store, options).unwrap());
                 });
             }
@@ -461,6 +495,7 @@ mod tests {
         });
         let server = Store::serve(0, Duration::from_secs(1)).unwrap();
         let options = GroupOptions {
+            name: "test".into(),
             backend: Backend::Gloo,
             rank: 2,
             size: 2,
@@ -475,7 +510,8 @@ mod tests {
         let server = Store::serve(0, Duration::from_millis(500)).unwrap();
         let address = Some("127.0.0.1".to_owned());
         let timeout = Duration::from_millis(500);
-        let options = GroupOptions { backend: Backend::Gloo, rank: 0, size: 2, timeout, address };
+        let options =
+            GroupOptions { name: "test".into(), backend: Backend::Gloo, rank: 0, size: 2, timeout, address };
         let error = ProcessGroup::join(&server, options).unwrap_err();
         assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
     }
@@ -516,7 +552,14 @@ mod tests {
         }
         let server = Store::serve(0, Duration::from_secs(1)).unwrap();
         let timeout = Duration::from_secs(1);
-        let options = GroupOptions { backend: Backend::Nccl(0), rank: 0, size: 1, timeout, address: None };
+        let options = GroupOptions {
+            name: "test".into(),
+            backend: Backend::Nccl(0),
+            rank: 0,
+            size: 1,
+            timeout,
+            address: None,
+        };
         let error = ProcessGroup::join(&server, options).unwrap_err();
         assert!(matches!(error, Error::Torch { .. }), "{error:?}");
     }

@@ -5,12 +5,14 @@
 
 use std::fmt::{self, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::config::{ModulePlan, Plan};
 use crate::error::Result;
 use crate::session::preflight;
 use crate::stage::FreezeTable;
 use crate::train_loop::{Outcome, RunOptions, StageSummary, run_stage};
+use crate::world::World;
 
 /// The finished stages of a curriculum, in order.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,14 +22,13 @@ pub struct Summary(pub Vec<StageSummary>);
 ///
 /// # Errors
 /// Those of [`run_stage`].
-pub fn run<'a>(plans: impl IntoIterator<Item = &'a Plan>, options: &RunOptions) -> Result<Option<Summary>> {
-    let plans: Vec<&Plan> = plans.into_iter().collect();
-    for plan in &plans {
+pub fn run(plans: &[&Plan], world: &Arc<World>, options: &RunOptions) -> Result<Option<Summary>> {
+    for plan in plans {
         preflight(plan)?;
     }
     let mut stages = Vec::new();
     for plan in plans {
-        match run_stage(plan, options)? {
+        match run_stage(plan, world, options)? {
             Outcome::Finished(summary) => stages.push(*summary),
             Outcome::Interrupted { .. } => return Ok(None),
         }

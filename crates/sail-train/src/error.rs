@@ -28,6 +28,14 @@ pub enum Error {
     /// libtorch reported an error.
     #[error(transparent)]
     Torch(#[from] sail_torch::Error),
+    /// The ranks cannot work together, or one of them is gone.
+    #[error("{message}\n\nhint: {hint}")]
+    Ranks {
+        /// What is wrong, and with which rank.
+        message: String,
+        /// What to do about it.
+        hint: String,
+    },
     /// libtorch reported an error through tch.
     #[error(transparent)]
     Tch(#[from] tch::TchError),
@@ -129,6 +137,34 @@ impl Error {
 
     pub(crate) fn usage(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self::Usage { message: message.into(), hint: hint.into() }
+    }
+
+    pub(crate) fn ranks(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Ranks { message: message.into(), hint: hint.into() }
+    }
+
+    /// For `map_err` on what goes from rank to rank as JSON.
+    pub(crate) fn exchange(error: serde_json::Error) -> Self {
+        Self::Io { path: "an exchange between ranks".into(), source: error.into() }
+    }
+
+    /// The store at which ranks meet cannot be served or reached.
+    pub(crate) fn meeting(host: &str, port: u16, error: sail_torch::Error) -> Self {
+        let text = error.to_string();
+        if text.contains("EADDRINUSE") {
+            let message = format!("port {port}, at which the ranks were to meet, is in use on this host");
+            return Self::ranks(
+                message,
+                "set another MASTER_PORT on every rank, or end the process that has it",
+            );
+        }
+        match error {
+            sail_torch::Error::Timeout { .. } | sail_torch::Error::Network { .. } => Self::ranks(
+                format!("the ranks' store at {host}:{port} cannot be reached: {text}"),
+                "check MASTER_ADDR and MASTER_PORT, that rank 0 (or the launcher) runs there, and the firewall between",
+            ),
+            other => other.into(),
+        }
     }
 
     /// For `map_err` on an IO call: keeps the path that the system's error leaves out.

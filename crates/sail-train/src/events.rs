@@ -28,6 +28,8 @@ const METRICS: &str = "metrics.jsonl";
 #[derive(Clone, Debug)]
 pub struct Console {
     bars: MultiProgress,
+    /// Whether it shows more than errors: among ranks only one does.
+    talks: bool,
 }
 
 impl Default for Console {
@@ -39,13 +41,30 @@ impl Default for Console {
 impl Console {
     /// Draws bars only when standard error is a terminal.
     pub fn new() -> Self {
-        Self { bars: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()) }
+        Self { bars: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()), talks: true }
+    }
+
+    /// The same where it `talks`; otherwise only alarms and the log are shown.
+    #[must_use]
+    pub fn talking(self, talks: bool) -> Self {
+        Self { talks, ..self }
+    }
+
+    /// Prints lines above the bar, where this console talks.
+    pub fn line(&self, text: impl std::fmt::Display) {
+        if self.talks {
+            self.alarm(text);
+        }
     }
 
     /// Prints lines above the bar. A closed or full standard error is no reason to stop training, and
     /// there is nowhere to report it.
-    pub fn line(&self, text: impl std::fmt::Display) {
+    pub fn alarm(&self, text: impl std::fmt::Display) {
         self.bars.suspend(|| drop(writeln!(io::stderr(), "{text}")));
+    }
+
+    fn shows_bars(&self) -> bool {
+        self.talks && io::stderr().is_terminal()
     }
 }
 
@@ -95,7 +114,8 @@ pub struct Events {
     console: Console,
     bar: Option<ProgressBar>,
     metrics: PathBuf,
-    file: File,
+    /// Where this rank is the one that writes it.
+    file: Option<File>,
     plan: Plan,
     started: Instant,
     first_step: u64,
@@ -103,16 +123,19 @@ pub struct Events {
 
 impl Events {
     /// Opens `metrics.jsonl`: anew for a run that starts, without what was written after `step` for
-    /// one that resumes there.
-    pub fn open(console: Console, plan: &Plan, step: u64) -> Result<Self> {
+    /// one that resumes there. `writes` says whether this rank is the one that does.
+    pub fn open(console: Console, plan: &Plan, step: u64, writes: bool) -> Result<Self> {
         let metrics = plan.run.dir.join(METRICS);
-        if step == 0 {
-            File::create(&metrics).map_err(Error::io(&metrics))?;
+        let mut file = None;
+        if writes {
+            if step == 0 {
+                File::create(&metrics).map_err(Error::io(&metrics))?;
+            }
+            keep_until(&metrics, step)?;
+            let opened = OpenOptions::new().create(true).append(true).open(&metrics);
+            file = Some(opened.map_err(Error::io(&metrics))?);
         }
-        keep_until(&metrics, step)?;
-        let file =
-            OpenOptions::new().create(true).append(true).open(&metrics).map_err(Error::io(&metrics))?;
-        let bar = io::stderr().is_terminal().then(|| {
+        let bar = console.shows_bars().then(|| {
             let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} eta {eta}");
             let bar = ProgressBar::new(plan.schedule.steps)
                 .with_style(style.expect("invariant: the template is well formed"))
@@ -205,7 +228,8 @@ impl Events {
     }
 
     fn write(&mut self, line: &Value) -> Result<()> {
-        writeln!(self.file, "{line}").map_err(Error::io(&self.metrics))
+        let Some(file) = &mut self.file else { return Ok(()) };
+        writeln!(file, "{line}").map_err(Error::io(&self.metrics))
     }
 }
 

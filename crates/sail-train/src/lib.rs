@@ -8,6 +8,7 @@
 //! | the command that starts them | [`launch`] |
 //! | where weights, data and optimizer come together | [`session`] |
 //! | where a stage's weights come from | `origin` |
+//! | the processes that train together | [`world`] |
 //! | freezing and its proof | [`stage`], [`optim`] |
 //! | what a checkpoint is | [`checkpoint`] |
 //! | the held-out measures | [`eval`] |

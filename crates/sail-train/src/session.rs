@@ -2,17 +2,18 @@
 //!
 //! Where its weights come from is `origin.rs`'s matter; the loop over it is [`crate::train_loop`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sail_data::{Loader, LoaderOptions, Tally, TextEncoder, TextSpec};
+use sail_data::{Loader, LoaderOptions, Position, Tally, TextEncoder, TextSpec};
 use sail_model::llm::LlmConfig;
 use sail_model::params::Params;
 use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Loss, Vlm, VlmConfig};
+use sail_torch::ReduceOp;
 use serde_json::{Value, json};
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -21,10 +22,11 @@ use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Total
 use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision, VisualShape};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
-use crate::optim::{Optimizer, StateKind};
+use crate::optim::{Optimizer, StateKind, StatePiece};
 use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::stage::{Fingerprints, FreezeTable, module_of};
-use crate::step::Step;
+use crate::step::{Share, Step};
+use crate::world::{Fields, Place, World};
 
 /// A stage ready to run.
 pub struct Session {
@@ -46,6 +48,10 @@ pub struct Session {
     pub step: u64,
     /// What was trained on so far.
     pub totals: Totals,
+    /// The ranks that train it together.
+    pub world: Arc<World>,
+    /// Whether a step was made by this process.
+    warm: bool,
     loader: Loader,
     /// What the loader reads, as `sail-data --spec` takes it.
     data_spec: Value,
@@ -57,12 +63,13 @@ pub struct Session {
 }
 
 impl Session {
-    /// Builds the stage, at the position of `resume` if there is one.
+    /// Builds the stage, at the position of `resume` if there is one. Every rank makes the same call.
     ///
     /// # Errors
-    /// Whatever a file, a configuration or the data reports; a checkpoint of another plan.
-    pub fn build(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Self> {
-        let device = choose_device(plan.run.device)?;
+    /// Whatever a file, a configuration or the data reports; a checkpoint of another plan; ranks that differ.
+    pub fn build(plan: &Plan, world: &Arc<World>, resume: Option<&Checkpoint>) -> Result<Self> {
+        check_division(plan, world.size())?;
+        let device = rank_device(plan.run.device, world.place())?;
         let precision = choose_precision(plan.run.precision, device);
         let init = match (resume, &plan.init) {
             (None, Some(init)) => Some(open_finished(&init.from)?),
@@ -81,14 +88,27 @@ impl Session {
         let untouched = untouched(plan, stored, &started_from)?;
         let exact =
             if precision == Kind::Float { Params::new() } else { exact_frozen(&model, plan, &untouched)? };
-        let mut optimizer = Optimizer::new(model.params(), &plan.train, plan.optimizer.clone(), precision)?;
+        world
+            .agree(&format!("model of {}", plan.run.dir.display()), || model_fields(&model, &started_from))?;
+        let mut optimizer = Optimizer::new(
+            model.params(),
+            model.listener().blocks(),
+            &plan.train,
+            plan.optimizer.clone(),
+            &plan.parallel,
+            precision,
+            world.group(),
+        )?;
+        model.listener().set(optimizer.on_block());
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
         }
         let (mut step, mut totals, mut data) = (0, Totals::default(), None);
         let mut init_record = init.as_ref().map(Checkpoint::record);
         if let Some(checkpoint) = resume {
-            optimizer.restore(checkpoint.optimizer_steps(), |name, kind| checkpoint.tensor(name, kind))?;
+            optimizer.restore(checkpoint.optimizer_steps(), |name, kind, elements| {
+                checkpoint.elements(name, kind, elements)
+            })?;
             let state = checkpoint.state();
             (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
             init_record.clone_from(&state.init);
@@ -97,7 +117,7 @@ impl Session {
             (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
             _ => None,
         };
-        let options = LoaderOptions::alone(plan.data.threads);
+        let options = LoaderOptions { threads: plan.data.threads, rank: world.rank(), world: world.size() };
         let loader = Loader::new(&spec, Arc::clone(&encoder), options, data)?;
         let plan = plan.clone();
         Ok(Self {
@@ -110,6 +130,8 @@ impl Session {
             precision,
             step,
             totals,
+            world: Arc::clone(world),
+            warm: false,
             loader,
             data_spec: json!({"tokenizer": tokenizer, "data": spec}),
             init: init_record,
@@ -124,48 +146,95 @@ impl Session {
         FreezeTable::new(self.model.params(), &self.plan.train)
     }
 
-    /// The packs of the next step, fewer where streams have ended; `None` when all have.
+    /// This rank's packs of the next step, fewer where streams have ended; `None` when all ranks' have.
     pub fn next_step(&mut self) -> Result<Option<Step>> {
+        self.world.doing(self.step + 1, "waiting for data");
+        let passes = self.plan.batch.packs_per_step / self.world.size();
         let started = Instant::now();
-        let mut packs = Vec::with_capacity(self.plan.batch.packs_per_step);
         // With more streams than packs a step may find only streams that have ended, while others go on.
-        while packs.is_empty() && !self.loader.has_ended() {
-            for _ in 0..self.plan.batch.packs_per_step {
+        loop {
+            let mut packs = Vec::with_capacity(passes);
+            for _ in 0..if self.loader.has_ended() { 0 } else { passes } {
                 packs.extend(self.loader.next_pack()?.pack);
             }
+            let share = Share {
+                ended: self.loader.has_ended(),
+                data_wait_secs: started.elapsed().as_secs_f64(),
+                coverage: self.loader.tallies(),
+                ..Share::of(&packs)
+            };
+            let all = Share::all(self.world.gather(&share)?);
+            if all.packs > 0 {
+                return Ok(Some(Step { packs, passes, all }));
+            }
+            if all.ended {
+                return Ok(None);
+            }
         }
-        let waited = started.elapsed().as_secs_f64();
-        let tokens_per_pack = self.plan.batch.tokens_per_pack;
-        Ok((!packs.is_empty()).then(|| Step::new(packs, tokens_per_pack, waited)))
     }
 
-    /// Forward and backward of every pack, gradients summed in the optimizer; the step's mean loss,
-    /// a 0-dimensional tensor.
+    /// Forward and backward of every pack, gradients summed over all ranks in the optimizer; this rank's part of
+    /// the step's mean loss, a 0-dimensional tensor.
     pub fn accumulate(&mut self, step: &Step) -> Result<Tensor> {
+        self.world.doing(self.step + 1, "computing gradients");
         let mut total = Tensor::zeros([], (Kind::Float, self.device));
-        for pack in &step.packs {
-            let Loss { sum, balance } = self.model.loss(&to_batch(pack, self.device))?;
-            let mut loss = sum / step.weight;
-            // A frozen router is as it is; one that trains is kept from sending all rows one way.
-            if let Some(balance) = balance.filter(|_| self.plan.train.llm.is_trained()) {
-                loss += balance / step.packs.len() as f64;
+        for pass in 0..step.passes {
+            self.optimizer.begin_pass(pass, step.passes);
+            if let Some(pack) = step.packs.get(pass) {
+                let Loss { sum, balance } = self.model.loss(&to_batch(pack, self.device))?;
+                let mut loss = sum / step.all.weight;
+                // A frozen router is as it is; one that trains is kept from sending all rows one way.
+                if let Some(balance) = balance.filter(|_| self.plan.train.llm.is_trained()) {
+                    loss += balance / step.all.packs as f64;
+                }
+                // A pack of text alone reaches nothing that is trained before the language model.
+                if loss.requires_grad() {
+                    loss.f_backward()?;
+                }
+                total += loss.detach();
             }
-            // A pack of text alone reaches nothing that is trained before the language model.
-            if loss.requires_grad() {
-                loss.backward();
-            }
-            self.optimizer.accumulate();
-            total += loss.detach();
+            self.optimizer.end_pass()?;
         }
         Ok(total)
     }
 
+    /// Puts the ranks' losses and gradient norms together, clips, and reads what all ranks decide by: the one
+    /// place where the host waits for the device in a step.
+    pub fn agree(&self, loss: &Tensor, stop: bool) -> Result<Verdict> {
+        self.world.doing(self.step + 1, "agreeing on the step");
+        let device = (Kind::Double, self.device);
+        let own =
+            [loss, &self.optimizer.squared_norm()?, &Tensor::from(f64::from(stop)).to_device(self.device)];
+        let sums = Tensor::stack(&own.map(|value| value.to_kind(device.0)), 0);
+        if let Some(group) = self.world.group() {
+            group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
+        }
+        self.optimizer.clip(&sums.get(1).sqrt())?;
+        let read = Vec::<f64>::try_from(&sums)?;
+        Ok(Verdict { loss: read[0], grad_norm: read[1].sqrt(), stop: read[2] > 0.0 })
+    }
+
+    /// Makes the update.
+    pub fn update(&mut self, lr_factor: f64) -> Result<()> {
+        self.world.doing(self.step + 1, "updating");
+        self.optimizer.step(lr_factor)
+    }
+
     /// Takes note that the update for `step` was made.
-    pub fn advance(&mut self, step: &Step) {
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn advance(&mut self, step: &Step) -> Result<()> {
         self.step += 1;
-        self.totals.samples += step.size.samples;
-        self.totals.tokens += step.size.tokens;
-        self.totals.answer_tokens += step.size.answer_tokens;
+        if !self.warm {
+            self.warm = true;
+            self.world.set_timeout(self.plan.parallel.timeout_secs)?;
+        }
+        let Totals { samples, tokens, answer_tokens } = step.all.size;
+        self.totals.samples += samples;
+        self.totals.tokens += tokens;
+        self.totals.answer_tokens += answer_tokens;
+        Ok(())
     }
 
     /// What the loader reads, in YAML, as `sail-data --spec` takes it.
@@ -174,28 +243,38 @@ impl Session {
             .expect("invariant: a data specification has only text keys and finite numbers")
     }
 
-    /// What was seen of each source so far.
-    pub fn coverage(&self) -> BTreeMap<String, Tally> {
-        self.loader.tallies()
+    /// What was seen of each source so far. Every rank makes the same call.
+    pub fn coverage(&self) -> Result<BTreeMap<String, Tally>> {
+        let own = Share { coverage: self.loader.tallies(), ..Share::default() };
+        Ok(Share::all(self.world.gather(&own)?).coverage)
     }
 
-    /// Everything a checkpoint of this moment holds.
+    /// This rank's part of what a checkpoint of this moment holds. Every rank makes the same call.
     pub fn snapshot(&self) -> Result<Snapshot<'_>> {
+        self.optimizer.settle()?;
+        let trained: BTreeSet<&str> = self.optimizer.names().collect();
         let mut pieces = Vec::new();
+        let mut turn = 0;
         for (name, tensor) in self.model.params() {
-            if self.optimizer.master(name).is_none() && !self.untouched.contains_key(&module_of(name)?) {
-                let tensor = self.exact.get(name).unwrap_or(tensor).shallow_clone();
-                pieces.push(Piece { name, kind: StateKind::Param.name(), tensor });
+            if trained.contains(name.as_str()) || self.untouched.contains_key(&module_of(name)?) {
+                continue;
             }
+            // What is frozen and stored is the same everywhere: the ranks write it in turn.
+            if turn % self.world.size() == self.world.rank() {
+                let tensor = self.exact.get(name).unwrap_or(tensor).shallow_clone();
+                pieces.push(Piece::whole(name, StateKind::Param.name(), &tensor));
+            }
+            turn += 1;
         }
-        for (name, kind, tensor) in self.optimizer.state() {
-            pieces.push(Piece { name, kind: kind.name(), tensor: tensor.shallow_clone() });
+        for StatePiece { name, kind, shape, elements, tensor } in self.optimizer.state()? {
+            pieces.push(Piece { name, kind: kind.name(), shape: shape.to_vec(), elements, tensor });
         }
+        let positions = self.world.gather(&self.loader.position())?;
         Ok(Snapshot {
             state: RunState {
                 step: self.step,
                 totals: self.totals,
-                data: self.loader.position(),
+                data: Position::merge(positions)?,
                 init: self.init.clone(),
                 plan: self.plan.clone(),
             },
@@ -205,27 +284,35 @@ impl Session {
         })
     }
 
-    /// The parameters of a module in fp32, by full name: masters where it is trained.
-    pub fn exact_params(&self, module: Module) -> Params {
+    /// The parameters of a module in fp32, by full name: masters where it is trained. Every rank makes the same
+    /// call.
+    pub fn exact_params(&self, module: Module) -> Result<Params> {
         let prefix = format!("{module}.");
-        let of_module = self.model.params().iter().filter(|(name, _)| name.starts_with(&prefix));
-        of_module
-            .map(|(name, compute)| {
-                let exact = self.optimizer.master(name).or_else(|| self.exact.get(name));
-                (name.clone(), exact.map_or_else(|| compute.to_kind(Kind::Float), Tensor::shallow_clone))
-            })
-            .collect()
+        let mut exact = self.optimizer.masters(&prefix)?;
+        for (name, compute) in self.model.params().iter().filter(|(name, _)| name.starts_with(&prefix)) {
+            if !exact.contains_key(name) {
+                let frozen = self.exact.get(name);
+                let value = frozen.map_or_else(|| compute.to_kind(Kind::Float), Tensor::shallow_clone);
+                exact.insert(name.clone(), value);
+            }
+        }
+        Ok(exact)
     }
 
-    /// Checks that every trained parameter and moment is a number.
+    /// Checks that every trained parameter and moment is a number. Every rank makes the same call.
     ///
     /// # Errors
-    /// [`Error::WeightsNotFinite`].
+    /// [`Error::WeightsNotFinite`], on all ranks.
     pub fn check_finite(&self) -> Result<()> {
-        let tensors: Vec<Tensor> =
-            self.optimizer.state().map(|(_, _, tensor)| tensor.shallow_clone()).collect();
-        let norm = sail_torch::global_norm(&tensors)?.double_value(&[]);
-        if norm.is_finite() { Ok(()) } else { Err(Error::WeightsNotFinite { step: self.step }) }
+        let tensors: Vec<Tensor> = self.optimizer.state()?.into_iter().map(|piece| piece.tensor).collect();
+        // A rank may own nothing of a small model.
+        let norm =
+            if tensors.is_empty() { 0.0 } else { sail_torch::global_norm(&tensors)?.double_value(&[]) };
+        let finite = f64::from(norm.is_finite());
+        if self.world.gather_numbers(&[finite])?.iter().all(|finite| finite[0] > 0.0) {
+            return Ok(());
+        }
+        Err(Error::WeightsNotFinite { step: self.step })
     }
 
     /// Checks that no frozen parameter changed since the session was built.
@@ -235,6 +322,34 @@ impl Session {
     pub fn check_frozen(&self) -> Result<()> {
         self.started_from.check_frozen(self.model.params(), &self.plan.train)
     }
+}
+
+/// What all ranks decide by after a step's gradients.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Verdict {
+    /// Mean loss of the step.
+    pub loss: f64,
+    /// Global norm of its gradients before clipping.
+    pub grad_norm: f64,
+    /// Whether a rank was asked to stop.
+    pub stop: bool,
+}
+
+impl Verdict {
+    /// Whether the step can be made.
+    pub fn is_finite(&self) -> bool {
+        self.loss.is_finite() && self.grad_norm.is_finite()
+    }
+}
+
+/// What two ranks must have alike before they share gradients.
+fn model_fields(model: &Vlm, weights: &Fingerprints) -> Fields {
+    let mut fields: Fields =
+        model.params().iter().map(|(name, tensor)| (name.clone(), format!("{:?}", tensor.size()))).collect();
+    for module in Module::ALL {
+        fields.insert(format!("weights of {module}"), weights.of_module(module));
+    }
+    fields
 }
 
 /// Finds what a plan names that is not there or does not fit, without loading weights or training: so
@@ -320,6 +435,39 @@ pub(crate) fn encoder(tokenizer: &Path, text: &TextSpec, llm: &LlmConfig) -> Res
         ));
     }
     Ok(encoder)
+}
+
+/// Every rank has as many streams and packs as any other.
+fn check_division(plan: &Plan, world: usize) -> Result<()> {
+    for (path, value) in
+        [("batch.packs_per_step", plan.batch.packs_per_step), ("data.streams", plan.data.streams)]
+    {
+        if !value.is_multiple_of(world) {
+            return Err(Error::usage(
+                format!("`{path}` is {value}, which {world} ranks do not divide"),
+                format!(
+                    "set it to a multiple, such as {}, or start another number of ranks",
+                    value.next_multiple_of(world)
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The device of a rank: `auto` is the one of its place on its host.
+pub(crate) fn rank_device(choice: DeviceChoice, place: &Place) -> Result<Device> {
+    match choice {
+        DeviceChoice::Auto if Cuda::is_available() => choose_device(DeviceChoice::Cuda(place.local_rank)),
+        DeviceChoice::Cuda(_) if place.local_size > 1 => Err(Error::usage(
+            format!(
+                "`run.device` is `{choice}`, and {} ranks on this host cannot share it",
+                place.local_size
+            ),
+            "write `auto`, which gives each rank a device of its own",
+        )),
+        _ => choose_device(choice),
+    }
 }
 
 pub(crate) fn choose_device(choice: DeviceChoice) -> Result<Device> {

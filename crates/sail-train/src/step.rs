@@ -1,22 +1,42 @@
-//! The packs of one optimizer step, and how well they are packed. Made by the session, read by the train loop.
+//! The packs of one optimizer step: this rank's, and what all ranks' together are. Made by the session, read by
+//! the train loop.
 
-use sail_data::Pack;
-use serde::Serialize;
+use std::collections::BTreeMap;
+
+use sail_data::{Pack, Tally};
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Totals;
 
 /// The packs of one optimizer step.
 pub struct Step {
-    /// At least one.
+    /// This rank's; none where its streams have ended.
     pub packs: Vec<Pack>,
-    /// Sum of the loss weights of all packs: the one normaliser of the step.
+    /// Passes that every rank makes, one for each pack or without one.
+    pub passes: usize,
+    /// What the packs of all ranks are together.
+    pub all: Share,
+}
+
+/// What some packs of a step are, and how the data stands after them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Share {
+    /// Packs.
+    pub packs: u64,
+    /// Sum of their loss weights: of all ranks, the one normaliser of the step.
     pub weight: f64,
-    /// What the packs hold.
+    /// What they hold.
     pub size: Totals,
-    /// How well they are packed.
-    pub packing: Packing,
-    /// Time spent waiting for them.
+    /// Visual tokens in them.
+    pub visual_tokens: u64,
+    /// Visual tokens of the pack with most of them.
+    pub most_visual_tokens: u64,
+    /// Whether their streams have no more.
+    pub ended: bool,
+    /// Time spent waiting for them; of all ranks, the longest.
     pub data_wait_secs: f64,
+    /// What was seen of each source since the start of the stage.
+    pub coverage: BTreeMap<String, Tally>,
 }
 
 /// How well the packs of a step are packed.
@@ -30,36 +50,61 @@ pub struct Packing {
     pub visual_imbalance: f64,
 }
 
-impl Packing {
-    fn of(packs: &[Pack], tokens_per_pack: usize) -> Self {
-        let tokens: usize = packs.iter().map(|pack| pack.ids.len()).sum();
-        let visual = |pack: &Pack| pack.image_rows.len();
-        let all: usize = packs.iter().map(visual).sum();
-        let most = packs.iter().map(visual).max().unwrap_or(0);
-        let mean = all as f64 / packs.len().max(1) as f64;
-        Self {
-            fill: tokens as f64 / (packs.len() * tokens_per_pack).max(1) as f64,
-            visual_tokens: all as u64,
-            visual_imbalance: if all == 0 { 0.0 } else { most as f64 / mean - 1.0 },
+impl Share {
+    /// Of these packs.
+    pub fn of(packs: &[Pack]) -> Self {
+        let mut share = Self { packs: packs.len() as u64, ..Self::default() };
+        for pack in packs {
+            let visual = pack.image_rows.len() as u64;
+            share.weight += pack.weight_sum();
+            share.size.samples += pack.samples.len() as u64;
+            share.size.tokens += pack.ids.len() as u64;
+            share.size.answer_tokens += pack.answer_tokens() as u64;
+            share.visual_tokens += visual;
+            share.most_visual_tokens = share.most_visual_tokens.max(visual);
+        }
+        share
+    }
+
+    /// Of all ranks, from those of each in their order: the same on every rank to the last bit.
+    pub fn all(ranks: Vec<Self>) -> Self {
+        let mut all = Self { ended: true, ..Self::default() };
+        for share in ranks {
+            all.packs += share.packs;
+            all.weight += share.weight;
+            all.size.samples += share.size.samples;
+            all.size.tokens += share.size.tokens;
+            all.size.answer_tokens += share.size.answer_tokens;
+            all.visual_tokens += share.visual_tokens;
+            all.most_visual_tokens = all.most_visual_tokens.max(share.most_visual_tokens);
+            all.ended &= share.ended;
+            all.data_wait_secs = all.data_wait_secs.max(share.data_wait_secs);
+            for (source, tally) in &share.coverage {
+                all.coverage.entry(source.clone()).or_default().add(tally);
+            }
+        }
+        all
+    }
+
+    /// How well the packs, of at most `tokens_per_pack`, are packed.
+    pub fn packing(&self, tokens_per_pack: usize) -> Packing {
+        let mean = self.visual_tokens as f64 / self.packs.max(1) as f64;
+        Packing {
+            fill: self.size.tokens as f64 / (self.packs.max(1) as usize * tokens_per_pack) as f64,
+            visual_tokens: self.visual_tokens,
+            visual_imbalance: if mean == 0.0 { 0.0 } else { self.most_visual_tokens as f64 / mean - 1.0 },
         }
     }
 }
 
 impl Step {
-    /// These packs, of at most `tokens_per_pack`, as one step.
-    pub fn new(packs: Vec<Pack>, tokens_per_pack: usize, data_wait_secs: f64) -> Self {
-        let weight = packs.iter().map(Pack::weight_sum).sum();
-        let mut size = Totals::default();
-        let packing = Packing::of(&packs, tokens_per_pack);
-        for pack in &packs {
-            size.samples += pack.samples.len() as u64;
-            size.tokens += pack.ids.len() as u64;
-            size.answer_tokens += pack.answer_tokens() as u64;
-        }
-        Self { packs, weight, size, packing, data_wait_secs }
+    /// These packs of a rank alone.
+    pub fn alone(packs: Vec<Pack>) -> Self {
+        let all = Share::of(&packs);
+        Self { passes: packs.len(), packs, all }
     }
 
-    /// Its samples as `source/shard/key`, for messages.
+    /// This rank's samples as `source/shard/key`, for messages.
     pub fn sample_names(&self) -> String {
         let ids = self.packs.iter().flat_map(|pack| &pack.samples);
         ids.map(ToString::to_string).collect::<Vec<_>>().join(" ")

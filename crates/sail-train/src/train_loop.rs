@@ -1,34 +1,46 @@
 //! One stage from its first step to its export, read top to bottom.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use sail_data::Tally;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 use tracing::warn;
 
 use crate::checkpoint::{self, Checkpoint, Totals};
-use crate::config::Plan;
+use crate::config::{Module, Plan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::events::{Console, Events, StepReport};
 use crate::export;
 use crate::origin::check_lineage;
 use crate::schedule::{factor, is_due};
-use crate::session::{self, Session};
+use crate::session::{self, Session, Verdict};
 use crate::stage::FreezeTable;
 use crate::step::Step;
+use crate::world::World;
 
 /// What a stage leaves in its folder when it has ended.
 pub(crate) const SUMMARY: &str = "summary.json";
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 7] =
-    ["run.name", "run.dir", "data.threads", "data.store", "log", "checkpoint", "eval"];
+const HARMLESS: [&str; 11] = [
+    "run.name",
+    "run.dir",
+    "data.threads",
+    "data.store",
+    "parallel.strategy",
+    "parallel.bucket_mb",
+    "parallel.timeout_secs",
+    "parallel.first_step_timeout_secs",
+    "log",
+    "checkpoint",
+    "eval",
+];
 
 /// How to run, apart from what to run.
 #[derive(Clone, Debug)]
@@ -43,6 +55,13 @@ pub struct RunOptions {
     pub console: Console,
 }
 
+impl RunOptions {
+    /// Whether this process was asked to stop, or the step now being made is the last one wanted.
+    fn stop_asked(&self, step: u64) -> bool {
+        self.stop.load(Ordering::Relaxed) || self.stop_at.is_some_and(|at| step >= at)
+    }
+}
+
 /// Where a run continues.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resume {
@@ -51,7 +70,7 @@ pub enum Resume {
     /// Nowhere: the run folder must hold no checkpoint.
     Never,
     /// From this checkpoint.
-    From(std::path::PathBuf),
+    From(PathBuf),
 }
 
 /// How a run ended.
@@ -88,28 +107,25 @@ pub struct StageSummary {
     /// Held out, after the last step.
     pub after: Option<EvalReport>,
     /// The exported vision encoder.
-    pub export: Option<std::path::PathBuf>,
+    pub export: Option<PathBuf>,
 }
 
-/// Runs a stage to its end, or until it is asked to stop.
+/// Runs a stage to its end, or until it is asked to stop. Every rank of `world` makes the same call.
 ///
 /// # Errors
 /// Anything that keeps it from going on; the newest complete checkpoint stays.
-pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
-    let _lock = session::lock(&plan.run.dir)?;
-    let resume = find_resume(plan, &options.resume)?;
-    if let Some(checkpoint) = &resume {
-        check_lineage(plan, checkpoint)?;
-    }
-    if let Some(summary) = finished(plan, resume.as_ref())? {
-        options.console.line(format!("{}: already finished", plan.run.name));
-        return Ok(Outcome::Finished(Box::new(summary)));
-    }
-    write_in(&plan.run.dir, "plan.yaml", &plan.to_yaml())?;
-    let mut session = Session::build(plan, resume.as_ref())?;
-    write_in(&plan.run.dir, "data.yaml", &session.data_spec())?;
-    let mut events = Events::open(options.console.clone(), plan, session.step)?;
-    announce(&session, &events, resume.as_ref())?;
+pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Result<Outcome> {
+    let (_lock, resume) = match begin(plan, world, &options.resume)? {
+        Beginning::From(lock, resume) => (lock, resume),
+        Beginning::Finished(summary) => {
+            options.console.line(format!("{}: already finished", plan.run.name));
+            return Ok(Outcome::Finished(summary));
+        }
+    };
+    let mut session = Session::build(plan, world, resume.as_deref())?;
+    world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
+    let mut events = Events::open(options.console.clone(), plan, session.step, world.is_main())?;
+    announce(&session, &events, resume.as_deref())?;
     if session.step == 0 {
         evaluate(&session, &mut events)?;
     }
@@ -120,34 +136,18 @@ pub fn run_stage(plan: &Plan, options: &RunOptions) -> Result<Outcome> {
             break;
         };
         let loss = session.accumulate(&step)?;
-        let norm = session.optimizer.clip()?;
-        let (loss, grad_norm) = read_finite(&loss, &norm, &session, &step)?;
+        let verdict = session.agree(&loss, options.stop_asked(session.step + 1))?;
+        check_finite(&verdict, &session, &step)?;
         let lr_factor = factor(&plan.schedule, session.step);
-        session.optimizer.step(lr_factor)?;
-        session.advance(&step);
-
-        let (step_secs, data_wait_secs) = (started.elapsed().as_secs_f64(), step.data_wait_secs);
-        let (size, packing, coverage) = (step.size, step.packing, session.coverage());
-        let step = session.step;
-        events.step(&StepReport {
-            step,
-            loss,
-            grad_norm,
-            lr_factor,
-            size,
-            step_secs,
-            data_wait_secs,
-            packing,
-            coverage,
-        })?;
+        session.update(lr_factor)?;
+        session.advance(&step)?;
+        events.step(&report(&session, &step, &verdict, lr_factor, started))?;
 
         let done = session.step == plan.schedule.steps;
-        let stop =
-            options.stop.load(Ordering::Relaxed) || options.stop_at.is_some_and(|at| session.step >= at);
-        if is_due(plan.checkpoint.every, session.step) || done || stop {
+        if is_due(plan.checkpoint.every, session.step) || done || verdict.stop {
             save(&session)?;
         }
-        if stop && !done {
+        if verdict.stop && !done {
             events.close();
             events.note(format!(
                 "{}: saved at step {} and stopped; the same command resumes",
@@ -169,14 +169,70 @@ fn data_ended(session: &Session, events: &Events) -> Result<()> {
     if step == 0 { Err(Error::NoData { name: name.clone() }) } else { save(session) }
 }
 
-/// The one place where the host waits for the device in a step.
-fn read_finite(loss: &Tensor, norm: &Tensor, session: &Session, step: &Step) -> Result<(f64, f64)> {
-    let read = Tensor::stack(&[loss.to_kind(Kind::Double), norm.to_kind(Kind::Double)], 0);
-    let (loss, grad_norm) = (read.double_value(&[0]), read.double_value(&[1]));
-    if loss.is_finite() && grad_norm.is_finite() {
-        return Ok((loss, grad_norm));
+/// Refuses a step that would break the weights.
+fn check_finite(verdict: &Verdict, session: &Session, step: &Step) -> Result<()> {
+    if verdict.is_finite() {
+        return Ok(());
     }
-    Err(Error::NotFinite { step: session.step + 1, loss, grad_norm, samples: step.sample_names() })
+    let samples = session.world.gather(&step.sample_names())?.join(" ");
+    let Verdict { loss, grad_norm, .. } = *verdict;
+    Err(Error::NotFinite { step: session.step + 1, loss, grad_norm, samples })
+}
+
+fn report(session: &Session, step: &Step, verdict: &Verdict, lr_factor: f64, started: Instant) -> StepReport {
+    StepReport {
+        step: session.step,
+        loss: verdict.loss,
+        grad_norm: verdict.grad_norm,
+        lr_factor,
+        size: step.all.size,
+        step_secs: started.elapsed().as_secs_f64(),
+        data_wait_secs: step.all.data_wait_secs,
+        packing: step.all.packing(session.plan.batch.tokens_per_pack),
+        coverage: step.all.coverage.clone(),
+    }
+}
+
+/// How a stage begins.
+enum Beginning {
+    /// It has ended before.
+    Finished(Box<StageSummary>),
+    /// From a checkpoint, or anew; no other process may train in its folder meanwhile.
+    From(Option<File>, Option<Box<Checkpoint>>),
+}
+
+/// What the main rank has found, for all.
+#[derive(Serialize, Deserialize)]
+enum Found {
+    Finished(Box<StageSummary>),
+    From(Option<PathBuf>),
+}
+
+/// The main rank looks at the run's folder and decides for all.
+fn begin(plan: &Plan, world: &World, resume: &Resume) -> Result<Beginning> {
+    world.set_timeout(plan.parallel.first_step_timeout_secs)?;
+    world.agree(&format!("plan of {}", plan.run.dir.display()), || plan.fields())?;
+    let (mut lock, mut opened) = (None, None);
+    let found = world.from_main(|| {
+        lock = Some(session::lock(&plan.run.dir)?);
+        opened = find_resume(plan, resume)?;
+        if let Some(checkpoint) = &opened {
+            check_lineage(plan, checkpoint)?;
+        }
+        if let Some(summary) = finished(plan, opened.as_ref())? {
+            return Ok(Found::Finished(Box::new(summary)));
+        }
+        write_in(&plan.run.dir, "plan.yaml", &plan.to_yaml())?;
+        Ok(Found::From(opened.as_ref().map(|checkpoint| checkpoint.dir().to_owned())))
+    })?;
+    let dir = match found {
+        Found::Finished(summary) => return Ok(Beginning::Finished(summary)),
+        Found::From(dir) => dir,
+    };
+    if opened.is_none() {
+        opened = dir.map(|dir| Checkpoint::open_verified(&dir)).transpose()?;
+    }
+    Ok(Beginning::From(lock, opened.map(Box::new)))
 }
 
 fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
@@ -249,57 +305,78 @@ fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> 
         "\n{}: {} steps on {}, {position}\n{}",
         plan.run.name,
         plan.schedule.steps,
-        match session.device {
-            Device::Cuda(index) => format!("CUDA device {index}"),
-            _ => "the CPU".to_owned(),
-        },
+        where_it_runs(session),
         session.freeze_table()?
     ));
     Ok(())
 }
 
+fn where_it_runs(session: &Session) -> String {
+    let device = match session.device {
+        Device::Cuda(index) => format!("CUDA device {index}"),
+        _ => "the CPU".to_owned(),
+    };
+    match session.world.size() {
+        1 => device,
+        ranks => format!("{ranks} ranks ({}), rank 0 on {device}", session.plan.parallel.strategy.name()),
+    }
+}
+
 fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>> {
     let Some(evaluator) = &session.evaluator else { return Ok(None) };
     events.note(format!("{}: measuring the held-out loss", session.plan.run.name));
+    session.world.doing(session.step, "evaluating");
+    session.optimizer.settle()?;
     let report = evaluator.run(&session.model, &session.encoder, session.device)?;
     events.evaluation(session.step, &report)?;
     Ok(Some(report))
 }
 
 fn save(session: &Session) -> Result<()> {
+    session.world.doing(session.step, "saving");
     session.check_frozen()?;
     session.check_finite()?;
     let dir = &session.plan.run.dir;
-    checkpoint::save(dir, &session.snapshot()?)?;
-    checkpoint::keep_last(dir, session.step, session.plan.checkpoint.keep_last)
+    checkpoint::save(dir, &session.snapshot()?, &session.world)?;
+    session.world.on_main(|| checkpoint::keep_last(dir, session.step, session.plan.checkpoint.keep_last))
 }
 
 /// After the last step: evaluation, export and summary.
 fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
+    let (plan, world) = (&session.plan, &session.world);
     let after = evaluate(session, events)?;
-    let export = match &session.plan.export {
-        Some(plan) => Some(export::vit(session, plan.vit, &session.plan.run.dir.join("export/vit"))?),
-        None => None,
-    };
+    world.doing(session.step, "exporting");
+    let coverage = session.coverage()?;
+    let weights = plan.export.as_ref().map(|_| session.exact_params(Module::Vision)).transpose()?;
+    let summary = world.from_main(|| {
+        let out = plan.run.dir.join("export/vit");
+        let export = match (&plan.export, weights) {
+            (Some(export), Some(weights)) => Some(export::vit(session, weights, export.vit, &out)?),
+            _ => None,
+        };
+        let (train_loss, before) = events.history(session.step)?;
+        let summary = StageSummary {
+            name: plan.run.name.clone(),
+            plan_hash: plan.hash(),
+            modules: session.freeze_table()?,
+            steps: session.step,
+            totals: session.totals,
+            coverage,
+            train_loss,
+            before,
+            after,
+            export,
+        };
+        write_summary(&plan.run.dir.join(SUMMARY), &summary)?;
+        Ok(summary)
+    })?;
     events.close();
-    let (train_loss, before) = events.history(session.step)?;
-    let plan = &session.plan;
-    let summary = StageSummary {
-        name: plan.run.name.clone(),
-        plan_hash: plan.hash(),
-        modules: session.freeze_table()?,
-        steps: session.step,
-        totals: session.totals,
-        coverage: session.coverage(),
-        train_loss,
-        before,
-        after,
-        export,
-    };
-    let path = plan.run.dir.join(SUMMARY);
-    let text =
-        serde_json::to_vec_pretty(&summary).map_err(|error| Error::checkpoint(&path, error.to_string()))?;
-    let temporary = path.with_extension("tmp");
-    fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, &path)).map_err(Error::io(&path))?;
     Ok(summary)
+}
+
+fn write_summary(path: &Path, summary: &StageSummary) -> Result<()> {
+    let text =
+        serde_json::to_vec_pretty(&summary).map_err(|error| Error::checkpoint(path, error.to_string()))?;
+    let temporary = path.with_extension("tmp");
+    fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, path)).map_err(Error::io(path))
 }

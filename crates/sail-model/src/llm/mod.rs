@@ -30,6 +30,7 @@ pub use rope::{RopeParameters, RopeScaling, Yarn};
 use tch::{Device, Tensor};
 
 use crate::attention::Segments;
+use crate::blocks::Blocks;
 use crate::error::Result;
 use crate::nn::RmsNorm;
 use crate::params::{Builder, Init};
@@ -50,7 +51,7 @@ static FAMILIES: &[Family] = &[
 pub struct Llm {
     config: LlmConfig,
     embed_tokens_vd: Tensor,
-    blocks: Vec<DecoderBlock>,
+    blocks: Blocks<DecoderBlock>,
     norm: RmsNorm,
     /// None: the embedding table serves.
     lm_head_vd: Option<Tensor>,
@@ -76,9 +77,9 @@ impl Llm {
         let init = Init::Normal(decoder.initializer_range);
         let model = builder.sub("model");
         let embed_tokens_vd = model.sub("embed_tokens").param("weight", &table, init)?;
-        let layers = model.sub("layers");
-        let block = |i| DecoderBlock::new(decoder, config.shape(i), &layers.sub(i));
-        let blocks = (0..decoder.num_hidden_layers).map(block).collect::<Result<_>>()?;
+        let blocks = Blocks::new(&model.sub("layers"), decoder.num_hidden_layers, |i, builder| {
+            DecoderBlock::new(decoder, config.shape(i), builder)
+        })?;
         let norm = RmsNorm::new(&model.sub("norm"), decoder.hidden_size, decoder.rms_norm_eps)?;
         let lm_head_vd = if decoder.tie_word_embeddings {
             None

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::family::{Geometry, Positions, VisionFamily, VisionModel};
 use super::parts::{Common, Patches, Renaming, attend, check_activation, resize_positions, side};
 use crate::attention::Segments;
+use crate::blocks::Blocks;
 use crate::error::Result;
 use crate::keys::{Refusal, UnknownKeys};
 use crate::nn::{Linear, RmsNorm};
@@ -207,7 +208,7 @@ struct Aimv2 {
     patch_norm: RmsNorm,
     /// None: computed.
     positions_pd: Option<Tensor>,
-    blocks: Vec<Block>,
+    blocks: Blocks<Block>,
     norm: RmsNorm,
 }
 
@@ -222,9 +223,7 @@ impl Aimv2 {
             patches: Patches::new(&embeddings.sub("patch_embed"), (d, patch), config.init())?,
             patch_norm: config.norm(&embeddings.sub("rms_norm"))?,
             positions_pd: if config.is_native { None } else { Some(table()?) },
-            blocks: (0..config.num_hidden_layers)
-                .map(|i| Block::new(config, &layers.sub(i)))
-                .collect::<Result<_>>()?,
+            blocks: Blocks::new(&layers, config.num_hidden_layers, |_, builder| Block::new(config, builder))?,
             norm: config.norm(&builder.sub("rms_norm"))?,
         })
     }

@@ -11,6 +11,7 @@ use super::parts::{
     Common, GELU, Mlp, Patches, attend, behind_class, check_activation, positions_behind_class, side,
 };
 use crate::attention::Segments;
+use crate::blocks::Blocks;
 use crate::error::Result;
 use crate::keys::Refusal;
 use crate::nn::{LayerNorm, Linear};
@@ -161,7 +162,7 @@ struct Dinov2 {
     class_11d: Tensor,
     /// The class token's row first.
     positions_1pd: Tensor,
-    blocks: Vec<Block>,
+    blocks: Blocks<Block>,
     norm: LayerNorm,
 }
 
@@ -180,9 +181,7 @@ impl Dinov2 {
             patches: Patches::new(&convolution, (d, patch), config.init())?,
             class_11d: embeddings.param("cls_token", &[1, 1, d], config.init())?,
             positions_1pd: embeddings.param("position_embeddings", &[1, rows, d], config.init())?,
-            blocks: (0..config.num_hidden_layers)
-                .map(|i| Block::new(config, &layers.sub(i)))
-                .collect::<Result<_>>()?,
+            blocks: Blocks::new(&layers, config.num_hidden_layers, |_, builder| Block::new(config, builder))?,
             norm: config.norm(&builder.sub("layernorm"))?,
         })
     }

@@ -15,6 +15,7 @@ use super::parts::{
     side,
 };
 use crate::attention::Segments;
+use crate::blocks::Blocks;
 use crate::error::Result;
 use crate::keys::Refusal;
 use crate::nn::{LayerNorm, Linear, RmsNorm};
@@ -230,7 +231,7 @@ struct InternVit {
     class_11d: Tensor,
     /// The class token's row first. None: there are no positions.
     positions_1pd: Option<Tensor>,
-    blocks: Vec<Block>,
+    blocks: Blocks<Block>,
     norm: Option<LayerNorm>,
 }
 
@@ -250,9 +251,7 @@ impl InternVit {
             patches: Patches::new(&embeddings.sub("patch_embeddings").sub("projection"), (d, patch), init)?,
             class_11d: embeddings.param("cls_token", &[1, 1, d], init)?,
             positions_1pd: config.use_absolute_position_embeddings.then(positions).transpose()?,
-            blocks: (0..config.num_hidden_layers)
-                .map(|i| Block::new(config, &layers.sub(i)))
-                .collect::<Result<_>>()?,
+            blocks: Blocks::new(&layers, config.num_hidden_layers, |_, builder| Block::new(config, builder))?,
             norm: (!config.use_mean_pooling).then(norm).transpose()?,
         })
     }

@@ -12,6 +12,7 @@ use tch::Tensor;
 use super::family::{Geometry, Positions, VisionFamily, VisionModel};
 use super::parts::{Common, GELU, Mlp, Patches, attend, check_activation, resize_positions, side};
 use crate::attention::Segments;
+use crate::blocks::Blocks;
 use crate::error::Result;
 use crate::keys::{Refusal, UnknownKeys};
 use crate::nn::{LayerNorm, Linear};
@@ -126,7 +127,7 @@ fn init(inputs: i64, outputs: i64) -> Init {
 struct Siglip {
     patches: Patches,
     positions_pd: Tensor,
-    blocks: Vec<Block>,
+    blocks: Blocks<Block>,
     norm: LayerNorm,
 }
 
@@ -140,9 +141,7 @@ impl Siglip {
         Ok(Self {
             patches: Patches::new(&embeddings.sub("patch_embedding"), (d, patch), patches_init)?,
             positions_pd: embeddings.sub("position_embedding").param("weight", &[rows, d], positions_init)?,
-            blocks: (0..config.num_hidden_layers)
-                .map(|i| Block::new(config, &layers.sub(i)))
-                .collect::<Result<_>>()?,
+            blocks: Blocks::new(&layers, config.num_hidden_layers, |_, builder| Block::new(config, builder))?,
             norm: LayerNorm::new(&builder.sub("post_layernorm"), d, config.layer_norm_eps)?,
         })
     }

@@ -82,12 +82,12 @@ impl Shards {
     }
 
     /// Copies a run of a tensor's elements, in row-major order, into the flat tensor `target` of as many,
-    /// converting them to its type. At most [`CHUNK`] elements are in memory besides it.
+    /// converting them to its type. At most 2^20 elements are in memory besides it.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], and [`Error::File`] for elements that are not there, a type that is not
     /// read, or an IO error.
-    pub(crate) fn read_into(&self, name: &str, elements: Range<i64>, target: &Tensor) -> Result<()> {
+    pub fn read_into(&self, name: &str, elements: Range<i64>, target: &Tensor) -> Result<()> {
         let missing = || Error::MissingTensor { path: self.path.clone(), name: name.to_owned() };
         self.files[*self.owners.get(name).ok_or_else(missing)?].read_into(name, elements, target)
     }

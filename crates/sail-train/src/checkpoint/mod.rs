@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! step-00001200/
-//!   rank-00000.safetensors   pieces, keyed `<kind>/<full parameter name>`; kinds: param, exp_avg, exp_avg_sq
+//!   rank-00000.safetensors   a rank's pieces, keyed `<kind>/<full parameter name>`; kinds: param, exp_avg, exp_avg_sq
+//!   rank-00001.safetensors   ...
 //!   state.json               step, counters, data position, the resolved plan
 //!   manifest.json            every file's size and CRC-32, every piece's global shape and slice
 //!   COMPLETE                 written last: the CRC-32 of manifest.json
@@ -102,7 +103,7 @@ struct FileRecord {
 }
 
 /// Where one piece of one tensor lies.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct PieceRecord {
     file: String,
     /// Key in the file.

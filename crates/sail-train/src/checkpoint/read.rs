@@ -2,15 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use sail_model::weights::Shards;
 use serde::de::DeserializeOwned;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 use tracing::warn;
 
 use super::write::checksum;
-use super::{COMPLETE, FORMAT, InitRecord, MANIFEST, Manifest, RunState, STATE, Untouched};
+use super::{COMPLETE, FORMAT, InitRecord, MANIFEST, Manifest, PieceRecord, RunState, STATE, Untouched};
 use crate::config::Module;
 use crate::error::{Error, Result};
 use crate::optim::StateKind;
@@ -22,8 +23,8 @@ pub struct Checkpoint {
     manifest: Manifest,
     state: RunState,
     files: BTreeMap<String, Shards>,
-    /// Index into the manifest's pieces by `(name, kind)`.
-    places: BTreeMap<(String, String), usize>,
+    /// Indices into the manifest's pieces by `(name, kind)`, in the order of their elements.
+    places: BTreeMap<(String, String), Vec<usize>>,
 }
 
 /// The newest checkpoint of a run that verifies, with a warning for each newer one passed over.
@@ -43,6 +44,15 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] naming what is missing, damaged or of another format.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_with(dir, true)
+    }
+
+    /// As [`Checkpoint::open`], where another rank has looked at every byte already.
+    pub(crate) fn open_verified(dir: &Path) -> Result<Self> {
+        Self::open_with(dir, false)
+    }
+
+    fn open_with(dir: &Path, verify: bool) -> Result<Self> {
         let damaged = |reason: String| Error::checkpoint(dir, reason);
         let marker = fs::read_to_string(dir.join(COMPLETE))
             .map_err(|_| damaged(format!("not a complete checkpoint: no readable `{COMPLETE}`")))?;
@@ -54,7 +64,7 @@ impl Checkpoint {
         if manifest.format != FORMAT {
             return Err(damaged(format!("format {}, this version reads {FORMAT}", manifest.format)));
         }
-        for (name, expected) in &manifest.files {
+        for (name, expected) in manifest.files.iter().filter(|_| verify) {
             let found = checksum(&dir.join(name))?;
             if found.bytes != expected.bytes || found.crc32 != expected.crc32 {
                 return Err(damaged(format!(
@@ -63,19 +73,17 @@ impl Checkpoint {
             }
         }
         let mut files = BTreeMap::new();
-        let mut places = BTreeMap::new();
+        let mut places: BTreeMap<_, Vec<usize>> = BTreeMap::new();
         for (i, piece) in manifest.pieces.iter().enumerate() {
-            let numel: i64 = piece.shape.iter().product();
-            if piece.elements != [0, numel] {
-                return Err(damaged(format!(
-                    "`{}` is cut into pieces, which this version does not read",
-                    piece.name
-                )));
-            }
             if !files.contains_key(&piece.file) {
                 files.insert(piece.file.clone(), Shards::open(&dir.join(&piece.file))?);
             }
-            places.insert((piece.name.clone(), piece.kind.clone()), i);
+            places.entry((piece.name.clone(), piece.kind.clone())).or_default().push(i);
+        }
+        for ((name, kind), indices) in &mut places {
+            indices.sort_by_key(|i| manifest.pieces[*i].elements);
+            covers(indices.iter().map(|i| &manifest.pieces[*i]))
+                .map_err(|reason| damaged(format!("`{kind}` of `{name}`: {reason}")))?;
         }
         let state = read_json(&dir.join(STATE))?;
         Ok(Self { dir: dir.to_owned(), seal: marker.trim().to_owned(), manifest, state, files, places })
@@ -112,22 +120,59 @@ impl Checkpoint {
         self.places.keys().filter(move |(_, kind)| kind == param).map(|(name, _)| name.as_str())
     }
 
-    /// A stored tensor, fp32 on the CPU.
+    /// A stored tensor, fp32 on the CPU, whichever ranks wrote it.
     ///
     /// # Errors
     /// When the checkpoint does not hold it.
     pub fn tensor(&self, name: &str, kind: StateKind) -> Result<Tensor> {
-        let place = self.places.get(&(name.to_owned(), kind.name().to_owned()));
-        let place = place
-            .ok_or_else(|| Error::checkpoint(&self.dir, format!("holds no `{}` of `{name}`", kind.name())))?;
-        let piece = &self.manifest.pieces[*place];
-        let tensor = self.files[&piece.file].tensor(&piece.key)?;
-        if tensor.size() == piece.shape {
-            return Ok(tensor);
-        }
-        let reason = format!("`{}` has shape {:?}, its manifest says {:?}", name, tensor.size(), piece.shape);
-        Err(Error::checkpoint(&self.dir, reason))
+        let shape = &self.manifest.pieces[self.pieces(name, kind)?[0]].shape;
+        Ok(self.elements(name, kind, 0..shape.iter().product())?.f_view(&shape[..])?)
     }
+
+    /// A range of the elements of a stored tensor, flat and fp32 on the CPU; nothing else of it is read.
+    ///
+    /// # Errors
+    /// When the checkpoint does not hold it.
+    pub fn elements(&self, name: &str, kind: StateKind, elements: Range<i64>) -> Result<Tensor> {
+        let target = Tensor::f_empty([elements.end - elements.start], (Kind::Float, Device::Cpu))?;
+        for i in self.pieces(name, kind)? {
+            let piece = &self.manifest.pieces[*i];
+            let (start, end) = (piece.elements[0].max(elements.start), piece.elements[1].min(elements.end));
+            if start < end {
+                let part = target.f_narrow(0, start - elements.start, end - start)?;
+                let inside = start - piece.elements[0]..end - piece.elements[0];
+                self.files[&piece.file].read_into(&piece.key, inside, &part)?;
+            }
+        }
+        Ok(target)
+    }
+
+    fn pieces(&self, name: &str, kind: StateKind) -> Result<&Vec<usize>> {
+        let pieces = self.places.get(&(name.to_owned(), kind.name().to_owned()));
+        pieces.ok_or_else(|| Error::checkpoint(&self.dir, format!("holds no `{}` of `{name}`", kind.name())))
+    }
+}
+
+/// Checks that pieces, in the order of their elements, are one whole tensor, each element once.
+fn covers<'a>(pieces: impl Iterator<Item = &'a PieceRecord>) -> std::result::Result<(), String> {
+    let mut shape: Option<&[i64]> = None;
+    let mut end = 0;
+    for piece in pieces {
+        if shape.is_some_and(|shape| shape != piece.shape) {
+            return Err(format!(
+                "has shape {:?} in one piece and {:?} in another",
+                shape.unwrap_or_default(),
+                piece.shape
+            ));
+        }
+        shape = Some(&piece.shape);
+        if piece.elements[0] != end || piece.elements[1] < end {
+            return Err(format!("a piece holds the elements {:?} after {end}", piece.elements));
+        }
+        end = piece.elements[1];
+    }
+    let numel = shape.unwrap_or_default().iter().product::<i64>();
+    if end == numel { Ok(()) } else { Err(format!("its pieces hold {end} of {numel} elements")) }
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {

@@ -3,28 +3,42 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use sail_model::weights;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use tracing::warn;
 
 use super::{COMPLETE, FORMAT, FileRecord, MANIFEST, Manifest, PieceRecord, RunState, STATE, Untouched};
 use crate::config::Module;
 use crate::error::{Error, Result};
+use crate::world::World;
 
-/// One tensor to be stored.
+/// A tensor to be stored, or a part of one.
 pub struct Piece<'a> {
     /// Full parameter name.
     pub name: &'a str,
     /// `param`, `exp_avg` or `exp_avg_sq`.
     pub kind: &'static str,
-    /// Shared with the running training: it must not step while it is written.
+    /// Of the whole tensor.
+    pub shape: Vec<i64>,
+    /// Elements of the flattened tensor that this is.
+    pub elements: Range<i64>,
+    /// These, flat. Shared with the running training: it must not step while they are written.
     pub tensor: Tensor,
 }
 
-/// Everything a checkpoint holds.
+impl<'a> Piece<'a> {
+    /// All of a tensor.
+    pub fn whole(name: &'a str, kind: &'static str, tensor: &Tensor) -> Self {
+        let numel = tensor.numel() as i64;
+        Self { name, kind, shape: tensor.size(), elements: 0..numel, tensor: tensor.reshape([-1]) }
+    }
+}
+
+/// What a checkpoint holds: everything but tensors, and this rank's part of these.
 pub struct Snapshot<'a> {
     /// Step, counters, data position and plan.
     pub state: RunState,
@@ -36,29 +50,49 @@ pub struct Snapshot<'a> {
     pub untouched: BTreeMap<Module, Untouched>,
 }
 
-/// Writes `run_dir/step-…` and returns its path. One of the same step is replaced.
+/// What a rank has written.
+#[derive(Serialize, Deserialize)]
+struct Written {
+    file: String,
+    record: FileRecord,
+    pieces: Vec<PieceRecord>,
+}
+
+/// Writes `run_dir/step-…` and returns its path. One of the same step is replaced. Every rank makes the same
+/// call with its part.
 ///
 /// The folder is filled under a temporary name, every file and the folder are synced, and only
 /// then it takes its name.
 ///
 /// # Errors
-/// When something cannot be written; the temporary folder is removed and older checkpoints stay.
-pub fn save(run_dir: &Path, snapshot: &Snapshot) -> Result<PathBuf> {
-    fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
+/// When a rank cannot write something, on all ranks; the temporary folder is removed and older checkpoints stay.
+pub fn save(run_dir: &Path, snapshot: &Snapshot, world: &World) -> Result<PathBuf> {
     let name = super::folder_name(snapshot.state.step);
     let target = run_dir.join(&name);
     let temporary = run_dir.join(format!(".tmp-{name}"));
-    remove_if_there(&temporary)?;
-    let written = fill(&temporary, snapshot).and_then(|()| {
-        remove_if_there(&target)?;
-        fs::rename(&temporary, &target).map_err(Error::io(&target))?;
-        sync(run_dir)
-    });
-    if let Err(error) = written {
-        // The first error is the one to report; a leftover is removed by the next save.
-        drop(fs::remove_dir_all(&temporary));
-        return Err(error);
-    }
+    world.from_main(|| {
+        fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
+        remove_if_there(&temporary)?;
+        fs::create_dir(&temporary).map_err(Error::io(&temporary))
+    })?;
+    let own = write_pieces(&temporary, &snapshot.pieces, world.rank());
+    let own = own.map_err(|error| format!("rank {}: {error}", world.rank()));
+    let written: std::result::Result<Vec<Written>, String> = world.gather(&own)?.into_iter().collect();
+    world.from_main(|| {
+        let sealed = written
+            .map_err(|reason| Error::checkpoint(&target, reason))
+            .and_then(|written| seal_folder(&temporary, snapshot, written))
+            .and_then(|()| {
+                remove_if_there(&target)?;
+                fs::rename(&temporary, &target).map_err(Error::io(&target))?;
+                sync(run_dir)
+            });
+        if sealed.is_err() {
+            // The first error is the one to report; a leftover is removed by the next save.
+            drop(fs::remove_dir_all(&temporary));
+        }
+        sealed
+    })?;
     Ok(target)
 }
 
@@ -83,34 +117,47 @@ pub fn keep_last(run_dir: &Path, step: u64, keep: usize) -> Result<()> {
     Ok(())
 }
 
-fn fill(dir: &Path, snapshot: &Snapshot) -> Result<()> {
-    fs::create_dir(dir).map_err(Error::io(dir))?;
-    let file = "rank-00000.safetensors";
+/// Writes a rank's tensors.
+fn write_pieces(dir: &Path, pieces: &[Piece], rank: usize) -> Result<Written> {
+    let file = format!("rank-{rank:05}.safetensors");
     let mut tensors = BTreeMap::new();
-    let mut pieces = Vec::with_capacity(snapshot.pieces.len());
-    for piece in &snapshot.pieces {
-        let key = format!("{}/{}", piece.kind, piece.name);
-        pieces.push(PieceRecord {
-            file: file.to_owned(),
-            key: key.clone(),
-            name: piece.name.to_owned(),
-            kind: piece.kind.to_owned(),
-            shape: piece.tensor.size(),
-            elements: [0, piece.tensor.numel() as i64],
+    let mut records = Vec::with_capacity(pieces.len());
+    for Piece { name, kind, shape, elements, tensor } in pieces {
+        let key = format!("{kind}/{name}");
+        let is_whole = elements.end - elements.start == shape.iter().product::<i64>();
+        let tensor = if is_whole { tensor.f_view(&shape[..])? } else { tensor.shallow_clone() };
+        tensors.insert(key.clone(), tensor);
+        records.push(PieceRecord {
+            file: file.clone(),
+            key,
+            name: (*name).to_owned(),
+            kind: (*kind).to_owned(),
+            shape: shape.clone(),
+            elements: [elements.start, elements.end],
         });
-        tensors.insert(key, piece.tensor.shallow_clone());
     }
-    weights::write_safetensors(&dir.join(file), &tensors)?;
+    weights::write_safetensors(&dir.join(&file), &tensors)?;
+    Ok(Written { record: seal(&dir.join(&file))?, file, pieces: records })
+}
+
+/// Adds to the tensors of all ranks what makes them a checkpoint.
+fn seal_folder(dir: &Path, snapshot: &Snapshot, written: Vec<Written>) -> Result<()> {
     write_json(&dir.join(STATE), &snapshot.state)?;
-    let files = [file, STATE].into_iter().map(|name| Ok((name.to_owned(), seal(&dir.join(name))?)));
+    let world_size = written.len() as u32;
+    let mut files = BTreeMap::from([(STATE.to_owned(), seal(&dir.join(STATE))?)]);
+    let mut pieces = Vec::new();
+    for rank in written {
+        files.insert(rank.file, rank.record);
+        pieces.extend(rank.pieces);
+    }
     let manifest = Manifest {
         format: FORMAT,
         sail_version: env!("CARGO_PKG_VERSION").to_owned(),
         plan_hash: snapshot.state.plan.hash(),
-        world_size: 1,
+        world_size,
         optimizer_steps: snapshot.optimizer_steps,
         untouched: snapshot.untouched.clone(),
-        files: files.collect::<Result<_>>()?,
+        files,
         pieces,
     };
     let path = dir.join(MANIFEST);

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::events::Console;
 use crate::launch::end_with_launcher;
 use crate::train_loop::{Resume, RunOptions};
+use crate::world::{Place, World};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -82,7 +83,9 @@ pub fn main() -> ExitCode {
     end_with_launcher();
     let args = Args::parse();
     let console = Console::new();
-    let filter = EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // Among ranks one tells what happens, the others what is wrong.
+    let usual = if Place::from_env().is_ok_and(|place| !place.is_main()) { "warn" } else { "info" };
+    let filter = EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_ansi(colour);
     log.with_writer(console.clone()).init();
@@ -147,6 +150,7 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
         print(config.to_yaml())?;
         return Ok(ExitCode::SUCCESS);
     }
+    let place = Place::from_env()?;
     let options = RunOptions {
         resume: match args.resume.as_str() {
             "auto" => Resume::Auto,
@@ -155,7 +159,7 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
         },
         stop_at: args.stop_at,
         stop: stop_on_signals()?,
-        console: console.clone(),
+        console: console.clone().talking(place.is_main()),
     };
     if matches!((&options.resume, &config), (Resume::From(_), Config::Curriculum(_))) {
         return Err(Error::usage(
@@ -163,9 +167,13 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
             "run the stage's own file, or use `--resume auto`",
         ));
     }
-    match curriculum::run(config.plans(), &options)? {
+    let plans = config.plans();
+    let world = Arc::new(World::join(place, plans[0], console)?);
+    let summary = curriculum::run(&plans, &world, &options).map_err(|error| world.explain(error))?;
+    world.leave()?;
+    match summary {
         Some(summary) => {
-            print(format_args!("\n{summary}\n"))?;
+            world.on_main(|| print(format_args!("\n{summary}\n")))?;
             Ok(ExitCode::SUCCESS)
         }
         None => Ok(ExitCode::from(3)),

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Subcommand, ValueEnum};
 use sail_model::generate::GenerateOptions;
@@ -17,6 +18,7 @@ use crate::generate::{Question, answer};
 use crate::score::score;
 use crate::session::Session;
 use crate::trained::{Trained, open_any};
+use crate::world::World;
 
 const GENERATE_HELP: &str = "\
 Examples:
@@ -271,7 +273,7 @@ fn generate(trained: &Trained, question: &Question, json: bool) -> Result<()> {
 
 fn eval(checkpoint: &Path, json: Option<&Path>) -> Result<()> {
     let checkpoint = open_any(checkpoint)?;
-    let session = Session::build(&checkpoint.state().plan, Some(&checkpoint))?;
+    let session = Session::build(&checkpoint.state().plan, &Arc::new(World::alone()), Some(&checkpoint))?;
     let Some(evaluator) = &session.evaluator else {
         return Err(Error::usage("the plan of this checkpoint has no `eval`", "train with `eval.sources`"));
     };

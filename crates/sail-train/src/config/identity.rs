@@ -44,6 +44,16 @@ impl Plan {
         })
     }
 
+    /// Every value by its path, and what reads it: what two ranks must have alike to work together.
+    pub fn fields(&self) -> BTreeMap<String, String> {
+        let mut values = BTreeMap::new();
+        flatten(String::new(), self.to_json(), &mut values);
+        let mut fields: BTreeMap<String, String> =
+            values.into_iter().map(|(path, value)| (path, value.to_string())).collect();
+        fields.insert("version of sail-train".to_owned(), env!("CARGO_PKG_VERSION").to_owned());
+        fields
+    }
+
     /// What is different in `other`, sorted by path; empty when the plans are equal.
     pub fn diff(&self, other: &Self) -> Vec<Difference> {
         let (mut old, mut new) = (BTreeMap::new(), BTreeMap::new());

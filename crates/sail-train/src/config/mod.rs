@@ -41,9 +41,12 @@ pub use identity::Difference;
 pub use path::{FieldPath, Step};
 pub use plan::{
     AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, InitPlan, LlmPlan, LogPlan,
-    ModelPlan, OptimizerPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan, VisualShape,
+    ModelPlan, OptimizerPlan, ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan, VisualShape,
 };
-pub use values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind, VisualBalance};
+pub use values::{
+    DeviceChoice, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind, Strategy,
+    VisualBalance,
+};
 
 use check::Checker;
 use raw::RawCurriculum;

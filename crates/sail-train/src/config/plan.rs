@@ -15,7 +15,10 @@ use serde::{Deserialize, Serialize};
 use sail_model::projector::ProjectorConfig;
 use sail_model::vision::VitLayout;
 
-use super::values::{DeviceChoice, ModelSource, Module, ModulePlan, Precision, ScheduleKind, VisualBalance};
+use super::values::{
+    DeviceChoice, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind, Strategy,
+    VisualBalance,
+};
 
 /// Everything one stage needs to know.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,6 +40,8 @@ pub struct Plan {
     pub batch: BatchPlan,
     /// The training stream.
     pub data: DataPlan,
+    /// How ranks work together.
+    pub parallel: ParallelPlan,
     /// When checkpoints are written and kept.
     pub checkpoint: CheckpointPlan,
     /// When a step is reported.
@@ -247,6 +252,28 @@ pub struct VisualShape {
     pub tokens_per_tile: usize,
     /// Pixels that a visual token is wide and high: patch size times merge.
     pub unit_px: usize,
+}
+
+/// How ranks work together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ParallelPlan {
+    /// What they share.
+    pub strategy: Strategy,
+    /// The dtype in which gradients travel.
+    pub reduce: ReduceDtype,
+    /// Most gradients that travel together, MiB in fp32, at least 1.
+    pub bucket_mb: usize,
+    /// How long a rank may be behind the others, seconds, at least 1.
+    pub timeout_secs: u64,
+    /// The same until the first step of a stage is done.
+    pub first_step_timeout_secs: u64,
+}
+
+impl ParallelPlan {
+    /// Most gradients that travel together, fp32 elements.
+    pub fn bucket_elements(&self) -> i64 {
+        (self.bucket_mb << 20) as i64 / 4
+    }
 }
 
 /// When checkpoints are written and kept.

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::raw_data::{RawData, RawSource};
 use super::raw_values::{RawModule, RawWarmup};
-use super::values::{DeviceChoice, Precision, ScheduleKind};
+use super::values::{DeviceChoice, Precision, ReduceDtype, ScheduleKind, Strategy};
 
 /// A stage. Besides these fields a file may say `extends: FILE` (relative to itself): that file's values come first,
 /// mappings are merged key by key, everything else is replaced.
@@ -36,6 +36,8 @@ pub(super) struct RawRun {
     pub(super) batch: RawBatch,
     /// The training stream.
     pub(super) data: RawData,
+    /// How ranks work together, where there are several.
+    pub(super) parallel: RawParallel,
     /// When checkpoints are written and kept. There is always one at the end.
     pub(super) checkpoint: RawCheckpoint,
     /// When a step is reported.
@@ -59,7 +61,8 @@ pub(super) struct RawRunSection {
     pub(super) root: PathBuf,
     /// Seed of random weights and of the data order. Default: 42.
     pub(super) seed: u64,
-    /// `auto` (the first CUDA device, or the CPU), `cpu`, `cuda` or `cuda:N`. Default: `auto`.
+    /// `auto` (the CUDA device of the rank's place on its host, or the CPU), `cpu`, and in a single process `cuda` or
+    /// `cuda:N`. Default: `auto`.
     pub(super) device: DeviceChoice,
     /// Dtype of the forward pass: `auto` (bf16 on CUDA, fp32 on the CPU), `fp32` or `bf16`. Default: `auto`.
     pub(super) precision: Precision,
@@ -215,6 +218,37 @@ pub(super) struct RawBatch {
     pub(super) tokens_per_pack: Option<usize>,
     /// Packs whose gradients make up one optimizer step. Required.
     pub(super) packs_per_step: Option<usize>,
+}
+
+/// `parallel`. What counts as a rank is said in docs/clusters.md; their number must divide `data.streams` and
+/// `batch.packs_per_step`.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawParallel {
+    /// `ddp` (every rank has everything), `zero1` (each keeps its part of masters and moments) or `zero2` (of the
+    /// summed gradients too, which then leave after every micro-batch). Default: `zero1`.
+    pub(super) strategy: Strategy,
+    /// Dtype in which gradients travel, `fp32` or `bf16`. Default: `fp32`.
+    pub(super) reduce: ReduceDtype,
+    /// Most gradients that travel together, MiB in fp32; a larger parameter travels alone. Default: 32.
+    pub(super) bucket_mb: usize,
+    /// A rank that is behind the others for this long ends the run, seconds. Default: 600.
+    pub(super) timeout_secs: u64,
+    /// The same until the first step of a stage is done, when weights are read and the device warms up, seconds.
+    /// Default: 1800.
+    pub(super) first_step_timeout_secs: u64,
+}
+
+impl Default for RawParallel {
+    fn default() -> Self {
+        Self {
+            strategy: Strategy::Zero1,
+            reduce: ReduceDtype::Fp32,
+            bucket_mb: 32,
+            timeout_secs: 600,
+            first_step_timeout_secs: 1800,
+        }
+    }
 }
 
 /// `checkpoint`

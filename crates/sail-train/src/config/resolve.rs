@@ -14,12 +14,12 @@ use super::de;
 use super::error::{ConfigError, Problem};
 use super::path::FieldPath;
 use super::plan::{
-    BatchPlan, CheckpointPlan, ExportPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan, Plan,
-    RunPlan, SchedulePlan, TrainPlan, VisionPlan,
+    BatchPlan, CheckpointPlan, ExportPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan,
+    ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan,
 };
 use super::raw::{
-    RawBatch, RawCheckpoint, RawExport, RawInit, RawLlm, RawLog, RawModel, RawOptimizer, RawProjector,
-    RawRun, RawRunSection, RawSchedule, RawTrain, RawVision,
+    RawBatch, RawCheckpoint, RawExport, RawInit, RawLlm, RawLog, RawModel, RawOptimizer, RawParallel,
+    RawProjector, RawRun, RawRunSection, RawSchedule, RawTrain, RawVision,
 };
 use super::raw_values::{RawModule, RawWarmup};
 use super::resolve_data;
@@ -52,6 +52,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
     let schedule = schedule(checker, &raw.schedule);
     let batch = batch(checker, &raw.batch);
     let data = resolve_data::data(checker, raw.data, batch.as_ref());
+    let parallel = parallel(checker, &raw.parallel);
     let checkpoint = checkpoint(checker, &raw.checkpoint);
     let log = log(checker, &raw.log);
     let eval = raw.eval.map(|eval| resolve_data::eval(checker, eval));
@@ -66,6 +67,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
         schedule: schedule?,
         batch: batch?,
         data: data?,
+        parallel,
         checkpoint,
         log,
         eval: wanted(eval)?,
@@ -325,6 +327,19 @@ fn batch(checker: &mut Checker<'_>, raw: &RawBatch) -> Option<BatchPlan> {
     checker.expect(tokens >= 2, "batch.tokens_per_pack", "must be at least 2", tokens);
     checker.expect(packs >= 1, "batch.packs_per_step", "must be at least 1", packs);
     Some(plan)
+}
+
+fn parallel(checker: &mut Checker<'_>, raw: &RawParallel) -> ParallelPlan {
+    let RawParallel { strategy, reduce, bucket_mb, timeout_secs, first_step_timeout_secs } = *raw;
+    let must = "must be from 1 to 65536";
+    checker.expect((1..=65_536).contains(&bucket_mb), "parallel.bucket_mb", must, bucket_mb);
+    for (path, secs) in [
+        ("parallel.timeout_secs", timeout_secs),
+        ("parallel.first_step_timeout_secs", first_step_timeout_secs),
+    ] {
+        checker.expect((1..=604_800).contains(&secs), path, "must be from 1 to 604800, a week", secs);
+    }
+    ParallelPlan { strategy, reduce, bucket_mb, timeout_secs, first_step_timeout_secs }
 }
 
 fn checkpoint(checker: &mut Checker<'_>, raw: &RawCheckpoint) -> CheckpointPlan {

@@ -114,6 +114,42 @@ pub enum Precision {
     Bf16,
 }
 
+/// What the ranks share of what training needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// Every rank has everything; gradients are summed by all-reduce.
+    Ddp,
+    /// Each rank keeps and updates its part of the masters and moments.
+    Zero1,
+    /// As `zero1`, and each rank keeps only its part of the summed gradients.
+    Zero2,
+}
+
+impl Strategy {
+    /// Every strategy.
+    pub const ALL: [Self; 3] = [Self::Ddp, Self::Zero1, Self::Zero2];
+
+    /// The word in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ddp => "ddp",
+            Self::Zero1 => "zero1",
+            Self::Zero2 => "zero2",
+        }
+    }
+}
+
+/// The dtype in which gradients travel between ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReduceDtype {
+    /// 32-bit floats.
+    Fp32,
+    /// bfloat16: half the bytes, summed in bfloat16.
+    Bf16,
+}
+
 /// The curve of the learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -73,15 +73,15 @@ impl<'a> Mllm<'a> {
     }
 }
 
-/// Writes the session's vision encoder to `out` in fp32 and returns `out`.
+/// Writes a session's vision encoder, `exact` in fp32 by full names, to `out` and returns `out`.
 ///
 /// # Errors
 /// [`Error::ExportMismatch`] when what was written gives other features than what is in memory.
-pub fn vit(session: &Session, layout: VitLayout, out: &Path) -> Result<PathBuf> {
+pub fn vit(session: &Session, exact: Params, layout: VitLayout, out: &Path) -> Result<PathBuf> {
     let config = session.model.config();
     let (image, _) = specs(&session.plan, config)?;
     // Of the exact weights: those that the model computes with may be rounded ones.
-    let exact = local(session.exact_params(Module::Vision));
+    let exact = local(exact);
     let params = Rc::new(RefCell::new(Params::new()));
     let builder = Builder::new(params.clone(), "vision", &exact, (Kind::Float, Device::Cpu));
     let model = Vision::new(&config.vision, &builder)?;

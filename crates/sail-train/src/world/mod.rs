@@ -1,6 +1,271 @@
-//! The processes that train together.
+//! The processes that train together: who this one is, and what they tell each other.
+//!
+//! A [`World`] lives as long as the process trains. It has a store for words (`agree`), a group for numbers on
+//! the host, a group for gradients on the device, and a watch over the other ranks (`watch`), which ends the
+//! process when one of them is gone. A process alone is a world of one, in which nothing is sent. Where a process
+//! stands is read from its environment (`place`, `slurm`).
 
+mod agree;
 mod place;
 mod slurm;
+mod watch;
 
+use std::net::UdpSocket;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sail_torch::{Backend, GroupOptions, ProcessGroup, Store};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tch::{Device, Kind, Tensor};
+use tracing::info;
+
+use crate::config::Plan;
+use crate::error::{Error, Result};
+use crate::events::Console;
+use crate::session::rank_device;
+
+pub use agree::Fields;
 pub use place::{Place, Rendezvous, Starter};
+use watch::Watch;
+
+/// Slows collectives down to a link of this many bytes a second, to study overlap on one machine.
+const SIMULATED_LINK: &str = "SAIL_SIMULATED_LINK_BYTES_PER_SEC";
+
+/// The processes that train together.
+pub struct World {
+    place: Place,
+    ranks: Option<Ranks>,
+}
+
+/// What there is where there are several.
+struct Ranks {
+    store: Arc<Store>,
+    /// Numbers on the host, over Gloo.
+    host: Arc<ProcessGroup>,
+    /// Tensors on the device: NCCL, or on the CPU the same as `host`.
+    device: Arc<ProcessGroup>,
+    watch: Watch,
+    /// Keeps the store of all ranks alive, where this process serves it.
+    _server: Option<Store>,
+}
+
+impl World {
+    /// A process alone.
+    pub fn alone() -> Self {
+        Self { place: Place::SINGLE, ranks: None }
+    }
+
+    /// Meets the other processes. Returns once all are there and agree on how many they are.
+    ///
+    /// # Errors
+    /// [`Error::Ranks`] when one does not come in time or was started otherwise; those of c10d.
+    pub fn join(place: Place, plan: &Plan, console: &Console) -> Result<Self> {
+        let device = rank_device(plan.run.device, &place)?;
+        let Some(meeting) = place.rendezvous.clone() else { return Ok(Self { place, ranks: None }) };
+        let patience = Duration::from_secs(plan.parallel.first_step_timeout_secs);
+        info!("rank {} of {} meets the others at {}:{}", place.rank, place.size, meeting.host, meeting.port);
+        let at_store = |error| Error::meeting(&meeting.host, meeting.port, error);
+        let serve = || Store::serve(meeting.port, patience).map_err(at_store);
+        let server = meeting.hosts_store.then(serve).transpose()?;
+        let connect = || Store::connect(&meeting.host, meeting.port, &meeting.prefix, patience);
+        let store = Arc::new(connect().map_err(at_store)?);
+        agree::meet(&store, &place, patience)?;
+        let watch = Watch::start(connect().map_err(at_store)?, &place, &meeting, patience, console)?;
+        let options = |name: &str, backend| GroupOptions {
+            name: name.to_owned(),
+            backend,
+            rank: place.rank,
+            size: place.size,
+            timeout: patience,
+            address: own_address(&meeting),
+        };
+        let group = |name, backend| {
+            let group =
+                ProcessGroup::join(&store, options(name, backend)).map_err(|e| watch.explain(e.into()))?;
+            Ok::<_, Error>(match simulated_link()? {
+                Some(bytes_per_sec) => group.with_simulated_link(bytes_per_sec),
+                None => group,
+            })
+        };
+        let host = Arc::new(group("host", Backend::Gloo)?);
+        let device = match Backend::for_device(device) {
+            Backend::Gloo => Arc::clone(&host),
+            nccl @ Backend::Nccl(_) => Arc::new(group("device", nccl)?),
+        };
+        Ok(Self { place, ranks: Some(Ranks { store, host, device, watch, _server: server }) })
+    }
+
+    /// This process, from 0.
+    pub fn rank(&self) -> usize {
+        self.place.rank
+    }
+
+    /// How many there are.
+    pub fn size(&self) -> usize {
+        self.place.size
+    }
+
+    /// Where it stands.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Whether this process is the one that writes what all share: files of the run, and the console.
+    pub fn is_main(&self) -> bool {
+        self.place.is_main()
+    }
+
+    /// The ranks whose collectives move tensors on the device; none for a process alone.
+    pub fn group(&self) -> Option<Arc<ProcessGroup>> {
+        self.ranks.as_ref().map(|ranks| Arc::clone(&ranks.device))
+    }
+
+    /// Says what this process does, for the others to read when it does not come.
+    pub fn doing(&self, step: u64, what: &'static str) {
+        if let Some(ranks) = &self.ranks {
+            ranks.watch.doing(step, what);
+        }
+    }
+
+    /// How long the others may be behind from now on.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn set_timeout(&self, secs: u64) -> Result<()> {
+        let Some(ranks) = &self.ranks else { return Ok(()) };
+        let timeout = Duration::from_secs(secs);
+        ranks.watch.set_limit(timeout);
+        ranks.host.set_timeout(timeout)?;
+        ranks.device.set_timeout(timeout)?;
+        Ok(())
+    }
+
+    /// Waits until every rank has come here.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn barrier(&self) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| Ok(ranks.host.barrier()?))
+    }
+
+    /// What every rank gives, in their order; as many numbers from each.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn gather_numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>> {
+        let Some(ranks) = &self.ranks else { return Ok(vec![own.to_vec()]) };
+        let part = Tensor::from_slice(own);
+        let whole = Tensor::zeros([(own.len() * self.size()) as i64], (Kind::Double, Device::Cpu));
+        ranks.host.all_gather(&whole, &part)?.wait()?;
+        let all = Vec::<f64>::try_from(&whole)?;
+        Ok(all.chunks(own.len()).map(<[f64]>::to_vec).collect())
+    }
+
+    /// What every rank gives, in their order.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn gather<T: Serialize + DeserializeOwned>(&self, own: &T) -> Result<Vec<T>> {
+        let bytes = serde_json::to_vec(own).map_err(Error::exchange)?;
+        let lengths = self.gather_numbers(&[bytes.len() as f64])?;
+        let longest = lengths.iter().map(|length| length[0] as usize).max().unwrap_or(0);
+        let mut padded = bytes;
+        padded.resize(longest, 0);
+        let whole = match &self.ranks {
+            None => padded,
+            Some(ranks) => {
+                let whole = Tensor::zeros([(longest * self.size()) as i64], (Kind::Uint8, Device::Cpu));
+                ranks.host.all_gather(&whole, &Tensor::from_slice(&padded))?.wait()?;
+                Vec::<u8>::try_from(&whole)?
+            }
+        };
+        let parts = whole.chunks(longest.max(1)).zip(lengths);
+        parts
+            .map(|(part, length)| {
+                serde_json::from_slice(&part[..length[0] as usize]).map_err(Error::exchange)
+            })
+            .collect()
+    }
+
+    /// What the main rank makes, on every rank; an error there is one everywhere.
+    ///
+    /// # Errors
+    /// The main rank's, and those of c10d.
+    pub fn from_main<T: Serialize + DeserializeOwned>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        let Some(ranks) = &self.ranks else { return make() };
+        // A list, since a value may itself be JSON's `null`.
+        let made = if self.is_main() { vec![make()?] } else { Vec::new() };
+        let bytes = serde_json::to_vec(&made).map_err(Error::exchange)?;
+        let length = Tensor::from_slice(&[bytes.len() as i64]);
+        ranks.host.broadcast(&length, 0)?.wait()?;
+        let mut padded = bytes;
+        padded.resize(length.int64_value(&[0]) as usize, 0);
+        let text = Tensor::from_slice(&padded);
+        ranks.host.broadcast(&text, 0)?.wait()?;
+        let text = Vec::<u8>::try_from(&text)?;
+        let [made] = serde_json::from_slice::<[T; 1]>(&text).map_err(Error::exchange)?;
+        Ok(made)
+    }
+
+    /// Does on the main rank alone what needs no other.
+    ///
+    /// # Errors
+    /// Those of `work`, on the main rank.
+    pub fn on_main(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        if self.is_main() { work() } else { Ok(()) }
+    }
+
+    /// Compares what this rank has with what the main rank has.
+    ///
+    /// # Errors
+    /// [`Error::Ranks`] on every rank, naming the ranks and the fields that differ.
+    pub fn agree(&self, about: &str, fields: impl FnOnce() -> Fields) -> Result<()> {
+        let Some(ranks) = &self.ranks else { return Ok(()) };
+        agree::agree(&ranks.store, &self.place, about, &fields())
+    }
+
+    /// What an error means: where another rank is the reason of it, that is found out and named. The others
+    /// learn why this one ends.
+    pub fn explain(&self, error: Error) -> Error {
+        match &self.ranks {
+            Some(ranks) => ranks.watch.explain(error),
+            None => error,
+        }
+    }
+
+    /// Leaves the others in peace: they know that this process has done its part.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn leave(&self) -> Result<()> {
+        let Some(ranks) = &self.ranks else { return Ok(()) };
+        let left = agree::leave(&ranks.store, &self.place);
+        ranks.watch.end();
+        left
+    }
+}
+
+/// The address of this host that the others reach it at: the one that it reaches the store from.
+fn own_address(meeting: &Rendezvous) -> Option<String> {
+    if std::env::var_os("GLOO_SOCKET_IFNAME").is_some() {
+        return None;
+    }
+    ["0.0.0.0:0", "[::]:0"].into_iter().find_map(|any| {
+        let socket = UdpSocket::bind(any).ok()?;
+        socket.connect((meeting.host.as_str(), meeting.port)).ok()?;
+        Some(socket.local_addr().ok()?.ip().to_string())
+    })
+}
+
+fn simulated_link() -> Result<Option<f64>> {
+    let Some(value) = std::env::var_os(SIMULATED_LINK) else { return Ok(None) };
+    let bytes_per_sec = value.to_str().and_then(|text| text.parse::<f64>().ok()).filter(|rate| *rate > 0.0);
+    match bytes_per_sec {
+        Some(rate) => Ok(Some(rate)),
+        None => Err(Error::usage(
+            format!("`{SIMULATED_LINK}={}` is not a number above 0", value.display()),
+            "unset it; it is only for studying overlap on one machine",
+        )),
+    }
+}

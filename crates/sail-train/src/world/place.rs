@@ -67,6 +67,11 @@ impl Place {
         started_by: Starter::Single,
     };
 
+    /// Whether this process is the one that writes what all share: files of the run, and the console.
+    pub fn is_main(&self) -> bool {
+        self.rank == 0
+    }
+
     /// The place that this process's environment gives it.
     ///
     /// # Errors

@@ -1,0 +1,465 @@
+//! AdamW over the parameters a stage trains, with fp32 masters, shared among ranks.
+//!
+//! The model's tensors are the *compute copies*. Those that train lie in flat buckets, whose views the
+//! parameters become; gradients are summed in fp32 over micro-batches and ranks (`reducer`), and updated
+//! parameters travel back while the next forward pass has begun (`gathers`). Under `zero1` and `zero2` a rank
+//! keeps masters and moments of its part of each bucket alone (`layout`). In fp32 a compute copy is its own
+//! master; in bf16 the master is a separate fp32 tensor, and the compute copy is cast anew after each update.
+//! Built by [`crate::session`] from the freeze plan; knows nothing of files or schedules.
+
+mod gathers;
+pub mod layout;
+mod reducer;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use sail_model::params::Params;
+use sail_torch::{AdamWOptions, AdamWSlot, ProcessGroup};
+use tch::{Kind, Tensor, no_grad};
+
+use self::gathers::Gathers;
+use self::layout::{Entry, Layout};
+use self::reducer::{Reducer, Reduction, narrow};
+use crate::config::{ModulePlan, OptimizerPlan, ParallelPlan, TrainPlan};
+use crate::error::Result;
+use crate::stage::module_of;
+
+/// Every trained parameter with its state.
+pub struct Optimizer {
+    /// In the order in which a forward pass needs them.
+    buckets: Vec<Bucket>,
+    reduction: Reduction,
+    reducer: Reducer,
+    gathers: Gathers,
+    bucket_elements: i64,
+    /// How the names of each block's parameters begin.
+    blocks: Vec<String>,
+    plan: OptimizerPlan,
+    precision: Kind,
+    steps: u64,
+}
+
+/// Trained parameters that lie together.
+struct Bucket {
+    /// Its index with the reducer.
+    id: usize,
+    layout: Arc<Layout>,
+    /// What the model computes with: its parameters are views of this.
+    compute: Tensor,
+    /// What of the bucket this rank updates; all of it under `ddp`.
+    owned: Range<i64>,
+    /// fp32, of `owned`; in fp32 a view of `compute`.
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    pieces: Vec<Piece>,
+}
+
+/// What this rank updates of one parameter.
+struct Piece {
+    entry: usize,
+    /// In the bucket.
+    range: Range<i64>,
+    /// 0-dimensional, the number of updates; the kernel counts it up.
+    step: Tensor,
+    peak_lr: f64,
+    weight_decay: f64,
+}
+
+/// One tensor of the optimizer's state, for checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StateKind {
+    /// The fp32 parameter.
+    Param,
+    /// The first moment.
+    ExpAvg,
+    /// The second moment.
+    ExpAvgSq,
+}
+
+impl StateKind {
+    /// Every kind, in the order checkpoints hold them.
+    pub const ALL: [Self; 3] = [Self::Param, Self::ExpAvg, Self::ExpAvgSq];
+
+    /// The name in checkpoint files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Param => "param",
+            Self::ExpAvg => "exp_avg",
+            Self::ExpAvgSq => "exp_avg_sq",
+        }
+    }
+}
+
+/// A part of one tensor of the state: what this rank writes into a checkpoint.
+#[derive(Debug)]
+pub struct StatePiece<'a> {
+    /// Full parameter name.
+    pub name: &'a str,
+    /// Which of its tensors.
+    pub kind: StateKind,
+    /// Of the whole tensor.
+    pub shape: &'a [i64],
+    /// Elements of the flattened tensor that this is.
+    pub elements: Range<i64>,
+    /// These, flat and fp32; shared, not copied.
+    pub tensor: Tensor,
+}
+
+impl Optimizer {
+    /// Takes over the parameters that `train` does not freeze and turns all of them into `precision`; they are
+    /// fp32 when this is called. `blocks` says how the names of each block's parameters begin; `group` is all
+    /// ranks, `None` for one alone. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of libtorch.
+    pub fn new(
+        params: &Params,
+        blocks: Vec<String>,
+        train: &TrainPlan,
+        plan: OptimizerPlan,
+        parallel: &ParallelPlan,
+        precision: Kind,
+        group: Option<Arc<ProcessGroup>>,
+    ) -> Result<Self> {
+        let reduction = Reduction { group, strategy: parallel.strategy, dtype: parallel.reduce };
+        let mut optimizer = Self {
+            buckets: Vec::new(),
+            reducer: Reducer::new(reduction.clone()),
+            reduction,
+            gathers: Gathers::default(),
+            bucket_elements: parallel.bucket_elements(),
+            blocks,
+            plan,
+            precision,
+            steps: 0,
+        };
+        optimizer.take_over(params, train)?;
+        no_grad(|| {
+            for param in params.values().filter(|param| param.kind() != precision) {
+                param.shallow_clone().set_data(&param.to_kind(precision));
+            }
+        });
+        Ok(optimizer)
+    }
+
+    /// Takes over those parameters that `train` does not freeze and that are not trained yet, with fresh
+    /// moments. Every rank makes the same call after the same step.
+    ///
+    /// # Errors
+    /// Those of libtorch.
+    pub fn take_over(&mut self, params: &Params, train: &TrainPlan) -> Result<()> {
+        let known: BTreeSet<&str> = self.names().collect();
+        let mut fresh = Vec::new();
+        for (name, param) in params.iter().filter(|(name, _)| !known.contains(name.as_str())) {
+            if train.get(module_of(name)?).is_trained() {
+                fresh.push((name.as_str(), param.size()));
+            }
+        }
+        let (_, world) = self.reduction.place();
+        for layout in layout::cut(fresh, &self.blocks, self.bucket_elements, world)? {
+            let bucket = self.bucket(Arc::new(layout), params, train)?;
+            self.buckets.push(bucket);
+        }
+        self.buckets.sort_by(|a, b| a.layout.cmp_forward(&b.layout));
+        self.reducer.set_order(self.buckets.iter().rev().map(|bucket| bucket.id).collect());
+        Ok(())
+    }
+
+    fn bucket(&self, layout: Arc<Layout>, params: &Params, train: &TrainPlan) -> Result<Bucket> {
+        let (rank, world) = self.reduction.place();
+        let owned = if self.reduction.is_sharded() { layout.shard(rank, world) } else { 0..layout.numel };
+        let of_bucket: Vec<Tensor> =
+            layout.entries.iter().map(|entry| params[&entry.name].shallow_clone()).collect();
+        let device = of_bucket[0].device();
+        let fp32 = |numel| Tensor::f_zeros([numel], (Kind::Float, device));
+        let compute = Tensor::f_zeros([layout.numel], (self.precision, device))?;
+        let owned_numel = owned.end - owned.start;
+        let master =
+            if self.precision == Kind::Float { narrow(&compute, &owned)? } else { fp32(owned_numel)? };
+        let mut pieces = Vec::new();
+        no_grad(|| {
+            for (index, range) in layout.pieces(&owned) {
+                let entry = &layout.entries[index];
+                let elements = within(entry, &range);
+                let value = narrow(&of_bucket[index].f_reshape([-1])?, &elements)?;
+                narrow(&master, &(range.start - owned.start..range.end - owned.start))?.f_copy_(&value)?;
+                let ModulePlan::Train { lr, weight_decay } = *train.get(module_of(&entry.name)?) else {
+                    continue;
+                };
+                pieces.push(Piece {
+                    entry: index,
+                    range,
+                    step: Tensor::f_zeros([], (Kind::Float, device))?,
+                    peak_lr: lr,
+                    weight_decay: if decays(&entry.name, &entry.shape) { weight_decay } else { 0.0 },
+                });
+            }
+            for (entry, param) in layout.entries.iter().zip(&of_bucket) {
+                let mut view = narrow(&compute, &entry.range)?.f_view(&entry.shape[..])?;
+                view.f_copy_(param)?;
+                param.shallow_clone().set_data(&view);
+            }
+            Ok::<_, crate::Error>(())
+        })?;
+        let trained: Vec<Tensor> = of_bucket.iter().map(|param| param.set_requires_grad(true)).collect();
+        let id = self.buckets.len();
+        self.reducer.add(&layout, &trained)?;
+        let (exp_avg, exp_avg_sq) = (fp32(owned_numel)?, fp32(owned_numel)?);
+        Ok(Bucket { id, layout, compute, owned, master, exp_avg, exp_avg_sq, pieces })
+    }
+
+    /// To be called before each micro-batch. A step has `passes` on every rank, numbered from 0, also where a rank
+    /// has no data for one: its gradients of that are zeros.
+    pub fn begin_pass(&self, pass: usize, passes: usize) {
+        // Gradients that are kept whole need to travel once.
+        self.reducer.begin(self.reduction.keeps_parts() || pass + 1 == passes);
+        self.gathers.before_forward(&self.blocks);
+    }
+
+    /// What the model is to call before each of its blocks computes.
+    pub fn on_block(&self) -> impl Fn(&str) + Send + 'static {
+        let gathers = self.gathers.clone();
+        move |block| gathers.before_block(block)
+    }
+
+    /// To be called after each micro-batch; after the last one the gradients of all ranks are summed.
+    ///
+    /// # Errors
+    /// Those of the collectives.
+    pub fn end_pass(&self) -> Result<()> {
+        self.gathers.settle()?;
+        self.reducer.end()
+    }
+
+    /// Squared 2-norm of the summed gradients, of this rank's part of them: its sum over all ranks is that of
+    /// the whole. A 0-dimensional fp32 tensor.
+    pub fn squared_norm(&self) -> Result<Tensor> {
+        let mut parts = Vec::new();
+        let (rank, world) = self.reduction.place();
+        for bucket in &self.buckets {
+            let gradients = self.reducer.gradients(bucket.id)?;
+            let shard = bucket.layout.shard(rank, world);
+            parts.push(if self.reduction.is_sharded() { gradients } else { narrow(&gradients, &shard)? });
+        }
+        Ok(sail_torch::global_norm(&parts)?.square())
+    }
+
+    /// Scales the summed gradients so that their norm, which is `norm` now, is at most `clip_norm`, where the
+    /// plan has one; without a host read.
+    pub fn clip(&self, norm: &Tensor) -> Result<()> {
+        let Some(limit) = self.plan.clip_norm else { return Ok(()) };
+        // A norm below the limit gives a factor of 1.
+        let factor = (limit / (norm + 1e-6)).clamp_max(1.0).to_kind(Kind::Float);
+        let gradients = self.buckets.iter().map(|bucket| self.reducer.gradients(bucket.id));
+        Ok(sail_torch::foreach_mul(&gradients.collect::<Result<Vec<_>>>()?, &factor)?)
+    }
+
+    /// One AdamW update at `lr_factor` times each module's peak rate; clears the gradients. Updated parameters
+    /// travel on after it returns.
+    ///
+    /// # Errors
+    /// Those of libtorch and of the collectives.
+    pub fn step(&mut self, lr_factor: f64) -> Result<()> {
+        for bucket in &self.buckets {
+            self.update(bucket, lr_factor)?;
+            if self.reduction.is_sharded()
+                && let Some(group) = &self.reduction.group
+            {
+                let work = group.all_gather(&bucket.compute, &narrow(&bucket.compute, &bucket.owned)?)?;
+                self.gathers.push(Arc::clone(&bucket.layout), work);
+            }
+        }
+        self.reducer.clear();
+        self.steps += 1;
+        Ok(())
+    }
+
+    fn update(&self, bucket: &Bucket, lr_factor: f64) -> Result<()> {
+        let gradients = self.reducer.gradients(bucket.id)?;
+        let mut groups: BTreeMap<(u64, u64), Vec<AdamWSlot>> = BTreeMap::new();
+        for piece in &bucket.pieces {
+            let range = bucket.in_owned(&piece.range);
+            let slot = AdamWSlot {
+                param: narrow(&bucket.master, &range)?,
+                grad: narrow(&gradients, &range)?,
+                exp_avg: narrow(&bucket.exp_avg, &range)?,
+                exp_avg_sq: narrow(&bucket.exp_avg_sq, &range)?,
+                step: piece.step.shallow_clone(),
+            };
+            let key = (piece.peak_lr.to_bits(), piece.weight_decay.to_bits());
+            groups.entry(key).or_default().push(slot);
+        }
+        for ((peak_lr, weight_decay), slots) in groups {
+            let options = AdamWOptions {
+                lr: f64::from_bits(peak_lr) * lr_factor,
+                betas: (self.plan.betas[0], self.plan.betas[1]),
+                eps: self.plan.eps,
+                weight_decay: f64::from_bits(weight_decay),
+            };
+            sail_torch::fused_adamw(&slots, options)?;
+        }
+        bucket.refresh_compute()
+    }
+
+    /// Waits for updated parameters that are still under way.
+    ///
+    /// # Errors
+    /// Those of the collectives.
+    pub fn settle(&self) -> Result<()> {
+        self.gathers.settle()
+    }
+
+    /// Updates so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Names of the trained parameters, in the order of the buckets.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.buckets.iter().flat_map(|bucket| bucket.layout.entries.iter().map(|entry| entry.name.as_str()))
+    }
+
+    /// The fp32 tensors of the trained parameters whose names begin with `prefix`, collected from all ranks.
+    /// Every rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of the collectives.
+    pub fn masters(&self, prefix: &str) -> Result<Params> {
+        self.settle()?;
+        let mut masters = Params::new();
+        for bucket in self.buckets.iter().filter(|bucket| bucket.layout.entries[0].name.starts_with(prefix)) {
+            let whole = match &self.reduction.group {
+                _ if self.precision == Kind::Float => bucket.compute.shallow_clone(),
+                Some(group) if self.reduction.is_sharded() => {
+                    let whole =
+                        Tensor::f_empty([bucket.layout.numel], (Kind::Float, bucket.master.device()))?;
+                    group.all_gather(&whole, &bucket.master)?.wait()?;
+                    whole
+                }
+                _ => bucket.master.shallow_clone(),
+            };
+            for entry in &bucket.layout.entries {
+                let value = narrow(&whole, &entry.range)?.f_view(&entry.shape[..])?;
+                masters.insert(entry.name.clone(), value.detach());
+            }
+        }
+        Ok(masters)
+    }
+
+    /// This rank's part of the state: all ranks' together are everything, each element once.
+    ///
+    /// # Errors
+    /// Those of libtorch.
+    pub fn state(&self) -> Result<Vec<StatePiece<'_>>> {
+        let (rank, world) = self.reduction.place();
+        let mut pieces = Vec::new();
+        for bucket in &self.buckets {
+            for (index, range) in bucket.layout.pieces(&bucket.layout.shard(rank, world)) {
+                let entry = &bucket.layout.entries[index];
+                for kind in StateKind::ALL {
+                    pieces.push(StatePiece {
+                        name: &entry.name,
+                        kind,
+                        shape: &entry.shape,
+                        elements: within(entry, &range),
+                        tensor: narrow(bucket.tensor(kind), &bucket.in_owned(&range))?,
+                    });
+                }
+            }
+        }
+        Ok(pieces)
+    }
+
+    /// Puts a checkpoint's moments in place of these. The parameters are the checkpoint's already; `get` gives a
+    /// range of elements of a flattened tensor by name and kind.
+    ///
+    /// # Errors
+    /// What `get` reports.
+    pub fn restore(
+        &mut self,
+        steps: u64,
+        get: impl Fn(&str, StateKind, Range<i64>) -> Result<Tensor>,
+    ) -> Result<()> {
+        no_grad(|| {
+            for bucket in &mut self.buckets {
+                for piece in &bucket.pieces {
+                    let entry = &bucket.layout.entries[piece.entry];
+                    for kind in [StateKind::ExpAvg, StateKind::ExpAvgSq] {
+                        let saved = get(&entry.name, kind, within(entry, &piece.range))?;
+                        narrow(bucket.tensor(kind), &bucket.in_owned(&piece.range))?.f_copy_(&saved)?;
+                    }
+                    let _ = piece.step.shallow_clone().fill_(steps as f64);
+                }
+            }
+            Ok::<_, crate::Error>(())
+        })?;
+        self.steps = steps;
+        Ok(())
+    }
+
+    /// Bytes of masters and moments that this rank holds beside what the model computes with, and of gradients
+    /// that it keeps between micro-batches.
+    pub fn held_bytes(&self) -> HeldBytes {
+        let numel: usize = self.buckets.iter().map(|bucket| bucket.exp_avg.numel()).sum();
+        HeldBytes {
+            masters: if self.precision == Kind::Float { 0 } else { 4 * numel },
+            moments: 8 * numel,
+            gradients: self.reducer.kept_bytes(),
+        }
+    }
+}
+
+/// What a rank holds for training, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct HeldBytes {
+    /// fp32 masters beside the compute copies.
+    pub masters: usize,
+    /// Both moments.
+    pub moments: usize,
+    /// Gradients between micro-batches.
+    pub gradients: usize,
+}
+
+impl Bucket {
+    fn in_owned(&self, range: &Range<i64>) -> Range<i64> {
+        range.start - self.owned.start..range.end - self.owned.start
+    }
+
+    fn tensor(&self, kind: StateKind) -> &Tensor {
+        match kind {
+            StateKind::Param => &self.master,
+            StateKind::ExpAvg => &self.exp_avg,
+            StateKind::ExpAvgSq => &self.exp_avg_sq,
+        }
+    }
+
+    /// After the master changed; in fp32 they are one tensor.
+    fn refresh_compute(&self) -> Result<()> {
+        if self.compute.kind() != Kind::Float {
+            no_grad(|| {
+                narrow(&self.compute, &self.owned)?.f_copy_(&self.master).map_err(crate::Error::from)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// A range of a bucket as elements of one of its parameters.
+fn within(entry: &Entry, range: &Range<i64>) -> Range<i64> {
+    range.start - entry.range.start..range.end - entry.range.start
+}
+
+/// Norms, biases, scales and embedding tables are not decayed.
+fn decays(name: &str, shape: &[i64]) -> bool {
+    shape.len() >= 2
+        && !name.contains("embed_tokens")
+        && !name.contains("position_embedding")
+        && !name.contains("cls_token")
+        && !name.contains("mask_token")
+}
+
+#[cfg(test)]
+mod tests;
