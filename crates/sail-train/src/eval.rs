@@ -16,6 +16,7 @@ use tch::{Device, Kind, no_grad};
 use crate::batch::{to_batch, to_images};
 use crate::config::EvalPlan;
 use crate::error::{Error, Result};
+use crate::world::World;
 
 /// Losses of one source, or of all; each is a mean over answer tokens.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -85,6 +86,22 @@ struct Sum {
     tokens: f64,
 }
 
+/// Who of the ranks does what: each piece of work is the next one's.
+struct Turns {
+    rank: usize,
+    size: usize,
+    next: usize,
+}
+
+impl Turns {
+    /// Whether the next piece of work is this rank's.
+    fn is_mine(&mut self) -> bool {
+        let turn = self.next;
+        self.next += 1;
+        turn % self.size == self.rank
+    }
+}
+
 impl Sum {
     fn add(&mut self, other: Self) {
         self.loss += other.loss;
@@ -113,54 +130,87 @@ impl Evaluator {
         self.sources.values().flatten().find(|sample| !sample.images.is_empty())
     }
 
-    /// Measures `model`, without a graph.
-    pub fn run(&self, model: &Vlm, encoder: &TextEncoder, device: Device) -> Result<EvalReport> {
+    /// Measures `model`, without a graph. The ranks of `world` share the work; every rank makes the same call and
+    /// gets the same report.
+    ///
+    /// # Errors
+    /// [`Error::HeldOutNotFinite`], on all ranks; those of the model and of c10d.
+    pub fn run(
+        &self,
+        model: &Vlm,
+        encoder: &TextEncoder,
+        device: Device,
+        world: &World,
+    ) -> Result<EvalReport> {
+        let mut turns = Turns { rank: world.rank(), size: world.size(), next: 0 };
+        let mut sums = Vec::new();
+        let mut answers = BTreeMap::new();
         no_grad(|| {
-            let mut report = EvalReport::default();
-            let (mut all, mut all_true, mut all_shuffled) = (Sum::default(), Sum::default(), Sum::default());
-            for (name, samples) in &self.sources {
+            for samples in self.sources.values() {
                 let (with_image, without): (Vec<&Sample>, Vec<&Sample>) =
                     samples.iter().partition(|sample| !sample.images.is_empty());
                 let (own, other) = exchange_images(&with_image);
-                let rest: Vec<&Sample> = with_image
-                    .iter()
-                    .copied()
-                    .filter(|s| !own.iter().any(|o| o.id == s.id))
-                    .chain(without)
-                    .collect();
-                let true_image = self.loss(model, own.iter().copied(), device)?;
-                let shuffled = self.loss(model, other.iter(), device)?;
-                let mut sum = self.loss(model, rest.into_iter(), device)?;
-                sum.add(true_image);
-                if !(sum.loss.is_finite() && shuffled.loss.is_finite()) {
-                    return Err(Error::HeldOutNotFinite { name: name.clone() });
-                }
-                report.sources.insert(name.clone(), losses(samples.len(), sum, true_image, shuffled));
-                all.add(sum);
-                all_true.add(true_image);
-                all_shuffled.add(shuffled);
+                let alone = |sample: &&&Sample| !own.iter().any(|exchanged| exchanged.id == sample.id);
+                let rest: Vec<&Sample> = with_image.iter().filter(alone).copied().chain(without).collect();
+                let true_image = self.loss(model, own.iter().copied(), device, &mut turns)?;
+                let shuffled = self.loss(model, other.iter(), device, &mut turns)?;
+                let rest = self.loss(model, rest.into_iter(), device, &mut turns)?;
+                sums.extend([true_image, shuffled, rest].map(|sum| [sum.loss, sum.tokens]));
                 for sample in samples.iter().take(self.plan.generate) {
-                    report.generations.push(self.answer(model, encoder, sample, device)?);
+                    let turn = turns.next;
+                    if turns.is_mine() {
+                        answers.insert(turn, self.answer(model, encoder, sample, device)?);
+                    }
                 }
             }
-            let samples = self.sources.values().map(Vec::len).sum();
-            report.total = losses(samples, all, all_true, all_shuffled);
-            Ok(report)
-        })
+            Ok::<_, Error>(())
+        })?;
+        let mut all = vec![Sum::default(); sums.len()];
+        for rank in world.gather_numbers(&sums.concat())? {
+            for (sum, part) in all.iter_mut().zip(rank.chunks(2)) {
+                sum.add(Sum { loss: part[0], tokens: part[1] });
+            }
+        }
+        let generations: BTreeMap<usize, Generation> =
+            world.gather(&answers)?.into_iter().flatten().collect();
+        self.report(&all, generations.into_values().collect())
     }
 
+    /// `sums` are those with the true images, with others, and of the remaining samples, for each source.
+    fn report(&self, sums: &[Sum], generations: Vec<Generation>) -> Result<EvalReport> {
+        let mut report = EvalReport { generations, ..EvalReport::default() };
+        let (mut all, mut all_true, mut all_shuffled) = (Sum::default(), Sum::default(), Sum::default());
+        for ((name, samples), sums) in self.sources.iter().zip(sums.chunks(3)) {
+            let (true_image, shuffled, mut sum) = (sums[0], sums[1], sums[2]);
+            sum.add(true_image);
+            if !(sum.loss.is_finite() && shuffled.loss.is_finite()) {
+                return Err(Error::HeldOutNotFinite { name: name.clone() });
+            }
+            report.sources.insert(name.clone(), losses(samples.len(), sum, true_image, shuffled));
+            all.add(sum);
+            all_true.add(true_image);
+            all_shuffled.add(shuffled);
+        }
+        let samples = self.sources.values().map(Vec::len).sum();
+        report.total = losses(samples, all, all_true, all_shuffled);
+        Ok(report)
+    }
+
+    /// Over those of the packs of `samples` that are this rank's turn.
     fn loss<'a>(
         &self,
         model: &Vlm,
         samples: impl Iterator<Item = &'a Sample>,
         device: Device,
+        turns: &mut Turns,
     ) -> Result<Sum> {
         let mut sum = Sum::default();
         let mut pack: Vec<&Sample> = Vec::new();
         let mut tokens = 0;
         let mut measure = |pack: &mut Vec<&'a Sample>| -> Result<()> {
-            if !pack.is_empty() {
-                let pack = Pack::collate(&std::mem::take(pack));
+            let samples = std::mem::take(pack);
+            if !samples.is_empty() && turns.is_mine() {
+                let pack = Pack::collate(&samples);
                 let loss = model.loss_sum(&to_batch(&pack, device))?.to_kind(Kind::Double).double_value(&[]);
                 sum.add(Sum { loss, tokens: pack.weight_sum() });
             }

@@ -10,6 +10,7 @@
 //! | where a stage's weights come from | `origin` |
 //! | the processes that train together | [`world`] |
 //! | freezing and its proof | [`stage`], [`optim`] |
+//! | how a stage begins or goes on | [`resume`] |
 //! | what a checkpoint is | [`checkpoint`] |
 //! | the held-out measures | [`eval`] |
 //! | exported folders | [`export`] |
@@ -21,6 +22,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod curriculum;
+mod device;
 pub mod embed;
 pub mod error;
 pub mod eval;
@@ -31,6 +33,7 @@ pub mod launch;
 pub mod optim;
 mod origin;
 pub mod output;
+pub mod resume;
 pub mod schedule;
 pub mod score;
 pub mod session;

@@ -3,7 +3,6 @@
 //! Where its weights come from is `origin.rs`'s matter; the loop over it is [`crate::train_loop`].
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,18 +14,19 @@ use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Loss, Vlm, VlmConfig};
 use sail_torch::ReduceOp;
 use serde_json::{Value, json};
-use tch::{Cuda, Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
-use crate::config::{DeviceChoice, ModelSource, Module, Plan, Precision, VisualShape};
+use crate::config::{ModelSource, Module, Plan, VisualShape};
+use crate::device::{choose_device, choose_precision, rank_device};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
 use crate::optim::{Optimizer, StateKind, StatePiece};
 use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::stage::{Fingerprints, FreezeTable, module_of};
 use crate::step::{Share, Step};
-use crate::world::{Fields, Place, World};
+use crate::world::{Fields, World};
 
 /// A stage ready to run.
 pub struct Session {
@@ -453,59 +453,4 @@ fn check_division(plan: &Plan, world: usize) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The device of a rank: `auto` is the one of its place on its host.
-pub(crate) fn rank_device(choice: DeviceChoice, place: &Place) -> Result<Device> {
-    match choice {
-        DeviceChoice::Auto if Cuda::is_available() => choose_device(DeviceChoice::Cuda(place.local_rank)),
-        DeviceChoice::Cuda(_) if place.local_size > 1 => Err(Error::usage(
-            format!(
-                "`run.device` is `{choice}`, and {} ranks on this host cannot share it",
-                place.local_size
-            ),
-            "write `auto`, which gives each rank a device of its own",
-        )),
-        _ => choose_device(choice),
-    }
-}
-
-pub(crate) fn choose_device(choice: DeviceChoice) -> Result<Device> {
-    let index = match choice {
-        DeviceChoice::Cpu => return Ok(Device::Cpu),
-        DeviceChoice::Auto if !Cuda::is_available() => return Ok(Device::Cpu),
-        DeviceChoice::Auto => 0,
-        DeviceChoice::Cuda(index) => index,
-    };
-    let found = Cuda::device_count();
-    if (index as i64) < found {
-        return Ok(Device::Cuda(index));
-    }
-    Err(Error::usage(
-        format!("the device is `{choice}`, but libtorch sees {found} CUDA devices"),
-        "choose `cpu` (`run.device` or `--device`), or check `nvidia-smi` and CUDA_VISIBLE_DEVICES",
-    ))
-}
-
-pub(crate) fn choose_precision(choice: Precision, device: Device) -> Kind {
-    match choice {
-        Precision::Bf16 => Kind::BFloat16,
-        Precision::Auto if device.is_cuda() => Kind::BFloat16,
-        Precision::Auto | Precision::Fp32 => Kind::Float,
-    }
-}
-
-/// Refuses a second process on one run folder for as long as the returned file lives.
-pub fn lock(run_dir: &Path) -> Result<File> {
-    std::fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
-    let path = run_dir.join(".lock");
-    let file = File::create(&path).map_err(Error::io(&path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(Error::usage(
-            format!("another process is training in `{}`", run_dir.display()),
-            "wait for it, stop it, or choose another `run.dir`",
-        )),
-        Err(std::fs::TryLockError::Error(error)) => Err(Error::io(&path)(error)),
-    }
 }

@@ -1,7 +1,7 @@
 //! One stage from its first step to its export, read top to bottom.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,6 @@ use std::time::Instant;
 use sail_data::Tally;
 use serde::{Deserialize, Serialize};
 use tch::Device;
-use tracing::warn;
 
 use crate::checkpoint::{self, Checkpoint, Totals};
 use crate::config::{Module, Plan};
@@ -18,30 +17,15 @@ use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::events::{Console, Events, StepReport};
 use crate::export;
-use crate::origin::check_lineage;
+use crate::resume::{Beginning, Resume, begin};
 use crate::schedule::{factor, is_due};
-use crate::session::{self, Session, Verdict};
+use crate::session::{Session, Verdict};
 use crate::stage::FreezeTable;
 use crate::step::Step;
 use crate::world::World;
 
 /// What a stage leaves in its folder when it has ended.
 pub(crate) const SUMMARY: &str = "summary.json";
-/// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 11] = [
-    "run.name",
-    "run.dir",
-    "data.threads",
-    "data.store",
-    "parallel.strategy",
-    "parallel.bucket_mb",
-    "parallel.timeout_secs",
-    "parallel.first_step_timeout_secs",
-    "log",
-    "checkpoint",
-    "eval",
-];
-
 /// How to run, apart from what to run.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
@@ -60,17 +44,6 @@ impl RunOptions {
     fn stop_asked(&self, step: u64) -> bool {
         self.stop.load(Ordering::Relaxed) || self.stop_at.is_some_and(|at| step >= at)
     }
-}
-
-/// Where a run continues.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Resume {
-    /// From the newest complete checkpoint in the run folder, if there is one.
-    Auto,
-    /// Nowhere: the run folder must hold no checkpoint.
-    Never,
-    /// From this checkpoint.
-    From(PathBuf),
 }
 
 /// How a run ended.
@@ -189,103 +162,9 @@ fn report(session: &Session, step: &Step, verdict: &Verdict, lr_factor: f64, sta
         step_secs: started.elapsed().as_secs_f64(),
         data_wait_secs: step.all.data_wait_secs,
         packing: step.all.packing(session.plan.batch.tokens_per_pack),
+        sent_bytes: session.world.newly_sent_bytes(),
         coverage: step.all.coverage.clone(),
     }
-}
-
-/// How a stage begins.
-enum Beginning {
-    /// It has ended before.
-    Finished(Box<StageSummary>),
-    /// From a checkpoint, or anew; no other process may train in its folder meanwhile.
-    From(Option<File>, Option<Box<Checkpoint>>),
-}
-
-/// What the main rank has found, for all.
-#[derive(Serialize, Deserialize)]
-enum Found {
-    Finished(Box<StageSummary>),
-    From(Option<PathBuf>),
-}
-
-/// The main rank looks at the run's folder and decides for all.
-fn begin(plan: &Plan, world: &World, resume: &Resume) -> Result<Beginning> {
-    world.set_timeout(plan.parallel.first_step_timeout_secs)?;
-    world.agree(&format!("plan of {}", plan.run.dir.display()), || plan.fields())?;
-    let (mut lock, mut opened) = (None, None);
-    let found = world.from_main(|| {
-        lock = Some(session::lock(&plan.run.dir)?);
-        opened = find_resume(plan, resume)?;
-        if let Some(checkpoint) = &opened {
-            check_lineage(plan, checkpoint)?;
-        }
-        if let Some(summary) = finished(plan, opened.as_ref())? {
-            return Ok(Found::Finished(Box::new(summary)));
-        }
-        write_in(&plan.run.dir, "plan.yaml", &plan.to_yaml())?;
-        Ok(Found::From(opened.as_ref().map(|checkpoint| checkpoint.dir().to_owned())))
-    })?;
-    let dir = match found {
-        Found::Finished(summary) => return Ok(Beginning::Finished(summary)),
-        Found::From(dir) => dir,
-    };
-    if opened.is_none() {
-        opened = dir.map(|dir| Checkpoint::open_verified(&dir)).transpose()?;
-    }
-    Ok(Beginning::From(lock, opened.map(Box::new)))
-}
-
-fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
-    let dir = &plan.run.dir;
-    let checkpoint = match resume {
-        Resume::From(path) => Some(Checkpoint::open(path)?),
-        Resume::Auto => checkpoint::newest(dir)?,
-        Resume::Never => match checkpoint::newest(dir)? {
-            None => None,
-            Some(found) => {
-                return Err(Error::usage(
-                    format!("`--resume never`, but `{}` exists", found.dir().display()),
-                    format!("remove `{}` or choose another `run.dir`", dir.display()),
-                ));
-            }
-        },
-    };
-    if let Some(checkpoint) = &checkpoint {
-        let mut changes = checkpoint.state().plan.diff(plan);
-        changes.retain(|change| !HARMLESS.iter().any(|prefix| change.path.starts_with(prefix)));
-        if !changes.is_empty() {
-            let list: Vec<String> = changes.iter().map(ToString::to_string).collect();
-            return Err(Error::usage(
-                format!(
-                    "the plan differs from that of `{}`:\n  {}",
-                    checkpoint.dir().display(),
-                    list.join("\n  ")
-                ),
-                format!(
-                    "undo the changes, choose another `run.dir`, or remove `{}` to start anew",
-                    dir.display()
-                ),
-            ));
-        }
-    }
-    Ok(checkpoint)
-}
-
-/// The summary of a run that has nothing left to do.
-fn finished(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Option<StageSummary>> {
-    let path = plan.run.dir.join(SUMMARY);
-    let Some(checkpoint) = resume.filter(|_| path.exists()) else { return Ok(None) };
-    let text = fs::read(&path).map_err(Error::io(&path))?;
-    let Ok(summary) = serde_json::from_slice::<StageSummary>(&text) else {
-        warn!("{}: cannot be read; the end of the stage is done again", path.display());
-        return Ok(None);
-    };
-    // A stage ends with its last step or with its data.
-    if summary.steps != checkpoint.state().step {
-        return Ok(None);
-    }
-    let export_is_there = summary.export.as_ref().is_none_or(|export| export.exists());
-    Ok((export_is_there && plan.export.is_some() == summary.export.is_some()).then_some(summary))
 }
 
 fn write_in(run_dir: &Path, name: &str, text: &str) -> Result<()> {
@@ -327,7 +206,7 @@ fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>
     events.note(format!("{}: measuring the held-out loss", session.plan.run.name));
     session.world.doing(session.step, "evaluating");
     session.optimizer.settle()?;
-    let report = evaluator.run(&session.model, &session.encoder, session.device)?;
+    let report = evaluator.run(&session.model, &session.encoder, session.device, &session.world)?;
     events.evaluation(session.step, &report)?;
     Ok(Some(report))
 }

@@ -12,10 +12,11 @@ use tch::{Device, Kind};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{DeviceChoice, Module, Plan, Precision};
+use crate::device::{choose_device, choose_precision};
 use crate::error::{Error, Result};
 use crate::export;
 use crate::origin::{Folders, Sources, untouched};
-use crate::session::{self, choose_device, choose_precision};
+use crate::session;
 use crate::stage::Fingerprints;
 
 /// A model with everything that turns images and text into its input.

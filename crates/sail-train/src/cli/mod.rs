@@ -20,7 +20,8 @@ use crate::curriculum;
 use crate::error::{Error, Result};
 use crate::events::Console;
 use crate::launch::end_with_launcher;
-use crate::train_loop::{Resume, RunOptions};
+use crate::resume::Resume;
+use crate::train_loop::RunOptions;
 use crate::world::{Place, World};
 
 const AFTER_HELP: &str = "\

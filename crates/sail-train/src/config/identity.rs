@@ -48,10 +48,7 @@ impl Plan {
     pub fn fields(&self) -> BTreeMap<String, String> {
         let mut values = BTreeMap::new();
         flatten(String::new(), self.to_json(), &mut values);
-        let mut fields: BTreeMap<String, String> =
-            values.into_iter().map(|(path, value)| (path, value.to_string())).collect();
-        fields.insert("version of sail-train".to_owned(), env!("CARGO_PKG_VERSION").to_owned());
-        fields
+        values.into_iter().map(|(path, value)| (path, value.to_string())).collect()
     }
 
     /// What is different in `other`, sorted by path; empty when the plans are equal.

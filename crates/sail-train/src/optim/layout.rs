@@ -59,6 +59,11 @@ impl Layout {
         })
     }
 
+    /// Whether it holds parameters of blocks; otherwise what a forward pass may need from its beginning.
+    pub fn is_in_blocks(&self) -> bool {
+        self.key.in_block
+    }
+
     /// The order in which a forward pass needs buckets.
     pub fn cmp_forward(&self, other: &Self) -> Ordering {
         let first = |layout: &Self| layout.entries[0].name.clone();

@@ -263,7 +263,10 @@ impl Optimizer {
     /// # Errors
     /// Those of libtorch and of the collectives.
     pub fn step(&mut self, lr_factor: f64) -> Result<()> {
-        for bucket in &self.buckets {
+        // What is needed first goes first.
+        let (in_blocks, outside): (Vec<_>, Vec<_>) =
+            self.buckets.iter().partition(|bucket| bucket.layout.is_in_blocks());
+        for bucket in outside.into_iter().chain(in_blocks) {
             self.update(bucket, lr_factor)?;
             if self.reduction.is_sharded()
                 && let Some(group) = &self.reduction.group

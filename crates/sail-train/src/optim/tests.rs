@@ -186,14 +186,16 @@ impl Run {
         first
     }
 
-    fn rank(&self, rank: usize, port: Option<u16>) -> (Vec<f64>, Params) {
+    fn join(&self, rank: usize, port: u16) -> Arc<ProcessGroup> {
         let timeout = Duration::from_secs(30);
-        let group = port.map(|port| {
-            let store = Store::connect("127.0.0.1", port, "optim", timeout).unwrap();
-            let (name, backend, address) = ("g".to_owned(), Backend::Gloo, Some("127.0.0.1".to_owned()));
-            let options = GroupOptions { name, backend, rank, size: self.world, timeout, address };
-            Arc::new(ProcessGroup::join(&store, options).unwrap())
-        });
+        let store = Store::connect("127.0.0.1", port, "optim", timeout).unwrap();
+        let (name, backend, address) = ("g".to_owned(), Backend::Gloo, Some("127.0.0.1".to_owned()));
+        let options = GroupOptions { name, backend, rank, size: self.world, timeout, address };
+        Arc::new(ProcessGroup::join(&store, options).unwrap())
+    }
+
+    fn rank(&self, rank: usize, port: Option<u16>) -> (Vec<f64>, Params) {
+        let group = port.map(|port| self.join(rank, port));
         let (params, blocks) = small_model();
         let frozen = if self.unlock.is_some() { ModulePlan::Frozen } else { ALL };
         let mut train = TrainPlan { vision: ModulePlan::Frozen, projector: frozen, llm: ALL };
@@ -249,6 +251,49 @@ fn assert_close(
     for (name, value) in params {
         let difference = (value - &expected.1[name]).abs().max().double_value(&[]);
         assert!(difference <= limit, "{what}: {name} differs by {difference:e}");
+    }
+}
+
+/// A rank keeps its part: of masters and moments under `zero1`, of the gradients too under `zero2`.
+#[test]
+fn ranks_keep_their_part_of_the_state() {
+    let held = |world, strategy| {
+        let parallel = ParallelPlan { strategy, ..PARALLEL };
+        let server = Store::serve(0, Duration::from_secs(30)).unwrap();
+        let run = Run { world, parallel, precision: Kind::BFloat16, unlock: None };
+        let port = server.port();
+        std::thread::scope(|scope| {
+            let run = &run;
+            let ranks: Vec<_> = (0..world)
+                .map(|rank| {
+                    scope.spawn(move || {
+                        let group = (world > 1).then(|| run.join(rank, port));
+                        let (params, blocks) = small_model();
+                        let train = TrainPlan { vision: ModulePlan::Frozen, projector: ALL, llm: ALL };
+                        let bf16 = Kind::BFloat16;
+                        let optimizer =
+                            Optimizer::new(&params, blocks, &train, PLAN, &run.parallel, bf16, group)
+                                .unwrap();
+                        for i in 0..2 {
+                            pass(&optimizer, (i, 2), || Some(loss_of(&params, i + 1, &|_| ())));
+                        }
+                        let buckets: i64 = optimizer.buckets.iter().map(|bucket| bucket.layout.numel).sum();
+                        (optimizer.held_bytes(), buckets as usize)
+                    })
+                })
+                .collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
+        })
+    };
+    for strategy in Strategy::ALL {
+        for world in [1, 2, 4] {
+            for (held, numel) in held(world, strategy) {
+                let part = if strategy == Strategy::Ddp { numel } else { numel / world };
+                assert_eq!((held.masters, held.moments), (4 * part, 8 * part), "{strategy:?} {world}");
+                let gradients = if strategy == Strategy::Zero2 { numel / world } else { numel };
+                assert_eq!(held.gradients, 4 * gradients, "{strategy:?} {world}");
+            }
+        }
     }
 }
 

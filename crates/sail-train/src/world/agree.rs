@@ -143,6 +143,22 @@ pub(super) fn agree(store: &Store, place: &Place, about: &str, fields: &Fields) 
     Err(Error::usage(problem, "start every rank with the same program, configuration and weights"))
 }
 
+/// Tells this program from another build of it.
+///
+/// # Errors
+/// When its own file cannot be read.
+pub(super) fn program() -> Result<String> {
+    let path = std::env::current_exe().map_err(Error::io("the running executable".as_ref()))?;
+    let mut file = std::fs::File::open(&path).map_err(Error::io(&path))?;
+    let (mut hash, mut bytes) = (crc32fast::Hasher::new(), vec![0; 1 << 20]);
+    loop {
+        match std::io::Read::read(&mut file, &mut bytes).map_err(Error::io(&path))? {
+            0 => return Ok(format!("{} build {:08x}", env!("CARGO_PKG_VERSION"), hash.finalize())),
+            count => hash.update(&bytes[..count]),
+        }
+    }
+}
+
 /// The first fields in which two ranks differ.
 fn differences(main: &Fields, other: &Fields) -> String {
     let names: std::collections::BTreeSet<&String> = main.keys().chain(other.keys()).collect();

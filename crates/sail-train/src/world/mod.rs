@@ -12,6 +12,7 @@ mod watch;
 
 use std::net::UdpSocket;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use sail_torch::{Backend, GroupOptions, ProcessGroup, Store};
@@ -21,9 +22,9 @@ use tch::{Device, Kind, Tensor};
 use tracing::info;
 
 use crate::config::Plan;
+use crate::device::rank_device;
 use crate::error::{Error, Result};
 use crate::events::Console;
-use crate::session::rank_device;
 
 pub use agree::Fields;
 pub use place::{Place, Rendezvous, Starter};
@@ -46,6 +47,8 @@ struct Ranks {
     /// Tensors on the device: NCCL, or on the CPU the same as `host`.
     device: Arc<ProcessGroup>,
     watch: Watch,
+    /// What [`World::newly_sent_bytes`] has told already.
+    told_bytes: AtomicU64,
     /// Keeps the store of all ranks alive, where this process serves it.
     _server: Option<Store>,
 }
@@ -71,6 +74,8 @@ impl World {
         let connect = || Store::connect(&meeting.host, meeting.port, &meeting.prefix, patience);
         let store = Arc::new(connect().map_err(at_store)?);
         agree::meet(&store, &place, patience)?;
+        let program = Fields::from([("sail-train".to_owned(), agree::program()?)]);
+        agree::agree(&store, &place, "program", &program)?;
         let watch = Watch::start(connect().map_err(at_store)?, &place, &meeting, patience, console)?;
         let options = |name: &str, backend| GroupOptions {
             name: name.to_owned(),
@@ -93,7 +98,10 @@ impl World {
             Backend::Gloo => Arc::clone(&host),
             nccl @ Backend::Nccl(_) => Arc::new(group("device", nccl)?),
         };
-        Ok(Self { place, ranks: Some(Ranks { store, host, device, watch, _server: server }) })
+        Ok(Self {
+            place,
+            ranks: Some(Ranks { store, host, device, watch, told_bytes: AtomicU64::new(0), _server: server }),
+        })
     }
 
     /// This process, from 0.
@@ -121,6 +129,14 @@ impl World {
         self.ranks.as_ref().map(|ranks| Arc::clone(&ranks.device))
     }
 
+    /// Bytes that this rank's collectives on the device have sent since the last call.
+    pub fn newly_sent_bytes(&self) -> u64 {
+        self.ranks.as_ref().map_or(0, |ranks| {
+            let sent = ranks.device.sent_bytes();
+            sent - ranks.told_bytes.swap(sent, Ordering::Relaxed)
+        })
+    }
+
     /// Says what this process does, for the others to read when it does not come.
     pub fn doing(&self, step: u64, what: &'static str) {
         if let Some(ranks) = &self.ranks {
@@ -139,14 +155,6 @@ impl World {
         ranks.host.set_timeout(timeout)?;
         ranks.device.set_timeout(timeout)?;
         Ok(())
-    }
-
-    /// Waits until every rank has come here.
-    ///
-    /// # Errors
-    /// Those of c10d.
-    pub fn barrier(&self) -> Result<()> {
-        self.ranks.as_ref().map_or(Ok(()), |ranks| Ok(ranks.host.barrier()?))
     }
 
     /// What every rank gives, in their order; as many numbers from each.

@@ -1,0 +1,153 @@
+//! How a stage begins: anew, from a checkpoint, or not at all because it has ended.
+//!
+//! The main rank looks at the run's folder and decides for all. Called by the train loop.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::Plan;
+use crate::error::{Error, Result};
+use crate::origin::check_lineage;
+use crate::train_loop::{SUMMARY, StageSummary};
+use crate::world::World;
+
+/// Fields that may differ on resume: they change what is told and kept, not what is trained.
+const HARMLESS: [&str; 11] = [
+    "run.name",
+    "run.dir",
+    "data.threads",
+    "data.store",
+    "parallel.strategy",
+    "parallel.bucket_mb",
+    "parallel.timeout_secs",
+    "parallel.first_step_timeout_secs",
+    "log",
+    "checkpoint",
+    "eval",
+];
+
+/// Where a run continues.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// From the newest complete checkpoint in the run folder, if there is one.
+    Auto,
+    /// Nowhere: the run folder must hold no checkpoint.
+    Never,
+    /// From this checkpoint.
+    From(PathBuf),
+}
+
+/// How a stage begins.
+pub(crate) enum Beginning {
+    /// It has ended before.
+    Finished(Box<StageSummary>),
+    /// From a checkpoint, or anew; no other process may train in its folder meanwhile.
+    From(Option<File>, Option<Box<Checkpoint>>),
+}
+
+/// What the main rank has found, for all.
+#[derive(Serialize, Deserialize)]
+enum Found {
+    Finished(Box<StageSummary>),
+    From(Option<PathBuf>),
+}
+
+/// The main rank looks at the run's folder and decides for all.
+pub(crate) fn begin(plan: &Plan, world: &World, resume: &Resume) -> Result<Beginning> {
+    world.set_timeout(plan.parallel.first_step_timeout_secs)?;
+    world.agree(&format!("plan of {}", plan.run.dir.display()), || plan.fields())?;
+    let (mut held, mut opened) = (None, None);
+    let found = world.from_main(|| {
+        held = Some(lock(&plan.run.dir)?);
+        opened = find_resume(plan, resume)?;
+        if let Some(checkpoint) = &opened {
+            check_lineage(plan, checkpoint)?;
+        }
+        if let Some(summary) = finished(plan, opened.as_ref())? {
+            return Ok(Found::Finished(Box::new(summary)));
+        }
+        let path = plan.run.dir.join("plan.yaml");
+        fs::write(&path, plan.to_yaml()).map_err(Error::io(&path))?;
+        Ok(Found::From(opened.as_ref().map(|checkpoint| checkpoint.dir().to_owned())))
+    })?;
+    let dir = match found {
+        Found::Finished(summary) => return Ok(Beginning::Finished(summary)),
+        Found::From(dir) => dir,
+    };
+    if opened.is_none() {
+        opened = dir.map(|dir| Checkpoint::open_verified(&dir)).transpose()?;
+    }
+    Ok(Beginning::From(held, opened.map(Box::new)))
+}
+
+fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
+    let dir = &plan.run.dir;
+    let checkpoint = match resume {
+        Resume::From(path) => Some(Checkpoint::open(path)?),
+        Resume::Auto => checkpoint::newest(dir)?,
+        Resume::Never => match checkpoint::newest(dir)? {
+            None => None,
+            Some(found) => {
+                return Err(Error::usage(
+                    format!("`--resume never`, but `{}` exists", found.dir().display()),
+                    format!("remove `{}` or choose another `run.dir`", dir.display()),
+                ));
+            }
+        },
+    };
+    if let Some(checkpoint) = &checkpoint {
+        let mut changes = checkpoint.state().plan.diff(plan);
+        changes.retain(|change| !HARMLESS.iter().any(|prefix| change.path.starts_with(prefix)));
+        if !changes.is_empty() {
+            let list: Vec<String> = changes.iter().map(ToString::to_string).collect();
+            return Err(Error::usage(
+                format!(
+                    "the plan differs from that of `{}`:\n  {}",
+                    checkpoint.dir().display(),
+                    list.join("\n  ")
+                ),
+                format!(
+                    "undo the changes, choose another `run.dir`, or remove `{}` to start anew",
+                    dir.display()
+                ),
+            ));
+        }
+    }
+    Ok(checkpoint)
+}
+
+/// The summary of a run that has nothing left to do.
+fn finished(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Option<StageSummary>> {
+    let path = plan.run.dir.join(SUMMARY);
+    let Some(checkpoint) = resume.filter(|_| path.exists()) else { return Ok(None) };
+    let text = fs::read(&path).map_err(Error::io(&path))?;
+    let Ok(summary) = serde_json::from_slice::<StageSummary>(&text) else {
+        warn!("{}: cannot be read; the end of the stage is done again", path.display());
+        return Ok(None);
+    };
+    // A stage ends with its last step or with its data.
+    if summary.steps != checkpoint.state().step {
+        return Ok(None);
+    }
+    let export_is_there = summary.export.as_ref().is_none_or(|export| export.exists());
+    Ok((export_is_there && plan.export.is_some() == summary.export.is_some()).then_some(summary))
+}
+
+/// Refuses a second process on one run folder for as long as the returned file lives.
+fn lock(run_dir: &Path) -> Result<File> {
+    fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
+    let path = run_dir.join(".lock");
+    let file = File::create(&path).map_err(Error::io(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(Error::usage(
+            format!("another process is training in `{}`", run_dir.display()),
+            "wait for it, stop it, or choose another `run.dir`",
+        )),
+        Err(fs::TryLockError::Error(error)) => Err(Error::io(&path)(error)),
+    }
+}
