@@ -22,6 +22,9 @@ pub(crate) struct RawStore([u8; 0]);
 /// `sail_group`.
 #[repr(C)]
 pub(crate) struct RawGroup([u8; 0]);
+/// `sail_cpu_memory`.
+#[repr(C)]
+pub(crate) struct RawCpuMemory([u8; 0]);
 /// `sail_work`.
 #[repr(C)]
 pub(crate) struct RawWork([u8; 0]);
@@ -76,6 +79,9 @@ unsafe extern "C" {
         data: *mut c_void,
     ) -> *mut RawError;
     pub(crate) fn sail_take_grad(param: *mut C_tensor, out: *mut *mut C_tensor) -> *mut RawError;
+
+    pub(crate) fn sail_cpu_memory_begin(out: *mut *mut RawCpuMemory) -> *mut RawError;
+    pub(crate) fn sail_cpu_memory_end(watching: *mut RawCpuMemory, current: *mut i64, peak: *mut i64);
 
     pub(crate) fn sail_bytes_free(data: *mut u8);
     pub(crate) fn sail_store_new(

@@ -8,11 +8,13 @@
 //! | [`fused_adamw`], [`global_norm`], [`foreach_mul`] | the update of many parameters in one call |
 //! | [`varlen_attention`] | attention over segments, on CUDA |
 //! | [`on_accumulated`], [`take_grad`] | gradients as they arrive in a backward pass |
+//! | [`cpu_memory::measure`] | what libtorch takes on the CPU while something runs |
 //! | [`Store`], [`ProcessGroup`] | rendezvous and collectives (c10d with Gloo or NCCL) |
 
 mod attention;
 mod autograd;
 mod call;
+pub mod cpu_memory;
 mod error;
 mod ffi;
 mod group;
