@@ -16,6 +16,8 @@ use sail_model::llm::{Llm, LlmConfig};
 use sail_model::params::{Builder, Init, Params, TensorSource};
 use sail_model::projector::{Projector, ProjectorConfig, ProjectorKind};
 use sail_model::vision::{Vision, VisionConfig, VitLayout, export};
+use sail_model::vlm::{Vlm, VlmConfig};
+use sail_torch::cpu_memory::measure;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -165,6 +167,25 @@ fn sail_vl_bytes(llm: &Value) -> usize {
     let head = if of_llm.contains_key("lm_head.weight") { 0 } else { llm.vocab_size() * hidden };
     let of_vision = count(&params(|builder| Vision::new(&vision, builder)));
     2 * (of_vision + count(&of_projector) + count(&of_llm) + head as usize)
+}
+
+/// 30.5B parameters, for which this machine need not have memory.
+#[test]
+fn a_model_has_shapes_without_memory() {
+    let qwen3_30b_a3b = json!({
+        "model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "tie_word_embeddings": false,
+    });
+    let config = VlmConfig {
+        vision: aimv2(1536, 4096),
+        projector: ProjectorConfig { kind: ProjectorKind::PixelShuffle, merge: 2 },
+        llm: LlmConfig::from_keys(&qwen3_30b_a3b).unwrap(),
+    };
+    let (model, usage) = measure(|| Vlm::shapes_only(&config).unwrap()).unwrap();
+    let [vision, llm] = ["vision", "llm"].map(|module| count(&model.module_params(module).unwrap()));
+    assert_eq!((vision, llm), (682_031_616, 30_532_122_624));
+    assert!(usage.peak_bytes < 1 << 20, "{usage:?}");
 }
 
 #[test]

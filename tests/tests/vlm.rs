@@ -362,4 +362,8 @@ fn modules_and_configuration_are_whole() {
     let json = serde_json::to_value(vlm.config()).unwrap();
     assert_eq!(&serde_json::from_value::<VlmConfig>(json).unwrap(), vlm.config());
     assert_eq!(vlm.config().visual_tokens(TILE_PX, TILE_PX).unwrap(), TOKENS_PER_TILE);
+    let shapes = Vlm::shapes_only(vlm.config()).unwrap();
+    let sizes =
+        |vlm: &Vlm| vlm.params().iter().map(|(name, param)| (name.clone(), param.size())).collect::<Vec<_>>();
+    assert_eq!(sizes(&shapes), sizes(&vlm));
 }

@@ -48,6 +48,14 @@ pub trait TensorSource {
     /// When the source cannot give the tensor.
     fn fill(&self, name: &str, target: &Tensor, init: Init) -> Result<()>;
 
+    /// A new tensor for a parameter, which [`TensorSource::fill`] then fills.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn allocate(&self, shape: &[i64], to: (Kind, Device)) -> Result<Tensor> {
+        Ok(Tensor::f_empty(shape, to)?)
+    }
+
     /// Called when the module is complete.
     ///
     /// # Errors
@@ -73,6 +81,20 @@ impl TensorSource for Params {
         let missing = || Error::MissingTensor { path: "the model in memory".into(), name: name.to_owned() };
         target.shallow_clone().f_copy_(self.get(name).ok_or_else(missing)?)?;
         Ok(())
+    }
+}
+
+/// No values and no memory: for the names and shapes of a model of any size. All elements of a parameter are
+/// one, so that nothing can be computed with them.
+pub struct ShapesOnly;
+
+impl TensorSource for ShapesOnly {
+    fn fill(&self, _name: &str, _target: &Tensor, _init: Init) -> Result<()> {
+        Ok(())
+    }
+
+    fn allocate(&self, shape: &[i64], to: (Kind, Device)) -> Result<Tensor> {
+        Ok(Tensor::f_zeros(vec![1; shape.len()], to)?.f_expand(shape, false)?)
     }
 }
 
@@ -181,8 +203,8 @@ impl<'a> Builder<'a> {
     /// What the source reports, and [`Error::DuplicateParameter`].
     pub fn param(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         let local = format!("{}{name}", self.prefix);
-        let tensor = Tensor::f_empty(shape, self.to)
-            .map_err(|_| Error::Memory { name: local.clone(), shape: shape.to_vec() })?;
+        let no_memory = |_| Error::Memory { name: local.clone(), shape: shape.to_vec() };
+        let tensor = self.source.allocate(shape, self.to).map_err(no_memory)?;
         tch::no_grad(|| self.source.fill(&local, &tensor, init))?;
         let full = format!("{}.{local}", self.module);
         match self.params.borrow_mut().insert(full.clone(), tensor.shallow_clone()) {

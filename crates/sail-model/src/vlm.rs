@@ -18,7 +18,7 @@ use crate::blocks::Listener;
 use crate::error::{Error, Result};
 use crate::generate::{GenerateOptions, OnToken, from_embeddings};
 use crate::llm::{Llm, LlmConfig, Routing, Trunk};
-use crate::params::{Builder, Params, TensorSource};
+use crate::params::{Builder, Params, ShapesOnly, TensorSource};
 use crate::projector::{Projector, ProjectorConfig};
 use crate::vision::{Vision, VisionConfig};
 
@@ -133,6 +133,15 @@ impl Vlm {
         let llm = Llm::new(&config.llm, &builder("llm", sources.llm))?;
         let (params, device) = (params.take(), to.1);
         Ok(Self { config: config.clone(), vision, projector, llm, params, listener, device })
+    }
+
+    /// The names and shapes of a model of any size, see [`ShapesOnly`]: nothing can be computed with it.
+    ///
+    /// # Errors
+    /// As [`Vlm::new`].
+    pub fn shapes_only(config: &VlmConfig) -> Result<Self> {
+        let sources = VlmSources { vision: &ShapesOnly, projector: &ShapesOnly, llm: &ShapesOnly };
+        Self::new(config, sources, (Kind::Float, Device::Cpu))
     }
 
     /// The description it was built from.
