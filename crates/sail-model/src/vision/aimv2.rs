@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::family::{Geometry, Positions, VisionFamily, VisionModel};
+use super::family::{Geometry, NormKind, Positions, VisionFamily, VisionModel, VitShape};
 use super::parts::{Common, Patches, Renaming, attend, check_activation, resize_positions, side};
 use crate::attention::Segments;
 use crate::blocks::Blocks;
@@ -94,6 +94,20 @@ impl VisionFamily for Aimv2Config {
             num_layers: self.num_hidden_layers,
             image_size: self.image_size,
             patch_size: self.patch_size,
+        }
+    }
+
+    fn shape(&self) -> VitShape {
+        VitShape {
+            prefix: 0,
+            patch_norm: Some(NormKind::Rms),
+            heads: self.num_attention_heads,
+            norm: NormKind::Rms,
+            qk_norm: false,
+            inner: self.intermediate_size,
+            gated: true,
+            layer_scale: false,
+            final_norm: Some(NormKind::Rms),
         }
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::family::{AnyFamily, Geometry, Positions, VisionModel};
+use super::family::{AnyFamily, Geometry, Positions, VisionModel, VitShape};
 use super::{FAMILIES, VitLayout};
 use crate::error::{Error, Result};
 use crate::keys::{UnknownKeys, config_error, in_file};
@@ -89,6 +89,11 @@ impl VisionConfig {
     /// Transformer blocks.
     pub fn num_layers(&self) -> i64 {
         self.geometry().num_layers
+    }
+
+    /// What the model is made of.
+    pub fn shape(&self) -> VitShape {
+        self.0.shape()
     }
 
     fn geometry(&self) -> Geometry {

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::family::{Geometry, Positions, VisionFamily, VisionModel};
+use super::family::{Geometry, NormKind, Positions, VisionFamily, VisionModel, VitShape};
 use super::parts::{
     Common, GELU, Mlp, Patches, attend, behind_class, check_activation, positions_behind_class, side,
 };
@@ -103,6 +103,20 @@ impl VisionFamily for Dinov2Config {
             num_layers: self.num_hidden_layers,
             image_size: self.image_size,
             patch_size: self.patch_size,
+        }
+    }
+
+    fn shape(&self) -> VitShape {
+        VitShape {
+            prefix: 1,
+            patch_norm: None,
+            heads: self.num_attention_heads,
+            norm: NormKind::Layer,
+            qk_norm: false,
+            inner: self.hidden_size * self.mlp_ratio,
+            gated: false,
+            layer_scale: true,
+            final_norm: Some(NormKind::Layer),
         }
     }
 

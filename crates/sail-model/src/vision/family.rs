@@ -43,6 +43,38 @@ pub struct Geometry {
     pub patch_size: i64,
 }
 
+/// What a family's blocks are made of, and what stands around them: enough to count work and memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VitShape {
+    /// Class and other tokens before the patches of each image.
+    pub prefix: i64,
+    /// Norm of the patches before positions are added.
+    pub patch_norm: Option<NormKind>,
+    /// Attention heads.
+    pub heads: i64,
+    /// Both norms of a block.
+    pub norm: NormKind,
+    /// Queries and keys pass through an `RMSNorm` over their whole width.
+    pub qk_norm: bool,
+    /// Inner width of the feed-forward layer.
+    pub inner: i64,
+    /// The feed-forward layer is a `SwiGLU`; if not, two matrices with a GELU between.
+    pub gated: bool,
+    /// Both halves of a block are scaled per channel.
+    pub layer_scale: bool,
+    /// Norm after the last block.
+    pub final_norm: Option<NormKind>,
+}
+
+/// A normalisation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// With mean and bias.
+    Layer,
+    /// By the mean square.
+    Rms,
+}
+
 /// Where a family keeps the positions that its patches are given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Positions {
@@ -89,6 +121,9 @@ pub trait VisionFamily:
 
     /// Width, depth and sizes.
     fn geometry(&self) -> Geometry;
+
+    /// What the model is made of.
+    fn shape(&self) -> VitShape;
 
     /// Changes the size of images that the position table is for.
     fn set_image_size(&mut self, px: i64);
@@ -153,6 +188,7 @@ pub(super) trait AnyFamily: Debug + Send + Sync {
     fn naming(&self) -> crate::weights::Naming;
     fn positions(&self) -> Positions;
     fn geometry(&self) -> Geometry;
+    fn shape(&self) -> VitShape;
     fn with_image_size(&self, px: i64) -> Box<dyn AnyFamily>;
     fn check(&self) -> std::result::Result<(), Refusal>;
     fn build(&self, builder: &Builder) -> Result<Box<dyn VisionModel + Send>>;
@@ -184,6 +220,10 @@ impl<F: VisionFamily> AnyFamily for F {
 
     fn geometry(&self) -> Geometry {
         F::geometry(self)
+    }
+
+    fn shape(&self) -> VitShape {
+        F::shape(self)
     }
 
     fn with_image_size(&self, px: i64) -> Box<dyn AnyFamily> {

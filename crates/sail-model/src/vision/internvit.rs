@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use super::family::{Geometry, Positions, VisionFamily, VisionModel};
+use super::family::{Geometry, NormKind, Positions, VisionFamily, VisionModel, VitShape};
 use super::parts::{
     Common, GELU, Mlp, Patches, Renaming, attend, behind_class, check_activation, positions_behind_class,
     side,
@@ -117,6 +117,20 @@ impl VisionFamily for InternVitConfig {
         }
     }
 
+    fn shape(&self) -> VitShape {
+        VitShape {
+            prefix: 1,
+            patch_norm: None,
+            heads: self.num_attention_heads,
+            norm: self.norm_kind(),
+            qk_norm: self.use_qk_norm,
+            inner: self.intermediate_size,
+            gated: false,
+            layer_scale: true,
+            final_norm: (!self.use_mean_pooling).then_some(NormKind::Layer),
+        }
+    }
+
     fn set_image_size(&mut self, px: i64) {
         self.image_size = px;
     }
@@ -198,6 +212,13 @@ impl VisionFamily for InternVitConfig {
         let one_eps = !self.use_qk_norm || (self.layer_norm_eps - QK_NORM_EPS).abs() < 1e-12;
         let fits = self.use_absolute_position_embeddings && self.use_mean_pooling && !self.use_mask_token;
         (fits && one_eps).then_some((original_names as Layout, config))
+    }
+}
+
+impl InternVitConfig {
+    /// What `norm_type` names.
+    fn norm_kind(&self) -> NormKind {
+        if self.norm_type == "rms_norm" { NormKind::Rms } else { NormKind::Layer }
     }
 }
 
@@ -287,10 +308,9 @@ enum Norm {
 impl Norm {
     fn new(config: &InternVitConfig, builder: &Builder) -> Result<Self> {
         let (d, eps) = (config.hidden_size, config.layer_norm_eps);
-        Ok(if config.norm_type == "rms_norm" {
-            Self::Rms(RmsNorm::new(builder, d, eps)?)
-        } else {
-            Self::Layer(LayerNorm::new(builder, d, eps)?)
+        Ok(match config.norm_kind() {
+            NormKind::Rms => Self::Rms(RmsNorm::new(builder, d, eps)?),
+            NormKind::Layer => Self::Layer(LayerNorm::new(builder, d, eps)?),
         })
     }
 

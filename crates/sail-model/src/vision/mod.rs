@@ -24,7 +24,7 @@ use tch::Tensor;
 
 pub use config::VisionConfig;
 pub use export::{VisionExport, VitLayout, dtype_name, export, fit_positions, preprocessor_json};
-pub use family::{Geometry, Positions, VisionFamily, VisionModel};
+pub use family::{Geometry, NormKind, Positions, VisionFamily, VisionModel, VitShape};
 
 use crate::attention::Segments;
 use crate::error::{Error, Result};

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::family::{Geometry, Positions, VisionFamily, VisionModel};
+use super::family::{Geometry, NormKind, Positions, VisionFamily, VisionModel, VitShape};
 use super::parts::{Common, GELU, Mlp, Patches, attend, check_activation, resize_positions, side};
 use crate::attention::Segments;
 use crate::blocks::Blocks;
@@ -82,6 +82,20 @@ impl VisionFamily for SiglipConfig {
             num_layers: self.num_hidden_layers,
             image_size: self.image_size,
             patch_size: self.patch_size,
+        }
+    }
+
+    fn shape(&self) -> VitShape {
+        VitShape {
+            prefix: 0,
+            patch_norm: None,
+            heads: self.num_attention_heads,
+            norm: NormKind::Layer,
+            qk_norm: false,
+            inner: self.intermediate_size,
+            gated: false,
+            layer_scale: false,
+            final_norm: Some(NormKind::Layer),
         }
     }
 
