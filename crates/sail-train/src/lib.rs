@@ -16,6 +16,7 @@
 //! | exported folders | [`export`] |
 //! | a trained model in use | [`trained`], [`generate`], [`score`], [`embed`] |
 //! | stages in a row | [`curriculum`] |
+//! | what stages take on machines that are not here | [`estimate`] |
 
 pub mod batch;
 pub mod checkpoint;
@@ -25,6 +26,7 @@ pub mod curriculum;
 mod device;
 pub mod embed;
 pub mod error;
+pub mod estimate;
 pub mod eval;
 pub mod events;
 pub mod export;

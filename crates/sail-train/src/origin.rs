@@ -70,7 +70,7 @@ impl Folders {
     /// # Errors
     /// Also when a folder that the run starts from has weights that are cut short or not all there.
     pub(crate) fn for_check(plan: &Plan) -> Result<Self> {
-        let folders = Self::fetch(plan, |_| false)?;
+        let folders = Self::fetch(plan, |module| with_tokenizer(plan, module, false))?;
         for module in [Module::Vision, Module::Llm].into_iter().filter(|_| plan.init.is_none()) {
             if let Some(ModelSource::From(ModelRef::Folder(folder))) = source_of(plan, module) {
                 Shards::open(folder)?;
@@ -79,18 +79,24 @@ impl Folders {
         Ok(folders)
     }
 
-    /// With all that the model is built from, where `stored` holds a part of it.
-    pub(crate) fn for_model(plan: &Plan, stored: Option<&Checkpoint>) -> Result<Self> {
-        Self::fetch(plan, |module| stored.is_none_or(|checkpoint| !holds(checkpoint, module)))
+    /// With what the model's shapes are read from: of a hub's models, config.json alone.
+    pub(crate) fn for_shapes(plan: &Plan) -> Result<Self> {
+        Self::fetch(plan, |_| Wanted::default())
     }
 
-    fn fetch(plan: &Plan, weights: impl Fn(Module) -> bool) -> Result<Self> {
+    /// With all that the model is built from, where `stored` holds a part of it.
+    pub(crate) fn for_model(plan: &Plan, stored: Option<&Checkpoint>) -> Result<Self> {
+        Self::fetch(plan, |module| {
+            let weights = stored.is_none_or(|checkpoint| !holds(checkpoint, module));
+            with_tokenizer(plan, module, weights)
+        })
+    }
+
+    fn fetch(plan: &Plan, wanted: impl Fn(Module) -> Wanted) -> Result<Self> {
         let mut folders = BTreeMap::new();
         for module in Module::ALL {
             if let Some(ModelSource::From(model)) = source_of(plan, module) {
-                let tokenizer = module == Module::Llm && plan.model.llm.tokenizer.is_none();
-                let wanted = Wanted { tokenizer, weights: weights(module) };
-                folders.insert(module, model.fetch(wanted)?);
+                folders.insert(module, model.fetch(wanted(module))?);
             }
         }
         Ok(Self(folders))
@@ -106,6 +112,11 @@ impl Folders {
         let given = plan.model.llm.tokenizer.clone();
         given.unwrap_or_else(|| self.get(Module::Llm).join("tokenizer.json"))
     }
+}
+
+/// The tokenizer where the plan takes it from there, and perhaps the weights.
+fn with_tokenizer(plan: &Plan, module: Module, weights: bool) -> Wanted {
+    Wanted { tokenizer: module == Module::Llm && plan.model.llm.tokenizer.is_none(), weights }
 }
 
 /// Where each module's tensors come from.

@@ -1,0 +1,204 @@
+//! What a rank holds for training under each strategy, without and with a pass.
+//!
+//! Formulas as in Rajbhandari et al. 2020 (`ZeRO`, arXiv 1910.02054, section 3), for this optimizer: fp32 masters
+//! where the compute dtype is another, two fp32 moments, fp32 gradients in flat buckets. Pure: sizes in, bytes
+//! out.
+
+use super::graph::Live;
+use crate::config::{ReduceDtype, Strategy};
+
+/// Bytes of fp32.
+const FLOAT: u64 = 4;
+/// Buckets whose whole gradients exist at once under `zero2`: two that travel, and one that fills.
+const WHOLE_BUCKETS: usize = 3;
+
+/// What a rank holds, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// What the model computes with, trained and frozen.
+    pub parameters: u64,
+    /// fp32 parameters beside those.
+    pub masters: u64,
+    /// Sums of gradients, and copies of them that travel.
+    pub gradients: u64,
+    /// Both moments.
+    pub moments: u64,
+    /// What a pass takes, but for the head.
+    pub activations: u64,
+    /// Scores of all tokens, their softmax and its gradients.
+    pub logits: u64,
+}
+
+impl Memory {
+    /// Of everything.
+    pub fn total(&self) -> u64 {
+        let Self { parameters, masters, gradients, moments, activations, logits } = self;
+        parameters + masters + gradients + moments + activations + logits
+    }
+}
+
+/// The parameters of a model, as elements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Of all frozen ones together.
+    pub frozen: u64,
+    /// Of each bucket of trained ones, padding included.
+    pub buckets: Vec<u64>,
+}
+
+impl Sizes {
+    /// Of all buckets.
+    pub fn trained(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+
+    /// What a rank of `world` holds while a pass takes `pass`.
+    pub fn memory(
+        &self,
+        (strategy, reduce): (Strategy, ReduceDtype),
+        world: u64,
+        compute_bytes: u64,
+        pass: Live,
+    ) -> Memory {
+        let trained = self.trained();
+        let part = trained / world;
+        let owned = if strategy == Strategy::Ddp { trained } else { part };
+        let mut gradients = FLOAT * if strategy == Strategy::Zero2 && world > 1 { part } else { trained };
+        if world > 1 {
+            let narrow = if reduce == ReduceDtype::Bf16 { 2 } else { 0 };
+            gradients += match strategy {
+                Strategy::Ddp | Strategy::Zero1 => narrow * trained,
+                Strategy::Zero2 => {
+                    FLOAT * self.largest(WHOLE_BUCKETS) + narrow * self.largest(WHOLE_BUCKETS - 1)
+                }
+            };
+        }
+        Memory {
+            parameters: compute_bytes * (self.frozen + trained),
+            masters: if compute_bytes == FLOAT { 0 } else { FLOAT * owned },
+            gradients,
+            moments: 2 * FLOAT * owned,
+            activations: pass.trunk,
+            logits: pass.head,
+        }
+    }
+
+    /// Elements of the `count` largest buckets.
+    fn largest(&self, count: usize) -> u64 {
+        let mut sizes = self.buckets.clone();
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        sizes.iter().take(count).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use sail_model::params::Params;
+    use sail_torch::{Backend, GroupOptions, ProcessGroup, Store};
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+    use crate::config::{ModulePlan, OptimizerPlan, ParallelPlan, TrainPlan};
+    use crate::optim::{HeldBytes, Optimizer, layout};
+
+    const SIZES: fn() -> Sizes = || Sizes { frozen: 1000, buckets: vec![400, 800, 400, 400] };
+
+    fn memory(strategy: Strategy, reduce: ReduceDtype, world: u64, compute_bytes: u64) -> Memory {
+        SIZES().memory((strategy, reduce), world, compute_bytes, Live { trunk: 7, head: 5 })
+    }
+
+    #[test]
+    fn bf16_has_masters_beside_the_parameters() {
+        let ddp = memory(Strategy::Ddp, ReduceDtype::Fp32, 4, 2);
+        let expected = Memory {
+            parameters: 6000,
+            masters: 8000,
+            gradients: 8000,
+            moments: 16_000,
+            activations: 7,
+            logits: 5,
+        };
+        assert_eq!(ddp, expected);
+        let zero1 = memory(Strategy::Zero1, ReduceDtype::Fp32, 4, 2);
+        assert_eq!(zero1, Memory { masters: 2000, moments: 4000, ..ddp });
+        // A quarter, and three whole buckets.
+        let zero2 = memory(Strategy::Zero2, ReduceDtype::Fp32, 4, 2);
+        assert_eq!(zero2, Memory { gradients: 2000 + 4 * 1600, ..zero1 });
+        assert_eq!(zero2.total(), 6000 + 2000 + 8400 + 4000 + 12);
+    }
+
+    #[test]
+    fn in_fp32_the_parameters_are_the_masters() {
+        let ddp = memory(Strategy::Ddp, ReduceDtype::Fp32, 1, 4);
+        assert_eq!((ddp.parameters, ddp.masters, ddp.gradients), (12_000, 0, 8000));
+        for strategy in Strategy::ALL {
+            assert_eq!(memory(strategy, ReduceDtype::Bf16, 1, 4), ddp, "alone, {strategy:?} shares nothing");
+        }
+    }
+
+    #[test]
+    fn gradients_that_travel_in_bf16_are_copies() {
+        let gradients = |strategy| memory(strategy, ReduceDtype::Bf16, 4, 2).gradients;
+        assert_eq!(Strategy::ALL.map(gradients), [12_000, 12_000, 8400 + 2 * 1200]);
+    }
+
+    const SHAPES: [(&str, [i64; 2]); 3] =
+        [("llm.layers.0.w", [600, 500]), ("llm.layers.1.w", [77, 30]), ("projector.w", [30, 20])];
+
+    /// What a rank of two holds after a pass that reached every parameter.
+    fn held(parallel: &ParallelPlan, precision: Kind, rank: usize, port: u16) -> HeldBytes {
+        let timeout = std::time::Duration::from_secs(30);
+        let store = Store::connect("127.0.0.1", port, "memory", timeout).unwrap();
+        let (name, address) = ("g".to_owned(), Some("127.0.0.1".to_owned()));
+        let options = GroupOptions { name, backend: Backend::Gloo, rank, size: 2, timeout, address };
+        let group = Arc::new(ProcessGroup::join(&store, options).unwrap());
+        let ones = |shape: [i64; 2]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+        let params: Params = SHAPES.map(|(name, shape)| (name.to_owned(), ones(shape))).into();
+        let trained = ModulePlan::Train { lr: 1e-3, weight_decay: 0.0 };
+        let train = TrainPlan { vision: ModulePlan::Frozen, projector: trained, llm: trained };
+        let plan = OptimizerPlan { betas: [0.9, 0.95], eps: 1e-8, clip_norm: None };
+        let optimizer =
+            Optimizer::new(&params, Vec::new(), &train, plan, parallel, precision, Some(group)).unwrap();
+        optimizer.begin_pass(0, 1);
+        let sums: Vec<Tensor> = params.values().map(|param| param.sum(Kind::Float)).collect();
+        Tensor::stack(&sums, 0).sum(Kind::Float).backward();
+        optimizer.end_pass().unwrap();
+        optimizer.held_bytes()
+    }
+
+    #[test]
+    fn the_optimizer_holds_what_is_estimated() {
+        for strategy in Strategy::ALL {
+            for (precision, compute_bytes) in [(Kind::Float, 4), (Kind::BFloat16, 2)] {
+                let reduce = ReduceDtype::Fp32;
+                let (timeout_secs, first_step_timeout_secs) = (30, 30);
+                let parallel =
+                    ParallelPlan { strategy, reduce, bucket_mb: 1, timeout_secs, first_step_timeout_secs };
+                let server = Store::serve(0, std::time::Duration::from_secs(30)).unwrap();
+                let port = server.port();
+                let found = std::thread::scope(|scope| {
+                    let parallel = &parallel;
+                    let ranks = [0, 1].map(|rank| scope.spawn(move || held(parallel, precision, rank, port)));
+                    ranks.map(|rank| rank.join().unwrap())
+                });
+                let shapes = SHAPES.map(|(name, shape)| (name, shape.to_vec()));
+                let buckets = layout::cut(shapes, &[], parallel.bucket_elements(), 2).unwrap();
+                assert_eq!(buckets.len(), 3);
+                let sizes =
+                    Sizes { frozen: 0, buckets: buckets.iter().map(|bucket| bucket.numel as u64).collect() };
+                let memory = sizes.memory((strategy, reduce), 2, compute_bytes, Live::default());
+                // Whole buckets exist only during a pass.
+                let passing = if strategy == Strategy::Zero2 { FLOAT * sizes.trained() } else { 0 };
+                let gradients = (memory.gradients - passing) as usize;
+                let (masters, moments) = (memory.masters as usize, memory.moments as usize);
+                assert_eq!(
+                    found,
+                    [HeldBytes { masters, moments, gradients }; 2],
+                    "{strategy:?} {precision:?}"
+                );
+            }
+        }
+    }
+}

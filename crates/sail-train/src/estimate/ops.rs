@@ -1,0 +1,231 @@
+//! The operations of the models over shapes: each allocates, keeps and counts what libtorch's does.
+//!
+//! What an operation keeps for its backward pass is libtorch 2.11's (`derivatives.yaml`): a linear map its input
+//! only where its weight is trained, a product each factor only where the other requires a gradient, an
+//! activation its input always. Called by `forward.rs`.
+
+use super::flops::{Flops, Wanted, causal_pairs, full_pairs};
+use super::graph::{Edge, Graph, Param, Shaped, fresh, of_param, same};
+
+/// Bytes of fp32.
+pub(super) const FLOAT: u64 = 4;
+/// Bytes of int64.
+pub(super) const LONG: u64 = 8;
+
+/// Rows of packed sequences, each seeing its own only.
+pub(super) struct Sequences {
+    /// Rows of each sequence.
+    pub(super) lengths: Vec<u64>,
+    /// A row sees itself and those before it, if not all.
+    pub(super) causal: bool,
+}
+
+/// Heads of an attention.
+#[derive(Clone, Copy)]
+pub(super) struct Heads {
+    /// Of the queries.
+    pub(super) queries: u64,
+    /// Of keys and values.
+    pub(super) keys: u64,
+    /// Width of each.
+    pub(super) width: u64,
+}
+
+impl Graph {
+    /// `[rows, inputs]` -> `[rows, outputs]`.
+    pub(super) fn linear(&self, x: &Shaped, weight: Param, outputs: u64) -> Shaped {
+        let inputs = weight.elements / outputs;
+        let rows = x.elements / inputs;
+        let wanted = Wanted { inputs: x.requires_grad(), weights: weight.leaf.is_some() };
+        self.count(Flops::linear(rows, inputs, outputs, wanted));
+        let kept = wanted.weights.then_some(x);
+        let bytes = self.backend.compute_bytes;
+        self.result((rows * outputs, bytes), kept.as_slice(), [fresh(x), of_param(weight, bytes)], 0)
+    }
+
+    /// Rows that each belong to one of many matrices, which `weights` are together: `[rows, inputs]` ->
+    /// `[rows, outputs]`. In the backward pass the matrices' gradients, and the rows', are joined by a copy.
+    pub(super) fn experts(&self, x: &Shaped, weights: Param, (inputs, outputs): (u64, u64)) -> Shaped {
+        let rows = x.elements / inputs;
+        let wanted = Wanted { inputs: x.requires_grad(), weights: weights.leaf.is_some() };
+        self.count(Flops::linear(rows, inputs, outputs, wanted));
+        let kept = wanted.weights.then_some(x);
+        let bytes = self.backend.compute_bytes;
+        let of_weights = if wanted.weights { weights.elements * bytes } else { 0 };
+        let edges = [fresh(x), of_param(weights, bytes)];
+        self.result((rows * outputs, bytes), kept.as_slice(), edges, of_weights + x.bytes())
+    }
+
+    /// Pixels of patches that do not overlap -> `[patches, width]`.
+    pub(super) fn patches(&self, pixels: &Shaped, weight: Param, width: u64) -> Shaped {
+        let pixels = self.cast(pixels, self.backend.compute_bytes);
+        self.linear(&pixels, weight, width)
+    }
+
+    /// `a + b`.
+    pub(super) fn add(&self, a: &Shaped, b: &Shaped) -> Shaped {
+        self.result((a.elements, a.element_bytes), &[], [same(a), same(b)], 0)
+    }
+
+    /// `x + p`, the parameter repeated.
+    pub(super) fn add_param(&self, x: &Shaped, param: Param) -> Shaped {
+        let edges = [same(x), of_param(param, x.element_bytes)];
+        self.result((x.elements, x.element_bytes), &[], edges, 0)
+    }
+
+    /// `a * b`, which is repeated where it has fewer elements.
+    pub(super) fn mul(&self, a: &Shaped, b: &Shaped) -> Shaped {
+        let kept: Vec<&Shaped> = [(b, a.requires_grad()), (a, b.requires_grad())]
+            .into_iter()
+            .filter_map(|(x, is)| is.then_some(x))
+            .collect();
+        let scratch = if b.elements < a.elements && b.requires_grad() { a.bytes() } else { 0 };
+        self.result((a.elements, a.element_bytes), &kept, [fresh(a), fresh(b)], scratch)
+    }
+
+    /// `x * p`, the parameter repeated.
+    pub(super) fn mul_param(&self, x: &Shaped, param: Param) -> Shaped {
+        let is_trained = param.leaf.is_some();
+        let kept = is_trained.then_some(x);
+        // The parameter's gradient is a product of full size before it is summed over the rows.
+        let scratch = if is_trained { x.bytes() } else { 0 };
+        let edges = [fresh(x), of_param(param, x.element_bytes)];
+        self.result((x.elements, x.element_bytes), kept.as_slice(), edges, scratch)
+    }
+
+    /// An activation.
+    pub(super) fn activation(&self, x: &Shaped) -> Shaped {
+        self.result((x.elements, x.element_bytes), &[x], [fresh(x)], 0)
+    }
+
+    /// A softmax over rows, in fp32.
+    pub(super) fn softmax(&self, x: &Shaped) -> Shaped {
+        self.keeping_result(x.elements, [fresh(x)])
+    }
+
+    /// `nn::RmsNorm`: fp32 inside, then cast back and multiplied by the weight.
+    pub(super) fn rms_norm(&self, x: &Shaped, width: u64) -> Shaped {
+        let normed = {
+            let wide = self.cast(x, FLOAT);
+            let roots = self.input(x.elements / width, FLOAT);
+            let scratch = if self.backend.cuda {
+                0
+            } else {
+                // Composed of a square, a mean, a root and a product.
+                self.scratch(wide.bytes());
+                2 * wide.bytes()
+            };
+            self.result((x.elements, FLOAT), &[&wide, &roots], [fresh(&wide)], scratch)
+        };
+        self.mul_param(&self.cast(&normed, x.element_bytes), self.param(width))
+    }
+
+    /// Layer norm; its bias is as small as its weight and not counted.
+    pub(super) fn layer_norm(&self, x: &Shaped, width: u64) -> Shaped {
+        let means_and_deviations = self.input(2 * (x.elements / width), FLOAT);
+        let edges = [fresh(x), of_param(self.param(width), x.element_bytes)];
+        self.result((x.elements, x.element_bytes), &[x, &means_and_deviations], edges, 0)
+    }
+
+    /// The same elements in another type; the tensor itself where it has that type.
+    pub(super) fn cast(&self, x: &Shaped, element_bytes: u64) -> Shaped {
+        if x.element_bytes == element_bytes {
+            return x.clone();
+        }
+        self.result((x.elements, element_bytes), &[], [fresh(x)], 0)
+    }
+
+    /// Some of the elements, in any order, perhaps several times.
+    pub(super) fn gather(&self, x: &Shaped, elements: u64) -> Shaped {
+        self.result((elements, x.element_bytes), &[], [fresh(x)], 0)
+    }
+
+    /// A copy in another layout.
+    pub(super) fn copy(&self, x: &Shaped) -> Shaped {
+        self.result((x.elements, x.element_bytes), &[], [same(x)], 0)
+    }
+
+    /// Sums to fewer elements.
+    pub(super) fn sum(&self, x: &Shaped, elements: u64) -> Shaped {
+        self.result((elements, x.element_bytes), &[], [same(x)], 0)
+    }
+
+    /// Two halves, which are views; their gradients are joined by a copy.
+    pub(super) fn halves(&self, x: &Shaped) -> [Shaped; 2] {
+        let node = self.node(&[], [fresh(x)], 0);
+        let half = Shaped { node, elements: x.elements / 2, ..x.clone() };
+        [half.clone(), half]
+    }
+
+    /// Rows of a table.
+    pub(super) fn embedding(&self, table: Param, rows: u64, width: u64) -> Shaped {
+        let bytes = self.backend.compute_bytes;
+        let ids = self.input(rows, LONG);
+        self.result((rows * width, bytes), &[&ids], [of_param(table, bytes)], 0)
+    }
+
+    /// `x` with some of its rows replaced.
+    pub(super) fn index_copy(&self, x: &Shaped, rows: &Shaped) -> Shaped {
+        self.result((x.elements, x.element_bytes), &[rows], [fresh(x), fresh(rows)], 0)
+    }
+
+    /// The rotation of queries or keys by `angles`, cosines and sines, as `llm::rotary`.
+    pub(super) fn rotate(&self, x: &Shaped, angles: &Shaped) -> Shaped {
+        // Four products of half the size, two sums.
+        self.scratch(2 * x.bytes());
+        let scratch = x.bytes() + x.bytes() / 2;
+        self.result((x.elements, x.element_bytes), &[angles], [fresh(x)], scratch)
+    }
+
+    /// `softmax(q k^T) v` within sequences, as `attention::packed_attention`.
+    pub(super) fn attention(&self, [q, k, v]: [&Shaped; 3], heads: Heads, sequences: &Sequences) -> Shaped {
+        let Heads { queries, keys, width } = heads;
+        let rows = q.elements / (queries * width);
+        let wants_inputs = [q, k, v].iter().any(|x| x.requires_grad());
+        let pairs = if sequences.causal { causal_pairs } else { full_pairs };
+        self.count(Flops::attention(pairs(&sequences.lengths), queries * width, wants_inputs));
+        let sums = self.input(rows * queries, FLOAT);
+        let out = self.input(q.elements, q.element_bytes);
+        let is_flash = self.backend.cuda && self.backend.compute_bytes == 2;
+        // Neighbours of one length are one call; the results of several calls are joined by a copy.
+        let is_joined = !is_flash && sequences.lengths.chunk_by(|a, b| a == b).count() > 1;
+        let scratch = if is_flash {
+            // Sums of the queries' gradients in fp32; gradients of keys and values for every query head.
+            let of_heads = if queries == keys { 0 } else { 2 * q.bytes() };
+            rows * queries * (width + 1) * FLOAT + of_heads
+        } else if is_joined {
+            q.bytes() + k.bytes() + v.bytes()
+        } else {
+            0
+        };
+        let node = self.node(&[q, k, v, &out, &sums], [fresh(q), fresh(k), fresh(v)], scratch);
+        let out = Shaped { node, ..out };
+        if is_joined { self.copy(&out) } else { out }
+    }
+
+    /// Cross-entropy of fp32 scores `[rows, classes]`: a loss for each row.
+    pub(super) fn cross_entropy(&self, scores: &Shaped, classes: u64) -> Shaped {
+        let rows = scores.elements / classes;
+        let targets = self.input(rows, LONG);
+        let log_probabilities = self.keeping_result(scores.elements, [fresh(scores)]);
+        let kept = [&log_probabilities, &targets];
+        self.result((rows, FLOAT), &kept, [fresh(&log_probabilities)], 0)
+    }
+
+    /// An fp32 result that its own backward pass needs.
+    fn keeping_result(&self, elements: u64, edges: [Option<Edge>; 1]) -> Shaped {
+        let result = self.input(elements, FLOAT);
+        Shaped { node: self.node(&[&result], edges, 0), ..result }
+    }
+
+    /// A result in memory of its own.
+    fn result<const N: usize>(
+        &self,
+        (elements, element_bytes): (u64, u64),
+        kept: &[&Shaped],
+        edges: [Option<Edge>; N],
+        scratch: u64,
+    ) -> Shaped {
+        self.tensor(elements, element_bytes, self.node(kept, edges, scratch))
+    }
+}
