@@ -31,11 +31,11 @@ fn a_stage_fetches_its_language_model() {
         root().join("configs/tiny/stage1.yaml").display()
     );
     std::fs::write(&stage, text).unwrap();
-    let train = |endpoint: &str, offline: &str, name: &str| -> Output {
+    let start = |endpoint: &str, offline: &str, name: &str, options: &[&str]| -> Output {
         let (root, run_dir) = (under(dir.path()), format!("run.dir={name}"));
         let config = stage.to_str().unwrap();
-        let args = ["--config", config, "--set", &root, "--set", &run_dir, "--stop-at", "1"];
-        let mut command = sail_train(&args);
+        let args = ["--config", config, "--set", &root, "--set", &run_dir];
+        let mut command = sail_train(&[&args[..], options].concat());
         for proxy in ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"] {
             command.env_remove(proxy);
         }
@@ -46,6 +46,8 @@ fn a_stage_fetches_its_language_model() {
         command.env("HF_ENDPOINT", endpoint).env("HF_HOME", home).env("HF_HUB_OFFLINE", offline);
         command.output().unwrap()
     };
+    let train =
+        |endpoint: &str, offline: &str, name: &str| start(endpoint, offline, name, &["--stop-at", "1"]);
 
     // Without the models nothing starts.
     server.set(Faults { status: Some((401, "RepoNotFound")), ..Faults::default() });
@@ -57,6 +59,15 @@ fn a_stage_fetches_its_language_model() {
     assert!(stderr(&cold).contains("HF_HUB_OFFLINE is set"), "{}", stderr(&cold));
 
     server.set(Faults::default());
+    // Planning needs the shapes alone.
+    server.requests();
+    let planned = start(&server.endpoint, "0", "planned", &["--dry-run", "--world", "8"]);
+    assert_eq!(planned.status.code(), Some(0), "{}", stderr(&planned));
+    assert!(String::from_utf8_lossy(&planned.stdout).contains("llm 3.67M frozen"));
+    let requests = server.requests().join("\n");
+    assert!(requests.contains("/config.json"), "{requests}");
+    assert!(!requests.contains("safetensors") && !requests.contains("tokenizer"), "{requests}");
+
     let first = train(&server.endpoint, "0", "first");
     assert_eq!(first.status.code(), Some(3), "{}", stderr(&first));
     assert!(stderr(&first).contains("fetching `model.safetensors` of `hf:org/name`, "), "{}", stderr(&first));

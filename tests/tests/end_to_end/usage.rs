@@ -74,3 +74,43 @@ fn a_dry_run_prints_a_plan_that_loads_again() {
     let second = run(&["--config", file.to_str().unwrap(), "--dry-run"], 0).stdout;
     assert_eq!(String::from_utf8(first), String::from_utf8(second));
 }
+
+/// The machines need not be here, nor the predecessor of a stage; standard output has the tables alone.
+#[test]
+fn planning_prints_every_stage_in_place_of_the_plan() {
+    let args = ["--config", "configs/tiny/curriculum.yaml", "--dry-run", "--world", "16", "--mfu", "0.5"];
+    let set = ["--set", "run.device=cuda:3", "--set", "data.streams=16", "--set", "batch.packs_per_step=32"];
+    let output = run(&[&args[..], &set].concat(), 0);
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    for stage in ["tiny-stage1", "tiny-stage2", "tiny-stage3"] {
+        let head = format!("{stage}: 16 GPUs on 2 nodes of 8, bf16, 2 packs for each in a step\n");
+        assert!(text.contains(&head), "{text}");
+    }
+    assert!(text.contains("50 % of it reached") && !text.contains("warning"), "{text}");
+    assert_eq!(stderr(&output), "");
+}
+
+#[test]
+fn planning_that_makes_no_sense_is_refused() {
+    let stage = ["--config", "configs/tiny/stage1.yaml"];
+    let cases: [(&[&str], &str, &str); 6] = [
+        (&["--world", "8"], "would train", "hint: add `--dry-run`"),
+        (&["--dry-run", "--world", "0"], "`--world` is 0", "hint: give a number of GPUs"),
+        (&["--dry-run", "--world", "8", "--mfu", "1.5"], "`--mfu` is 1.5", "hint: give a share above 0"),
+        (
+            &["--dry-run", "--world", "8", "--link-gbps", "0"],
+            "`--link-gbps` is 0",
+            "hint: give a number above 0",
+        ),
+        (
+            &["--dry-run", "--world", "8", "--sample-tokens", "999"],
+            "a pack has 256 tokens",
+            "hint: give a number",
+        ),
+        (&["--dry-run", "--node-gpus", "4"], "--world <N>", "required arguments were not provided"),
+    ];
+    for (options, problem, hint) in cases {
+        let error = stderr(&run(&[&stage[..], options].concat(), 2));
+        assert!(error.contains(problem) && error.contains(hint), "{options:?}: {error}");
+    }
+}

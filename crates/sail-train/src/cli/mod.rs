@@ -3,6 +3,7 @@
 //! 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
 
 mod launch;
+mod planning;
 mod using;
 
 use std::io::{IsTerminal, Write};
@@ -29,6 +30,7 @@ Examples:
   sail-train --config configs/tiny/curriculum.yaml
   sail-train --config stage2.yaml --set train.projector.lr=1e-4 --set run.dir=runs/try
   sail-train launch --nproc 8 -- --config stage2.yaml
+  sail-train --config stage2.yaml --dry-run --world 1024 --mfu 0.35
   sail-train eval --checkpoint runs/demo/stage3
   sail-train generate --checkpoint runs/demo/stage3 --image photo.jpg --prompt What?
 
@@ -77,6 +79,8 @@ struct TrainArgs {
     /// Prints the resolved plan and trains nothing
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    planning: planning::Options,
 }
 
 /// Runs the command that the process was started with.
@@ -146,9 +150,13 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
 
 fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     let file = args.config.expect("invariant: clap requires --config");
+    let cluster = args.planning.cluster(args.dry_run)?;
     let config = config::load(&file, &args.set)?;
     if args.dry_run {
-        print(config.to_yaml())?;
+        match cluster {
+            None => print(config.to_yaml())?,
+            Some(cluster) => print(args.planning.text(&config, cluster)?)?,
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let place = Place::from_env()?;

@@ -1,0 +1,98 @@
+//! `--dry-run --world N`: what stages would take on machines that are not here.
+
+use clap::Args;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::estimate::link::Cluster;
+use crate::estimate::{PackGuess, StageEstimate, Tables};
+
+/// Bytes a second of a Gbit/s.
+const GBIT: f64 = 1e9 / 8.0;
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Planning, with --dry-run")]
+pub(super) struct Options {
+    /// Prints in place of the plan what each stage would take on this many GPUs: memory, bytes sent, time
+    #[arg(long, value_name = "N")]
+    world: Option<u64>,
+    /// GPUs of a node
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "world")]
+    node_gpus: u64,
+    /// Gbit/s from a node to others, all its network cards together
+    #[arg(long, value_name = "N", default_value_t = 3200.0, requires = "world")]
+    link_gbps: f64,
+    /// Gbit/s from a GPU to others of its node
+    #[arg(long, value_name = "N", default_value_t = 3600.0, requires = "world")]
+    intra_link_gbps: f64,
+    /// What a GPU computes at most in the run's dtype, TFLOP/s
+    #[arg(long, value_name = "N", default_value_t = 989.0, requires = "world")]
+    peak_tflops: f64,
+    /// Share of it that training reaches, up to 1
+    #[arg(long, value_name = "X", default_value_t = 0.4, requires = "world")]
+    mfu: f64,
+    /// Visual tokens of a pack [default: `data.visual_tokens_per_pack`, or all]
+    #[arg(long, value_name = "N", requires = "world")]
+    visual_tokens: Option<u64>,
+    /// Tokens of a sample [default: a whole pack]
+    #[arg(long, value_name = "N", requires = "world")]
+    sample_tokens: Option<u64>,
+    /// Tokens of a pack that are learnt [default: all]
+    #[arg(long, value_name = "N", requires = "world")]
+    answer_tokens: Option<u64>,
+}
+
+impl Options {
+    /// The machines to plan for, where the command asks for it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for numbers that make no sense, and for planning without `--dry-run`.
+    pub(super) fn cluster(&self, is_dry_run: bool) -> Result<Option<Cluster>> {
+        let Some(world) = self.world else { return Ok(None) };
+        if !is_dry_run {
+            return Err(Error::usage(
+                format!("`--world {world}` only plans, and this command would train"),
+                "add `--dry-run`, or start ranks with `sail-train launch`",
+            ));
+        }
+        for (option, value) in [("world", world), ("node-gpus", self.node_gpus)] {
+            if !(1..=1 << 20).contains(&value) {
+                let message = format!("`--{option}` is {value}");
+                return Err(Error::usage(message, "give a number of GPUs, from 1 to 1048576"));
+            }
+        }
+        for (option, value) in [
+            ("link-gbps", self.link_gbps),
+            ("intra-link-gbps", self.intra_link_gbps),
+            ("peak-tflops", self.peak_tflops),
+        ] {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(Error::usage(format!("`--{option}` is {value}"), "give a number above 0"));
+            }
+        }
+        if !(self.mfu > 0.0 && self.mfu <= 1.0) {
+            let message = format!("`--mfu` is {}", self.mfu);
+            return Err(Error::usage(message, "give a share above 0 and up to 1, such as 0.4"));
+        }
+        Ok(Some(Cluster {
+            world,
+            node_gpus: self.node_gpus,
+            node_bytes_per_sec: self.link_gbps * GBIT,
+            gpu_bytes_per_sec: self.intra_link_gbps * GBIT,
+            peak_flops: self.peak_tflops * 1e12,
+            mfu: self.mfu,
+        }))
+    }
+
+    /// What each stage would take on these machines.
+    pub(super) fn text(&self, config: &Config, cluster: Cluster) -> Result<String> {
+        let guess = PackGuess {
+            visual_tokens: self.visual_tokens,
+            sample_tokens: self.sample_tokens,
+            answer_tokens: self.answer_tokens,
+        };
+        let stages: Result<Vec<StageEstimate>> =
+            config.plans().into_iter().map(|plan| StageEstimate::of_plan(plan, cluster, &guess)).collect();
+        Ok(Tables(&stages?).to_string())
+    }
+}
