@@ -40,7 +40,7 @@ pub struct AdamWOptions {
 /// One AdamW update of all slots (`at::_fused_adamw_`; Loshchilov and Hutter, arXiv 1711.05101).
 ///
 /// # Errors
-/// [`Error::Argument`] when kinds, shapes, layouts or devices do not fit.
+/// [`Error::Argument`](crate::Error::Argument) when kinds, shapes, layouts or devices do not fit.
 pub fn fused_adamw(slots: &[AdamWSlot], options: AdamWOptions) -> Result<()> {
     const OP: &str = "fused_adamw";
     for slot in slots {
@@ -92,7 +92,7 @@ pub fn fused_adamw(slots: &[AdamWSlot], options: AdamWOptions) -> Result<()> {
 /// The 2-norm over all elements of all tensors: a 0-dimensional fp32 tensor on their device.
 ///
 /// # Errors
-/// [`Error::Argument`] for an empty list or tensors on several devices.
+/// [`Error::Argument`](crate::Error::Argument) for an empty list or tensors on several devices.
 pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
     const OP: &str = "global_norm";
     one_device(OP, tensors)?;
@@ -108,7 +108,7 @@ pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
 /// Multiplies every tensor in place by `factor`, a 0-dimensional tensor on their device.
 ///
 /// # Errors
-/// [`Error::Argument`] for an empty list or tensors on several devices.
+/// [`Error::Argument`](crate::Error::Argument) for an empty list or tensors on several devices.
 pub fn foreach_mul(tensors: &[Tensor], factor: &Tensor) -> Result<()> {
     const OP: &str = "foreach_mul";
     one_device(OP, tensors)?;
