@@ -3,8 +3,8 @@
 //! Every rank of a group makes the same calls in the same order with tensors of the same size and type.
 
 use std::ptr::NonNull;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
@@ -92,6 +92,7 @@ pub struct ProcessGroup {
     raw: NonNull<RawGroup>,
     options: GroupOptions,
     sent_bytes: AtomicU64,
+    started: Arc<AtomicU64>,
     link: Option<Link>,
 }
 
@@ -153,13 +154,20 @@ impl ProcessGroup {
         };
         outcome(OP, error)?;
         let raw = NonNull::new(raw).expect("invariant: given without an error");
-        Ok(Self { raw, options, sent_bytes: AtomicU64::new(0), link: None })
+        Ok(Self { raw, options, sent_bytes: AtomicU64::new(0), started: Arc::default(), link: None })
     }
 
     /// Makes collectives take as long as over a link of this many bytes a second, one after the other.
     #[must_use]
     pub fn with_simulated_link(mut self, bytes_per_sec: f64) -> Self {
         self.link = Some(Link { bytes_per_sec, free_at: Mutex::new(Instant::now()) });
+        self
+    }
+
+    /// Counts the collectives that it starts.
+    #[must_use]
+    pub fn with_counter(mut self, started: Arc<AtomicU64>) -> Self {
+        self.started = started;
         self
     }
 
@@ -287,6 +295,7 @@ impl ProcessGroup {
         };
         outcome(op, error)?;
         self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.started.fetch_add(1, Ordering::Relaxed);
         Ok(Work {
             op,
             raw: NonNull::new(raw).expect("invariant: given without an error"),

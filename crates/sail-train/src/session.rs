@@ -148,15 +148,16 @@ impl Session {
 
     /// This rank's packs of the next step, fewer where streams have ended; `None` when all ranks' have.
     pub fn next_step(&mut self) -> Result<Option<Step>> {
-        self.world.doing(self.step + 1, "waiting for data");
         let passes = self.plan.batch.packs_per_step / self.world.size();
         let started = Instant::now();
         // With more streams than packs a step may find only streams that have ended, while others go on.
         loop {
+            self.world.doing(self.step + 1, "waiting for data");
             let mut packs = Vec::with_capacity(passes);
             for _ in 0..if self.loader.has_ended() { 0 } else { passes } {
                 packs.extend(self.loader.next_pack()?.pack);
             }
+            self.world.doing(self.step + 1, "waiting for the data of the others");
             let share = Share {
                 ended: self.loader.has_ended(),
                 data_wait_secs: started.elapsed().as_secs_f64(),
@@ -189,7 +190,7 @@ impl Session {
                 }
                 // A pack of text alone reaches nothing that is trained before the language model.
                 if loss.requires_grad() {
-                    loss.f_backward()?;
+                    self.optimizer.backward(&loss)?;
                 }
                 total += loss.detach();
             }

@@ -4,14 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::processes::steps;
 use crate::{run, sail_train, stderr, under};
-
-/// The lines of a run's `metrics.jsonl` that are of training steps.
-fn steps(run_dir: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    lines.filter(|line| line["kind"] == "train").collect()
-}
 
 fn arguments<'a>(root: &'a str, sets: &[&'a str]) -> Vec<&'a str> {
     let mut args = vec!["--config", "configs/tiny/stage1.yaml"];

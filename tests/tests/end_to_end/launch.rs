@@ -6,40 +6,10 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::processes::{children_of, free_port, parent_of, signal, until};
 use crate::{run, sail_train, stderr, under, weights_file};
-
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Waits until something holds.
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !holds() {
-        assert!(started.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
-        sleep(Duration::from_millis(20));
-    }
-}
-
-/// State and parent of a process, from `/proc/PID/stat`; nothing once it is gone or waits to be reaped.
-fn alive(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let state = fields.next()?;
-    (state != "Z" && state != "X").then_some(())?;
-    fields.next()?.parse().ok()
-}
-
-fn children_of(parent: u32) -> Vec<u32> {
-    let processes = fs::read_dir("/proc").unwrap();
-    let pids = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-    pids.filter(|pid| alive(*pid) == Some(parent)).collect()
-}
-
-fn signal(name: &str, pid: u32) {
-    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap();
-    assert!(status.success());
-}
 
 /// A launch of two ranks that wait for a configuration which never comes, and the ranks' process numbers.
 fn waiting_ranks(dir: &Path) -> (Child, Vec<u32>) {
@@ -119,8 +89,7 @@ fn numbers_that_make_no_sense_and_a_port_in_use_are_refused() {
 /// Two machines, played by two launchers on this one.
 #[test]
 fn machines_meet_at_the_first_ones_store() {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let rdzv = format!("127.0.0.1:{port}");
+    let rdzv = format!("127.0.0.1:{}", free_port());
     let launch = |node_rank: &str| {
         let args = ["launch", "--nproc", "2", "--nnodes", "2", "--node-rank", node_rank, "--rdzv", &rdzv];
         let ranks = ["--", "--config", "configs/tiny/stage1.yaml", "--dry-run"];
@@ -152,7 +121,7 @@ fn a_signal_reaches_every_rank() {
     assert_eq!(launcher.wait().unwrap().code(), Some(143), "{said}");
     assert!(said.contains("[launch] SIGTERM handed on to ranks 0, 1"), "{said}");
     assert!(said.contains("ended by SIGTERM"), "{said}");
-    assert!(ranks.iter().all(|pid| alive(*pid).is_none()));
+    assert!(ranks.iter().all(|pid| parent_of(*pid).is_none()));
 }
 
 /// A rank that was interrupted saves, and the launcher's exit code says so.
@@ -179,7 +148,7 @@ fn no_rank_outlives_a_killed_launcher() {
     let (mut launcher, ranks) = waiting_ranks(dir.path());
     signal("KILL", launcher.id());
     launcher.wait().unwrap();
-    until("the ranks end", || ranks.iter().all(|pid| alive(*pid).is_none()));
+    until("the ranks end", || ranks.iter().all(|pid| parent_of(*pid).is_none()));
 }
 
 /// A killed rank is named, and the other one, which does not notice, is killed.
@@ -194,5 +163,5 @@ fn a_killed_rank_ends_the_others() {
         said.contains("failed first: ended by SIGKILL") && said.contains("did not end: killed"),
         "{said}"
     );
-    assert!(ranks.iter().all(|pid| alive(*pid).is_none()));
+    assert!(ranks.iter().all(|pid| parent_of(*pid).is_none()));
 }

@@ -8,7 +8,10 @@ mod exports;
 mod faults;
 mod hub;
 mod launch;
+mod processes;
+mod rank_faults;
 mod resume;
+mod shard_server;
 mod usage;
 
 use std::path::{Path, PathBuf};

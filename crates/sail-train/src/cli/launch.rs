@@ -16,7 +16,7 @@ Examples:
 
 Every line of a rank has `[rank N]` in front. Ctrl-C, SIGTERM and SIGUSR1 are handed on to all ranks.
 Exit codes: that of the rank that failed first (128 + N where signal N ended it), 3 when ranks were
-interrupted after saving, else 0. When a rank fails, the others have 10 s to end, then they are killed.";
+interrupted after saving, else 0. When a rank fails, the others have 5 s to end, then they are killed.";
 
 /// Trains in several processes, on this machine or on several
 #[derive(Debug, clap::Args)]

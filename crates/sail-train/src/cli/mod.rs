@@ -98,12 +98,16 @@ pub fn main() -> ExitCode {
     match run(args, &console) {
         Ok(code) => code,
         Err(error) => {
-            // A configuration's errors print themselves, one `error:` each.
-            let prefix = if matches!(error, Error::Config(_)) { "" } else { "error: " };
-            console.line(format!("{prefix}{}", with_causes(&error)));
+            show(&error, &console);
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+fn show(error: &Error, console: &Console) {
+    // A configuration's errors print themselves, one `error:` each.
+    let prefix = if matches!(error, Error::Config(_)) { "" } else { "error: " };
+    console.line(format!("{prefix}{}", with_causes(error)));
 }
 
 /// The error's message, with what lies behind it where the message does not say so itself.
@@ -178,8 +182,17 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     }
     let plans = config.plans();
     let world = Arc::new(World::join(place, plans[0], console)?);
-    let summary = curriculum::run(&plans, &world, &options).map_err(|error| world.explain(error))?;
-    world.leave()?;
+    let summary = match curriculum::run(&plans, &world, &options) {
+        Ok(summary) => summary,
+        Err(error) if world.size() == 1 => return Err(error),
+        Err(error) => {
+            let error = world.explain(error);
+            show(&error, console);
+            // Without destructors: those of a group wait for collectives that will never end.
+            signal_hook::low_level::exit(error.exit_code().into());
+        }
+    };
+    world.leave();
     match summary {
         Some(summary) => {
             world.on_main(|| print(format_args!("\n{summary}\n")))?;

@@ -5,6 +5,7 @@
 //! that a rank left over from an earlier run can join no later one.
 
 use std::net::ToSocketAddrs;
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -15,6 +16,9 @@ use crate::error::{Error, Result};
 
 /// How long a machine waits for machine 0 to start.
 const MEET: Duration = Duration::from_secs(600);
+
+/// How much longer it waits for an answer to its own patience.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// How long a machine's name may take to become known, as that of a pod that is just starting.
 const RESOLVE: Duration = Duration::from_secs(10);
@@ -52,7 +56,7 @@ impl Meeting {
             store.set(RUN, format!("{run} {shape}").as_bytes())?;
             return Ok(Self { store, endpoint, run, others, serves });
         }
-        let store = connect(&endpoint)?;
+        let store = connect(&endpoint, MEET)?;
         let told = String::from_utf8_lossy(&store.get(RUN)?).into_owned();
         let (run, its_shape) = told.split_once(' ').unwrap_or((&told, ""));
         if its_shape != shape {
@@ -76,12 +80,24 @@ impl Meeting {
             return;
         }
         // Nothing is left to be done for a machine that cannot be reached any more.
-        if self.serves {
-            drop(self.store.wait(ALL_LEFT, patience));
-        } else if self.store.add(LEFT, 1).is_ok_and(|left| left == self.others as i64) {
-            drop(self.store.set(ALL_LEFT, b""));
-        }
+        let _ = within(patience, move || {
+            if self.serves {
+                drop(self.store.wait(ALL_LEFT, patience));
+            } else if self.store.add(LEFT, 1).is_ok_and(|left| left == self.others as i64) {
+                drop(self.store.set(ALL_LEFT, b""));
+            }
+        });
     }
+}
+
+/// What a call to the store gives, which never returns where nobody answers; nothing once the time is over.
+fn within<T: Send + 'static>(patience: Duration, call: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (sender, done) = mpsc::channel();
+    thread::spawn(move || {
+        // Nobody listens any more where the time was over.
+        let _ = sender.send(call());
+    });
+    done.recv_timeout(patience).ok()
 }
 
 fn serve(port: u16) -> Result<Store> {
@@ -95,17 +111,19 @@ fn serve(port: u16) -> Result<Store> {
     })
 }
 
-fn connect(endpoint: &Endpoint) -> Result<Store> {
-    let Endpoint { host, port } = endpoint;
-    Store::connect(host, *port, "", MEET).map_err(|error| {
-        if !error.is_distributed() {
-            return error.into();
-        }
+fn connect(endpoint: &Endpoint, patience: Duration) -> Result<Store> {
+    let Endpoint { host, port } = endpoint.clone();
+    let silent = |reason: String| {
         Error::usage(
-            format!("no store answers at {host}:{port}: {error}"),
-            "start the same command with `--node-rank 0` there, and see that nothing blocks the port",
+            format!("no store answers at {}:{port}: {reason}", endpoint.host),
+            "start the same command with `--node-rank 0` there, and see that nothing else has the port or blocks it",
         )
-    })
+    };
+    match within(patience + GRACE, move || Store::connect(&host, port, "", patience)) {
+        None => Err(silent(format!("not a word within {} s", patience.as_secs()))),
+        Some(Err(error)) if error.is_distributed() => Err(silent(error.to_string())),
+        Some(connected) => Ok(connected?),
+    }
 }
 
 /// Waits a little for a name to become known.
@@ -153,6 +171,14 @@ mod tests {
         third.leave(Duration::ZERO);
         leaving.join().unwrap();
         assert!(started.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn a_port_where_something_else_listens_is_not_a_store() {
+        let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = Endpoint { host: "127.0.0.1".to_owned(), port: other.local_addr().unwrap().port() };
+        let error = connect(&endpoint, Duration::from_millis(100)).unwrap_err().to_string();
+        assert!(error.contains("no store answers") && error.contains("hint:"), "{error}");
     }
 
     #[test]

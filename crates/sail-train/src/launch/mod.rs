@@ -28,10 +28,10 @@ use ranks::{Ranks, Supervisor};
 const LAUNCHER: &str = "SAIL_LAUNCHER";
 
 /// How long the other ranks may take to notice that one has failed, before they are killed.
-const GRACE: Duration = Duration::from_secs(10);
+const GRACE: Duration = Duration::from_secs(5);
 
-/// How long machine 0 waits at the end for the other machines, which may still have to kill ranks.
-const LINGER: Duration = Duration::from_secs(15);
+/// How long a machine waits at the end for the others, whose ranks may still read from the store.
+const LINGER: Duration = Duration::from_secs(5);
 
 /// More than a machine has devices, and few enough for any machine to start.
 const MAX_NPROC: usize = 1024;
@@ -255,7 +255,7 @@ mod tests {
     /// What a rank is given is what a rank reads.
     #[test]
     fn ranks_find_their_place() {
-        use crate::world::{Place, Rendezvous, Starter};
+        use crate::world::{Place, Rendezvous, Server, Starter};
         let launch = launch(4, 1, 0, None);
         let meeting = Meeting::open(&launch).unwrap();
         for (rank, vars) in launch.environments(&meeting, Some(2)) {
@@ -268,7 +268,7 @@ mod tests {
                 rendezvous: Some(Rendezvous {
                     host: "127.0.0.1".to_owned(),
                     port: meeting.endpoint.port,
-                    hosts_store: false,
+                    served_by: Server::Agent,
                     prefix: format!("sail/{}/0", meeting.run),
                 }),
                 started_by: Starter::Torchrun,

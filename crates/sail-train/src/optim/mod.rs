@@ -225,6 +225,15 @@ impl Optimizer {
         move |block| gathers.before_block(block)
     }
 
+    /// The backward pass of a micro-batch.
+    ///
+    /// # Errors
+    /// Those of libtorch, and of the collectives that it has started.
+    pub fn backward(&self, loss: &Tensor) -> Result<()> {
+        // Through autograd an error of a hook comes out as text.
+        loss.f_backward().map_err(|error| self.reducer.take_failure().unwrap_or(error.into()))
+    }
+
     /// To be called after each micro-batch; after the last one the gradients of all ranks are summed.
     ///
     /// # Errors

@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::layout::Layout;
 use crate::config::{ReduceDtype, Strategy};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Buckets of `zero2` whose whole gradients exist at the same time because they are under way.
 const UNDER_WAY: usize = 2;
@@ -62,6 +62,8 @@ struct Inner {
     /// Whether gradients of this pass leave.
     sending: bool,
     under_way: VecDeque<(usize, Outgoing)>,
+    /// What went wrong in a hook.
+    failed: Option<Error>,
 }
 
 /// A bucket's gradients.
@@ -95,6 +97,7 @@ impl Reducer {
             left: 0,
             sending: false,
             under_way: VecDeque::new(),
+            failed: None,
         })))
     }
 
@@ -117,7 +120,12 @@ impl Reducer {
         for (entry, param) in params.iter().enumerate() {
             let reducer = self.clone();
             sail_torch::on_accumulated(param, move |param| {
-                no_grad(|| reducer.lock().arrive(bucket, entry, &param)).map_err(|error| error.to_string())
+                let mut inner = reducer.lock();
+                no_grad(|| inner.arrive(bucket, entry, &param)).map_err(|error| {
+                    let text = error.to_string();
+                    inner.failed.get_or_insert(error);
+                    text
+                })
             })?;
         }
         Ok(())
@@ -155,6 +163,11 @@ impl Reducer {
             while inner.settle_oldest()? {}
             Ok(())
         })
+    }
+
+    /// What went wrong in a hook since the last call.
+    pub(super) fn take_failure(&self) -> Option<Error> {
+        self.lock().failed.take()
     }
 
     /// The summed gradients of a bucket that this rank works with: its part, or under `ddp` the whole.

@@ -2,6 +2,8 @@
 //! alike, and later that they are about to do the same thing.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use sail_torch::Store;
@@ -15,7 +17,18 @@ use crate::error::{Error, Result};
 pub type Fields = BTreeMap<String, String>;
 
 /// How long the others wait for the main rank's answer beyond the time that it waits for them.
-const GRACE: Duration = Duration::from_secs(5);
+const GRACE: Duration = Duration::from_secs(3);
+/// Between two looks at who has come.
+const POLL: Duration = Duration::from_millis(50);
+/// How long the others have to read the main rank's answer, where the store goes with it.
+const TO_BE_READ: Duration = Duration::from_secs(1);
+/// How long the one that serves the store waits for the others at the end.
+const LEAVE: Duration = Duration::from_secs(10);
+/// Keys: the main rank's number of ranks, its answer, and what a rank has found wrong with itself.
+const SIZE: &str = "size";
+const MET: &str = "met";
+const PROBLEM: &str = "problem";
+const ALL_LEFT: &str = "all left";
 /// Differences that a message lists.
 const SHOWN: usize = 5;
 
@@ -25,81 +38,112 @@ struct Hello {
     host: String,
     pid: u32,
     size: usize,
+    /// Where the others reach it, as far as it knows.
+    address: Option<String>,
 }
 
-/// What the main rank answers to all.
+/// What keeps the ranks from working together.
 #[derive(Serialize, Deserialize)]
-struct Answer {
-    size: usize,
-    problem: Option<String>,
+enum Problem {
+    /// They were not started as one training.
+    Misfit(String),
+    /// Some did not come.
+    Absent(String),
 }
 
-/// Returns once all ranks have come.
-pub(super) fn meet(store: &Store, place: &Place, patience: Duration) -> Result<()> {
-    let hello = Hello { host: host_name(), pid: std::process::id(), size: place.size };
-    if store.add(&format!("comers/{}", place.rank), 1)? > 1 {
-        let other = read::<Hello>(store, &hello_key(place.rank))?;
-        return Err(Error::ranks(
-            format!(
-                "rank {} is there already: process {} on {}; this is process {} on {}",
-                place.rank, other.pid, other.host, hello.pid, hello.host
-            ),
-            "give every process its own RANK, and every run its own port",
-        ));
+impl Problem {
+    fn error(self, place: &Place) -> Error {
+        match self {
+            Self::Misfit(text) => Error::usage(text, hint(place)),
+            Self::Absent(text) => Error::ranks(text, hint(place)),
+        }
+    }
+}
+
+/// Returns once all ranks have come. `address` is where the others reach this one.
+pub(super) fn meet(store: &Store, place: &Place, address: Option<&str>, patience: Duration) -> Result<()> {
+    if place.is_main() {
+        write(store, SIZE, &place.size)?;
+    }
+    let hello = Hello {
+        host: host_name(),
+        pid: std::process::id(),
+        size: place.size,
+        address: address.map(str::to_owned),
+    };
+    let absent = |error: sail_torch::Error| {
+        Error::ranks(format!("rank 0 did not answer within {} s: {error}", patience.as_secs()), hint(place))
+    };
+    store.wait(SIZE, patience + GRACE).map_err(absent)?;
+    if let Some(problem) = misfit(store, place, &hello)? {
+        // The main rank tells the others.
+        write(store, PROBLEM, &problem)?;
+        return Err(problem.error(place));
     }
     write(store, &hello_key(place.rank), &hello)?;
-    if place.rank == 0 {
+    if place.is_main() {
         let problem = wait_for_all(store, place, patience)?;
-        write(store, "met", &Answer { size: place.size, problem })?;
+        write(store, MET, &problem)?;
     }
-    let absent = |error| {
-        Error::ranks(
-            format!("rank 0 did not say within {} s that all have come: {error}", patience.as_secs()),
-            "look at rank 0's output",
-        )
-    };
-    store.wait("met", patience + GRACE).map_err(absent)?;
-    let Answer { size, problem } = read(store, "met")?;
-    match problem {
-        Some(problem) => Err(Error::ranks(problem, hint(place))),
-        None if size != place.size => Err(Error::usage(
-            format!(
-                "rank {} was started as one of {} ranks, rank 0 as one of {size}",
-                place.rank, place.size
-            ),
-            hint(place),
-        )),
-        None => Ok(()),
+    store.wait(MET, patience + GRACE).map_err(absent)?;
+    let Some(problem) = read::<Option<Problem>>(store, MET)? else { return Ok(()) };
+    if place.serves_store() {
+        // The store goes with this process.
+        thread::sleep(TO_BE_READ);
     }
+    Err(problem.error(place))
 }
 
-/// What keeps the ranks from working together, found by the main one.
-fn wait_for_all(store: &Store, place: &Place, patience: Duration) -> Result<Option<String>> {
-    let started = Instant::now();
-    let mut missing = Vec::new();
-    for rank in 1..place.size {
-        let left = patience.saturating_sub(started.elapsed());
-        if store.wait(&hello_key(rank), left).is_err() {
-            missing.push(rank.to_string());
-            continue;
-        }
-        let hello: Hello = read(store, &hello_key(rank))?;
-        if hello.size != place.size {
-            return Ok(Some(format!(
-                "rank {rank} on {} was started as one of {} ranks, rank 0 as one of {}",
-                hello.host, hello.size, place.size
-            )));
-        }
+/// What is wrong with this rank.
+fn misfit(store: &Store, place: &Place, hello: &Hello) -> Result<Option<Problem>> {
+    let Place { rank, size, .. } = *place;
+    let main_size: usize = read(store, SIZE)?;
+    if size != main_size {
+        return Ok(Some(Problem::Misfit(format!(
+            "rank {rank} on {} was started as one of {size} ranks, rank 0 as one of {main_size}",
+            hello.host
+        ))));
     }
-    Ok((!missing.is_empty()).then(|| {
-        format!(
-            "{} of {} ranks did not come within {} s: rank {}",
-            missing.len(),
-            place.size,
-            patience.as_secs(),
-            missing.join(", ")
-        )
-    }))
+    if store.add(&format!("comers/{rank}"), 1)? == 1 {
+        return Ok(None);
+    }
+    let other = read::<Hello>(store, &hello_key(rank))?;
+    Ok(Some(Problem::Misfit(format!(
+        "rank {rank} is there twice: as process {} on {} and as process {} on {}",
+        other.pid, other.host, hello.pid, hello.host
+    ))))
+}
+
+/// What keeps the ranks from working together, found by the main one or told by another.
+fn wait_for_all(store: &Store, place: &Place, patience: Duration) -> Result<Option<Problem>> {
+    let started = Instant::now();
+    let mut missing: Vec<usize> = (1..place.size).collect();
+    loop {
+        if store.has(PROBLEM)? {
+            return Ok(Some(read(store, PROBLEM)?));
+        }
+        let mut still = Vec::new();
+        for rank in missing {
+            if !store.has(&hello_key(rank))? {
+                still.push(rank);
+            }
+        }
+        missing = still;
+        if missing.is_empty() {
+            return Ok(None);
+        }
+        if started.elapsed() > patience {
+            let ranks: Vec<String> = missing.iter().map(usize::to_string).collect();
+            return Ok(Some(Problem::Absent(format!(
+                "{} of {} ranks did not come within {} s: rank {}",
+                missing.len(),
+                place.size,
+                patience.as_secs(),
+                ranks.join(", ")
+            ))));
+        }
+        thread::sleep(POLL);
+    }
 }
 
 fn hint(place: &Place) -> &'static str {
@@ -108,8 +152,8 @@ fn hint(place: &Place) -> &'static str {
             "start with `srun`, one task a GPU; `unset SLURM_NTASKS` to train in one process alone"
         }
         Starter::Torchrun | Starter::Single => {
-            "start every node with the same number of nodes and of processes a node, and look at the output of \
-             the ranks named; `parallel.first_step_timeout_secs` is how long they have"
+            "give every process its own RANK and all the same WORLD_SIZE, every run its own port, and look at the \
+             output of the ranks named; `parallel.first_step_timeout_secs` is how long they have"
         }
     }
 }
@@ -174,22 +218,31 @@ fn differences(main: &Fields, other: &Fields) -> String {
 }
 
 /// Tells that this rank has done its part; the one that serves the store waits for all, for it must not go
-/// before them.
-pub(super) fn leave(store: &Store, place: &Place) -> Result<()> {
-    let left = store.add("left", 1)?;
-    if left == place.size as i64 {
-        store.set("all left", b"")?;
-    }
-    if place.rendezvous.as_ref().is_some_and(|meeting| meeting.hosts_store) {
-        // One that does not come has its own error to tell; this one is done.
-        let _ = store.wait("all left", Duration::from_secs(30));
-    }
-    Ok(())
+/// before them. Nothing is left to be done: a store that does not answer, or a rank that does not come, has its
+/// own error to tell.
+pub(super) fn leave(store: &Arc<Store>, place: &Place) {
+    let (store, size, serves) = (Arc::clone(store), place.size as i64, place.serves_store());
+    let (done, left) = mpsc::channel();
+    thread::spawn(move || {
+        let told = store
+            .add("left", 1)
+            .and_then(|count| if count == size { store.set(ALL_LEFT, b"") } else { Ok(()) });
+        if told.is_ok() && serves {
+            drop(store.wait(ALL_LEFT, LEAVE));
+        }
+        let _ = done.send(());
+    });
+    let _ = left.recv_timeout(LEAVE);
 }
 
 /// The name of the host that a rank is on.
 pub(super) fn host_of(store: &Store, rank: usize) -> String {
     read::<Hello>(store, &hello_key(rank)).map_or_else(|_| "?".to_owned(), |hello| hello.host)
+}
+
+/// Where a rank is reached, as far as it knew when it came.
+pub(super) fn address_of(store: &Store, rank: usize) -> Result<Option<String>> {
+    Ok(read::<Hello>(store, &hello_key(rank))?.address)
 }
 
 fn hello_key(rank: usize) -> String {
@@ -204,6 +257,6 @@ fn read<T: serde::de::DeserializeOwned>(store: &Store, key: &str) -> Result<T> {
     serde_json::from_slice(&store.get(key)?).map_err(Error::exchange)
 }
 
-fn host_name() -> String {
+pub(super) fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

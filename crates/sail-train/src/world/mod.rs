@@ -6,11 +6,12 @@
 //! stands is read from its environment (`place`, `slurm`).
 
 mod agree;
+mod beats;
 mod place;
 mod slurm;
 mod watch;
 
-use std::net::UdpSocket;
+use std::net::{IpAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -27,11 +28,14 @@ use crate::error::{Error, Result};
 use crate::events::Console;
 
 pub use agree::Fields;
-pub use place::{Place, Rendezvous, Starter};
+pub use place::{Place, Rendezvous, Server, Starter};
 use watch::Watch;
 
 /// Slows collectives down to a link of this many bytes a second, to study overlap on one machine.
 const SIMULATED_LINK: &str = "SAIL_SIMULATED_LINK_BYTES_PER_SEC";
+
+/// How much longer than its patience a rank waits until all have met, so that the main rank's answer comes first.
+const MARGIN: Duration = Duration::from_secs(5);
 
 /// The processes that train together.
 pub struct World {
@@ -68,27 +72,33 @@ impl World {
         let Some(meeting) = place.rendezvous.clone() else { return Ok(Self { place, ranks: None }) };
         let patience = Duration::from_secs(plan.parallel.first_step_timeout_secs);
         info!("rank {} of {} meets the others at {}:{}", place.rank, place.size, meeting.host, meeting.port);
+        let mut watch = Watch::start(&place, &meeting, patience + MARGIN, console)?;
         let at_store = |error| Error::meeting(&meeting.host, meeting.port, error);
         let serve = || Store::serve(meeting.port, patience).map_err(at_store);
-        let server = meeting.hosts_store.then(serve).transpose()?;
+        let server = place.serves_store().then(serve).transpose()?;
         let connect = || Store::connect(&meeting.host, meeting.port, &meeting.prefix, patience);
         let store = Arc::new(connect().map_err(at_store)?);
-        agree::meet(&store, &place, patience)?;
+        watch.heard();
+        let address = address_towards(&meeting.host, meeting.port);
+        agree::meet(&store, &place, address.as_deref(), patience)?;
         let program = Fields::from([("sail-train".to_owned(), agree::program()?)]);
         agree::agree(&store, &place, "program", &program)?;
-        let watch = Watch::start(connect().map_err(at_store)?, &place, &meeting, patience, console)?;
-        let options = |name: &str, backend| GroupOptions {
-            name: name.to_owned(),
-            backend,
-            rank: place.rank,
-            size: place.size,
-            timeout: patience,
-            address: own_address(&meeting),
-        };
-        let group = |name, backend| {
-            let group =
-                ProcessGroup::join(&store, options(name, backend)).map_err(|e| watch.explain(e.into()))?;
-            Ok::<_, Error>(match simulated_link()? {
+        watch.beat(connect().map_err(at_store)?, &meeting, patience)?;
+        let address = reachable_address(address, &store, &place)?;
+        let link = simulated_link()?;
+        let group = |name: &str, backend| {
+            let options = GroupOptions {
+                name: name.to_owned(),
+                backend,
+                rank: place.rank,
+                size: place.size,
+                timeout: patience,
+                address: address.clone(),
+            };
+            let group = ProcessGroup::join(&store, options)
+                .map_err(|error| watch.explain(error.into()))?
+                .with_counter(Arc::clone(watch.begun()));
+            Ok::<_, Error>(match link {
                 Some(bytes_per_sec) => group.with_simulated_link(bytes_per_sec),
                 None => group,
             })
@@ -230,7 +240,9 @@ impl World {
     /// [`Error::Ranks`] on every rank, naming the ranks and the fields that differ.
     pub fn agree(&self, about: &str, fields: impl FnOnce() -> Fields) -> Result<()> {
         let Some(ranks) = &self.ranks else { return Ok(()) };
-        agree::agree(&ranks.store, &self.place, about, &fields())
+        let fields = fields();
+        ranks.watch.begun().fetch_add(1, Ordering::Relaxed);
+        agree::agree(&ranks.store, &self.place, about, &fields)
     }
 
     /// What an error means: where another rank is the reason of it, that is found out and named. The others
@@ -243,27 +255,39 @@ impl World {
     }
 
     /// Leaves the others in peace: they know that this process has done its part.
-    ///
-    /// # Errors
-    /// Those of c10d.
-    pub fn leave(&self) -> Result<()> {
-        let Some(ranks) = &self.ranks else { return Ok(()) };
-        let left = agree::leave(&ranks.store, &self.place);
-        ranks.watch.end();
-        left
+    pub fn leave(&self) {
+        if let Some(ranks) = &self.ranks {
+            ranks.watch.end();
+            agree::leave(&ranks.store, &self.place);
+        }
     }
 }
 
-/// The address of this host that the others reach it at: the one that it reaches the store from.
-fn own_address(meeting: &Rendezvous) -> Option<String> {
-    if std::env::var_os("GLOO_SOCKET_IFNAME").is_some() {
-        return None;
-    }
+/// The address of this host from which it reaches another one.
+fn address_towards(host: &str, port: u16) -> Option<String> {
     ["0.0.0.0:0", "[::]:0"].into_iter().find_map(|any| {
         let socket = UdpSocket::bind(any).ok()?;
-        socket.connect((meeting.host.as_str(), meeting.port)).ok()?;
+        socket.connect((host, port)).ok()?;
         Some(socket.local_addr().ok()?.ip().to_string())
     })
+}
+
+/// The address of this host that the others reach it at: the one that it reaches the store from. Where that is
+/// the loopback device, because this host's own name stands for it, and there are other hosts, the one that it
+/// reaches them from.
+fn reachable_address(towards_store: Option<String>, store: &Store, place: &Place) -> Result<Option<String>> {
+    if std::env::var_os("GLOO_SOCKET_IFNAME").is_some() {
+        return Ok(None);
+    }
+    let is_loopback = |address: &str| address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    if place.local_size < place.size && towards_store.as_deref().is_some_and(is_loopback) {
+        for rank in 0..place.size {
+            if let Some(other) = agree::address_of(store, rank)?.filter(|other| !is_loopback(other)) {
+                return Ok(address_towards(&other, 9));
+            }
+        }
+    }
+    Ok(towards_store)
 }
 
 fn simulated_link() -> Result<Option<f64>> {

@@ -39,10 +39,19 @@ pub struct Rendezvous {
     pub host: String,
     /// Its port, never 0.
     pub port: u16,
-    /// This process hosts the store; the others, or all where the agent that started them hosts it, connect.
-    pub hosts_store: bool,
+    /// Who serves it.
+    pub served_by: Server,
     /// Put before every key, so that an attempt never reads what an earlier one wrote into the same store.
     pub prefix: String,
+}
+
+/// Who serves the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// The process that trains as rank 0.
+    Rank0,
+    /// The agent that started the ranks: `torchrun`'s, or the launcher.
+    Agent,
 }
 
 /// Who started a process.
@@ -70,6 +79,11 @@ impl Place {
     /// Whether this process is the one that writes what all share: files of the run, and the console.
     pub fn is_main(&self) -> bool {
         self.rank == 0
+    }
+
+    /// Whether this process serves the store.
+    pub fn serves_store(&self) -> bool {
+        self.is_main() && self.rendezvous.as_ref().is_some_and(|meeting| meeting.served_by == Server::Rank0)
     }
 
     /// The place that this process's environment gives it.
@@ -120,13 +134,13 @@ fn torchrun(vars: &Vars<'_>, set: &str) -> Result<Place> {
         ));
     }
     // The agent's store outlives a restart of its processes, and with it the keys that they wrote.
-    let agent_hosts = vars.get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value == "True");
+    let agent_serves = vars.get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value == "True");
     let run = vars.get("TORCHELASTIC_RUN_ID").unwrap_or_else(|| "none".to_owned());
     let attempt = vars.get("TORCHELASTIC_RESTART_COUNT").unwrap_or_else(|| "0".to_owned());
     let rendezvous = Rendezvous {
         host: vars.get("MASTER_ADDR").expect("invariant: it was checked above"),
         port: vars.port("MASTER_PORT")?.expect("invariant: it was checked above"),
-        hosts_store: rank == 0 && !agent_hosts,
+        served_by: if agent_serves { Server::Agent } else { Server::Rank0 },
         prefix: format!("sail/{run}/{attempt}"),
     };
     let started_by = Starter::Torchrun;
@@ -204,7 +218,8 @@ mod tests {
 
     #[test]
     fn torchruns_variables_give_the_place() {
-        let place = |rank, size, local: (usize, usize), hosts_store, prefix: &str| Place {
+        use Server::{Agent, Rank0};
+        let place = |rank, size, local: (usize, usize), served_by, prefix: &str| Place {
             rank,
             size,
             local_rank: local.0,
@@ -212,19 +227,19 @@ mod tests {
             rendezvous: Some(Rendezvous {
                 host: "node01".to_owned(),
                 port: 29500,
-                hosts_store,
+                served_by,
                 prefix: prefix.to_owned(),
             }),
             started_by: Starter::Torchrun,
         };
         let master = "MASTER_ADDR=node01 MASTER_PORT=29500";
         let cases = [
-            (ONE_OF_TWO.to_owned(), place(1, 2, (1, 2), false, "sail/none/0")),
-            (ONE_OF_TWO.replace("RANK=1", "RANK=0"), place(0, 2, (0, 2), true, "sail/none/0")),
+            (ONE_OF_TWO.to_owned(), place(1, 2, (1, 2), Rank0, "sail/none/0")),
+            (ONE_OF_TWO.replace("RANK=1", "RANK=0"), place(0, 2, (0, 2), Rank0, "sail/none/0")),
             // A world of one has a rendezvous as well.
             (
                 format!("RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 {master}"),
-                place(0, 1, (0, 1), true, "sail/none/0"),
+                place(0, 1, (0, 1), Rank0, "sail/none/0"),
             ),
             // The agent hosts the store, and a restarted attempt reads no earlier keys.
             (
@@ -232,23 +247,26 @@ mod tests {
                     "RANK=0 WORLD_SIZE=16 LOCAL_RANK=0 LOCAL_WORLD_SIZE=8 {master} \
                      TORCHELASTIC_USE_AGENT_STORE=True TORCHELASTIC_RUN_ID=job7 TORCHELASTIC_RESTART_COUNT=2"
                 ),
-                place(0, 16, (0, 8), false, "sail/job7/2"),
+                place(0, 16, (0, 8), Agent, "sail/job7/2"),
             ),
             (
                 format!(
                     "RANK=8 WORLD_SIZE=16 LOCAL_RANK=0 LOCAL_WORLD_SIZE=8 {master} \
                      TORCHELASTIC_USE_AGENT_STORE=False"
                 ),
-                place(8, 16, (0, 8), false, "sail/none/0"),
+                place(8, 16, (0, 8), Rank0, "sail/none/0"),
             ),
             // They win over those of Slurm, whose `srun` started the agent.
             (
                 format!("{ONE_OF_TWO} SLURM_PROCID=5 SLURM_NTASKS=8 SLURM_LOCALID=1 SLURM_STEP_ID=0"),
-                place(1, 2, (1, 2), false, "sail/none/0"),
+                place(1, 2, (1, 2), Rank0, "sail/none/0"),
             ),
         ];
         for (vars, expected) in cases {
-            assert_eq!(read(&vars).unwrap(), expected, "{vars}");
+            let found = read(&vars).unwrap();
+            assert_eq!(found, expected, "{vars}");
+            let serves = found.rank == 0 && !vars.contains("TORCHELASTIC_USE_AGENT_STORE=True");
+            assert_eq!(found.serves_store(), serves, "{vars}");
         }
     }
 

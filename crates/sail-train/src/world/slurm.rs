@@ -3,7 +3,7 @@
 //! A batch script has most of these variables too, with a rank of 0 and the number of tasks it may start: it
 //! is told apart, since as rank 0 it would wait for tasks that nobody starts.
 
-use super::place::{Place, Rendezvous, Starter, Vars, below};
+use super::place::{Place, Rendezvous, Server, Starter, Vars, below};
 use crate::error::{Error, Result};
 
 const HINT: &str = "start every process with `srun`, which sets Slurm's variables";
@@ -42,7 +42,7 @@ pub(super) fn place(vars: &Vars<'_>) -> Result<Option<Place>> {
     let rendezvous = Rendezvous {
         host: host(vars)?,
         port: vars.port("MASTER_PORT")?.unwrap_or_else(|| port(job, step)),
-        hosts_store: rank == 0,
+        served_by: Server::Rank0,
         prefix: format!("sail/{job}.{step}"),
     };
     let started_by = Starter::Slurm;
@@ -222,7 +222,7 @@ mod tests {
             rendezvous: Some(Rendezvous {
                 host: rendezvous.0.to_owned(),
                 port: rendezvous.1,
-                hosts_store: rank == 0,
+                served_by: Server::Rank0,
                 prefix: rendezvous.2.to_owned(),
             }),
             started_by: Starter::Slurm,

@@ -1,90 +1,131 @@
 //! The watch over the other ranks: when one of them is gone or stuck, this process ends and says which.
 //!
 //! A thread of every rank writes a beat into the store, reads that of the next rank, and looks whether a rank has
-//! given up. A second thread, which does nothing that can block, looks whether the first one still gets answers.
-//! A collective that fails tells the main thread, which asks here who is the reason ([`Watch::explain`]).
+//! given up. A second thread, which does nothing that can block, looks whether the first one still gets answers:
+//! a call to a store whose process is stopped, or behind a broken link, never returns. A collective that fails
+//! tells the main thread, which asks here who is the reason ([`Watch::explain`]).
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use sail_torch::Store;
-use serde::{Deserialize, Serialize};
 
-use super::agree::host_of;
-use super::place::{Place, Rendezvous};
+use super::agree::{host_name, host_of};
+use super::beats::{self, Beat};
+use super::place::{Place, Rendezvous, Server};
 use crate::error::{Error, Result};
 use crate::events::Console;
 
 /// Between two beats.
 const BEAT: Duration = Duration::from_millis(500);
-/// A rank whose beat is the same after this long is not running.
+/// After this long without an answer a call to the store is not likely to return.
 const SILENCE: Duration = Duration::from_millis(2500);
 /// How long the main thread has, once another rank has given up, to end with an error of its own.
 const GRACE: Duration = Duration::from_secs(3);
-/// Where the first rank that gives up says why.
-const FAILURE: &str = "failure";
-
-/// What a rank says of itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Beat {
-    count: u64,
-    step: u64,
-    doing: String,
-}
+/// How long the others have to read why a rank gives up, where the store goes with it.
+const TO_BE_READ: Duration = Duration::from_secs(1);
+/// How long it may take to find out who is the reason of an error.
+const EXPLAIN: Duration = Duration::from_secs(5);
 
 /// The two threads.
 pub(super) struct Watch {
     shared: Arc<Shared>,
-    store: Arc<Store>,
-    threads: [JoinHandle<()>; 2],
+    /// The connection of the beats, once there is one.
+    store: Option<Arc<Store>>,
+    threads: Vec<thread::JoinHandle<()>>,
 }
 
 struct Shared {
     rank: usize,
     size: usize,
-    /// Where the store is, for messages.
-    meeting: String,
+    serves_store: bool,
     /// How long a rank may be silent, milliseconds.
     limit_ms: AtomicU64,
     doing: Mutex<(u64, &'static str)>,
-    answered: Mutex<Instant>,
-    ended: AtomicBool,
+    /// What this rank has begun together with the others.
+    begun: Arc<AtomicU64>,
+    state: Mutex<State>,
     console: Console,
 }
 
+struct State {
+    phase: Phase,
+    /// Who serves the store, for messages.
+    server: String,
+    /// When the store answered last.
+    answered: Instant,
+    /// Why another rank has given up.
+    failure: Option<String>,
+}
+
+enum Phase {
+    Working,
+    /// The main thread looks for the reason of its error; if it has not ended by then, it is held up itself.
+    Failing {
+        until: Instant,
+        error: String,
+        code: u8,
+    },
+    Over,
+}
+
 impl Watch {
-    /// Starts the threads, with a connection to the store of their own.
+    /// Begins to look whether the store answers, before it is connected to.
     pub(super) fn start(
-        store: Store,
         place: &Place,
         meeting: &Rendezvous,
         limit: Duration,
         console: &Console,
     ) -> Result<Self> {
-        let host = if meeting.hosts_store { "this process" } else { "another process" };
+        let state = State {
+            phase: Phase::Working,
+            server: server(meeting, "rank 0"),
+            answered: Instant::now(),
+            failure: None,
+        };
         let shared = Arc::new(Shared {
             rank: place.rank,
             size: place.size,
-            meeting: format!("{}:{} (served by {host})", meeting.host, meeting.port),
+            serves_store: place.serves_store(),
             limit_ms: AtomicU64::new(limit.as_millis() as u64),
             doing: Mutex::new((0, "starting")),
-            answered: Mutex::new(Instant::now()),
-            ended: AtomicBool::new(false),
+            begun: Arc::default(),
+            state: Mutex::new(state),
             console: console.clone(),
         });
-        let store = Arc::new(store);
-        let (beating, beating_store) = (Arc::clone(&shared), Arc::clone(&store));
-        beating.beat(&store, 0)?;
-        let beat = spawn("sail-beat", move || beating.keep_beating(&beating_store))?;
         let watching = Arc::clone(&shared);
         let watch = spawn("sail-watch", move || watching.keep_watching())?;
-        Ok(Self { shared, store, threads: [beat, watch] })
+        Ok(Self { shared, store: None, threads: vec![watch] })
+    }
+
+    /// Begins to beat, once all ranks have met, with a connection to the store of its own.
+    pub(super) fn beat(&mut self, store: Store, meeting: &Rendezvous, limit: Duration) -> Result<()> {
+        let store = Arc::new(store);
+        self.shared.beat(&store, 0)?;
+        let main = format!("rank 0 on {}", host_of(&store, 0));
+        self.shared.state().server = server(meeting, &main);
+        self.heard();
+        self.set_limit(limit);
+        let (beating, beating_store) = (Arc::clone(&self.shared), Arc::clone(&store));
+        self.store = Some(store);
+        self.threads.push(spawn("sail-beat", move || beating.keep_beating(&beating_store))?);
+        Ok(())
+    }
+
+    /// The store has answered.
+    pub(super) fn heard(&self) {
+        self.shared.state().answered = Instant::now();
     }
 
     pub(super) fn doing(&self, step: u64, what: &'static str) {
         *lock(&self.shared.doing) = (step, what);
+    }
+
+    /// Counts what this rank begins together with the others.
+    pub(super) fn begun(&self) -> &Arc<AtomicU64> {
+        &self.shared.begun
     }
 
     pub(super) fn set_limit(&self, limit: Duration) {
@@ -93,183 +134,228 @@ impl Watch {
 
     /// Stops the threads; one that waits for an answer that does not come is left behind.
     pub(super) fn end(&self) {
-        self.shared.ended.store(true, Ordering::Relaxed);
+        self.shared.state().phase = Phase::Over;
         let started = Instant::now();
         while self.threads.iter().any(|thread| !thread.is_finished()) && started.elapsed() < SILENCE {
-            for thread in &self.threads {
-                thread.thread().unpark();
-            }
+            self.threads.iter().map(thread::JoinHandle::thread).for_each(Thread::unpark);
             thread::sleep(Duration::from_millis(1));
         }
     }
 
     /// Tells the others why this rank ends. Where another one is the reason, it is named instead.
     pub(super) fn explain(&self, error: Error) -> Error {
-        self.shared.ended.store(true, Ordering::Relaxed);
+        let shared = &self.shared;
+        // Beats go on meanwhile, so that no other rank takes this one for the reason.
+        let until = Instant::now() + EXPLAIN;
+        shared.state().phase = Phase::Failing { until, error: error.to_string(), code: error.exit_code() };
         let blames_others = matches!(&error, Error::Torch(torch) if torch.is_distributed());
-        let mut text = error.to_string();
-        let mut explained = error;
-        if blames_others && let Some(reason) = self.reason() {
-            text = format!("{reason} ({text})");
-            explained =
-                Error::ranks(text.clone(), "its own output says more; the newest checkpoint is intact");
+        let reason = if blames_others { self.reason() } else { None };
+        let (error, told) = if let Some(reason) = reason {
+            let hint = "its own output says more; the newest checkpoint is intact";
+            (Error::ranks(format!("{reason} ({error})"), hint), reason)
+        } else {
+            let own = error.to_string();
+            let first = own.lines().next().unwrap_or_default();
+            let told = format!("rank {} on {}: {first}", shared.rank, host_name());
+            (error, told)
+        };
+        if let Some(store) = &self.store
+            && shared.answers()
+        {
+            shared.tell(store, &told);
         }
-        let first = self.store.add("failures", 1).is_ok_and(|count| count == 1);
-        if first {
-            let own = format!("rank {}: {}", self.shared.rank, text.lines().next().unwrap_or_default());
-            // Where the store is gone the others notice that.
-            let _ = self.store.set(FAILURE, own.as_bytes());
-        }
-        // The store may go with this process; the others read it first.
-        thread::sleep(2 * BEAT);
-        explained
+        error
     }
 
-    /// Who keeps the others waiting, as far as the store knows.
+    /// Who keeps the others waiting, as far as is known.
     fn reason(&self) -> Option<String> {
         let shared = &self.shared;
-        if self.store.has(FAILURE).ok()? {
-            return Some(String::from_utf8_lossy(&self.store.get(FAILURE).ok()?).into_owned());
+        if !shared.answers() {
+            // Unless this process was stopped itself and goes on just now.
+            thread::sleep(BEAT);
         }
-        let others: Vec<usize> = (0..shared.size).filter(|rank| *rank != shared.rank).collect();
-        let beats = |ranks: &[usize]| -> Option<Vec<Beat>> {
-            ranks.iter().map(|rank| read_beat(&self.store, *rank).ok()).collect()
-        };
-        let before = beats(&others)?;
-        thread::sleep(SILENCE);
-        let after = beats(&others)?;
-        let silent: Vec<String> = (others.iter().zip(before.iter().zip(&after)))
-            .filter(|(_, (before, after))| before == after)
-            .map(|(rank, (_, beat))| format!("{}, last seen at {}", self.name(*rank), beat.place()))
-            .collect();
-        if !silent.is_empty() {
-            return Some(format!("no sign of life from {}", silent.join("; ")));
+        if let Some(failure) = shared.failure() {
+            return Some(failure);
         }
-        let own = lock(&shared.doing).0;
-        let behind =
-            others.iter().zip(&after).filter(|(_, beat)| beat.step < own).min_by_key(|(_, beat)| beat.step);
-        let slow =
-            behind.or_else(|| others.iter().zip(&after).find(|(_, beat)| beat.doing.starts_with("waiting")));
-        slow.map(|(rank, beat)| format!("{} is still at {}", self.name(*rank), beat.place()))
-    }
-
-    fn name(&self, rank: usize) -> String {
-        format!("rank {rank} on {}", host_of(&self.store, rank))
+        if !shared.answers() {
+            return Some(shared.silent_store());
+        }
+        // The store may go at any moment, with a rank that has said why.
+        let own = shared.begun.load(Ordering::Relaxed);
+        let ask = |store: &Arc<Store>| beats::who_is_late(store, shared.rank, shared.size, own);
+        let asked = self.store.as_ref().map_or(Ok(None), ask);
+        asked.unwrap_or_else(|error| Some(shared.failure().unwrap_or_else(|| shared.gone_store(&error))))
     }
 }
 
-impl Beat {
-    fn place(&self) -> String {
-        format!("step {}, {}", self.step, self.doing)
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.shared.state().phase = Phase::Over;
     }
 }
 
 impl Shared {
     fn beat(&self, store: &Store, count: u64) -> Result<()> {
         let (step, doing) = *lock(&self.doing);
-        let beat = Beat { count, step, doing: doing.to_owned() };
-        let text = serde_json::to_vec(&beat).map_err(Error::exchange)?;
-        Ok(store.set(&beat_key(self.rank), &text)?)
+        let begun = self.begun.load(Ordering::Relaxed);
+        Beat { count, step, doing: doing.to_owned(), begun }.write(store, self.rank)
     }
 
     fn keep_beating(&self, store: &Store) {
         let next = (self.rank + 1) % self.size;
         let (mut seen, mut changed) = (Beat::default(), Instant::now());
         for count in 1.. {
-            thread::park_timeout(BEAT);
-            if self.has_ended() {
+            if park() {
+                changed = Instant::now();
+            }
+            if self.is_over() {
                 return;
             }
-            let answer = self.beat(store, count).and_then(|()| self.look_around(store, next));
-            if self.has_ended() {
-                return;
-            }
-            match answer {
-                Ok((Some(failure), _)) => {
-                    thread::sleep(GRACE);
-                    self.give_up(&failure);
-                }
-                Ok((None, beat)) => {
-                    *lock(&self.answered) = Instant::now();
-                    if beat.as_ref().is_some_and(|beat| *beat != seen) {
-                        (seen, changed) = (beat.unwrap_or_default(), Instant::now());
+            match self.beat(store, count).and_then(|()| self.look_around(store, next)) {
+                Ok(Some(beat)) => {
+                    self.state().answered = Instant::now();
+                    if beat != seen {
+                        (seen, changed) = (beat, Instant::now());
                     }
-                    if changed.elapsed() > self.limit() {
-                        let (host, place) = (host_of(store, next), seen.place());
-                        let secs = changed.elapsed().as_secs();
-                        let text = format!(
-                            "no sign of life from rank {next} on {host} for {secs} s, last seen at {place}"
-                        );
-                        if store.add("failures", 1).is_ok_and(|count| count == 1) {
-                            let _ = store.set(FAILURE, text.as_bytes());
-                        }
+                    if changed.elapsed() > self.limit() && self.is_working() {
+                        let (rank, secs) = (beats::name(store, next), changed.elapsed().as_secs());
+                        let place = seen.place();
+                        let text = format!("no sign of life from {rank} for {secs} s, last seen at {place}");
+                        self.tell(store, &text);
                         self.give_up(&text);
                     }
                 }
-                Err(error) => self.give_up(&format!("the store at {} is gone: {error}", self.meeting)),
+                Ok(None) => {
+                    self.state().answered = Instant::now();
+                    if self.is_working() {
+                        thread::sleep(GRACE);
+                        self.give_up(&self.failure().unwrap_or_default());
+                    }
+                }
+                Err(error) => {
+                    // The main thread may be about to end for the same reason.
+                    thread::sleep(BEAT);
+                    self.give_up(&self.gone_store(&error));
+                    return;
+                }
             }
         }
     }
 
-    /// Why another rank gave up, if one did, and how the next one is.
-    fn look_around(&self, store: &Store, next: usize) -> Result<(Option<String>, Option<Beat>)> {
-        if store.has(FAILURE)? {
-            return Ok((Some(String::from_utf8_lossy(&store.get(FAILURE)?).into_owned()), None));
+    /// How the next rank is; nothing when one has given up, which is taken note of.
+    fn look_around(&self, store: &Store, next: usize) -> Result<Option<Beat>> {
+        if let Some(failure) = beats::failure(store)? {
+            self.state().failure = Some(failure);
+            return Ok(None);
         }
-        let there = next != self.rank && store.has(&beat_key(next))?;
-        Ok((None, if there { Some(read_beat(store, next)?) } else { Some(Beat::default()) }))
+        Ok(Some(if next == self.rank { Beat::default() } else { Beat::read(store, next)? }))
     }
 
     fn keep_watching(&self) {
-        while !self.has_ended() {
-            let silent = lock(&self.answered).elapsed();
-            if silent > self.limit() {
-                self.give_up(&format!(
-                    "the store at {} has not answered for {} s: its process is stopped, or the network to it is down",
-                    self.meeting,
-                    silent.as_secs()
-                ));
+        while !self.is_over() {
+            let silent = self.silent();
+            if silent > self.limit() && self.is_working() {
+                self.give_up(&self.silent_store());
             }
-            thread::park_timeout(BEAT);
+            if let Phase::Failing { until, error, code } = &self.state().phase
+                && Instant::now() > *until
+            {
+                self.end_process(error, *code);
+            }
+            if park() {
+                self.state().answered = Instant::now();
+            }
         }
+    }
+
+    /// Tells the others why this rank gives up, unless another one has been first.
+    fn tell(&self, store: &Store, text: &str) {
+        // Where the store is gone the others notice that.
+        let _ = beats::tell_failure(store, text);
+        if self.serves_store {
+            thread::sleep(TO_BE_READ);
+        }
+    }
+
+    fn silent_store(&self) -> String {
+        let secs = self.silent().as_secs();
+        format!(
+            "{} has not answered for {secs} s: it is stopped, or the network to it is down",
+            self.state().server
+        )
+    }
+
+    fn gone_store(&self, error: &Error) -> String {
+        format!("{} is gone: {error}", self.state().server)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.state().failure.clone()
+    }
+
+    fn silent(&self) -> Duration {
+        self.state().answered.elapsed()
+    }
+
+    /// Whether a call to the store may return.
+    fn answers(&self) -> bool {
+        self.silent() < SILENCE
     }
 
     fn limit(&self) -> Duration {
         Duration::from_millis(self.limit_ms.load(Ordering::Relaxed))
     }
 
-    fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Relaxed)
+    fn is_working(&self) -> bool {
+        matches!(self.state().phase, Phase::Working)
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.state().phase, Phase::Over)
     }
 
     /// Ends the process at once: its main thread may wait for a rank that will never come.
     fn give_up(&self, why: &str) {
-        if !self.has_ended() {
+        if self.is_working() {
             let (step, doing) = *lock(&self.doing);
-            self.console.alarm(format!(
-                "error: {why}; rank {} ends at step {step}, {doing}\n\nhint: the newest checkpoint is intact; the \
-                 same command resumes",
-                self.rank
-            ));
-            // Without the handlers of C++'s libraries, which may wait for what is stuck.
-            signal_hook::low_level::exit(1);
+            let rank = self.rank;
+            let hint = "the newest checkpoint is intact; the same command resumes";
+            self.end_process(&format!("{why}; rank {rank} ends at step {step}, {doing}\n\nhint: {hint}"), 1);
         }
+    }
+
+    fn end_process(&self, error: &str, code: u8) {
+        self.console.alarm(format!("error: {error}"));
+        // Without the handlers of C++'s libraries, which may wait for what is stuck.
+        signal_hook::low_level::exit(code.into());
     }
 }
 
-fn beat_key(rank: usize) -> String {
-    format!("beat/{rank}")
+/// Waits for the time of a beat, and says whether it was so much more that the process must have been stopped
+/// itself: then it knows nothing of the others.
+fn park() -> bool {
+    let started = Instant::now();
+    thread::park_timeout(BEAT);
+    started.elapsed() > SILENCE
 }
 
-fn read_beat(store: &Store, rank: usize) -> Result<Beat> {
-    serde_json::from_slice(&store.get(&beat_key(rank))?).map_err(Error::exchange)
+fn server(meeting: &Rendezvous, main: &str) -> String {
+    let who = match meeting.served_by {
+        Server::Rank0 => main,
+        Server::Agent => "the launcher or the agent of `torchrun`",
+    };
+    format!("{who}, which serves the ranks' store at {}:{},", meeting.host, meeting.port)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
     let thread = thread::Builder::new().name(name.to_owned()).spawn(body);
     thread.map_err(|source| Error::Io { path: "thread".into(), source })
 }
