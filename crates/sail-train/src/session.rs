@@ -154,7 +154,8 @@ impl Session {
         loop {
             self.world.doing(self.step + 1, "waiting for data");
             let mut packs = Vec::with_capacity(passes);
-            for _ in 0..if self.loader.has_ended() { 0 } else { passes } {
+            // A rank whose streams have ended takes its turns as well, so that all stand at the same one.
+            for _ in 0..passes {
                 packs.extend(self.loader.next_pack()?.pack);
             }
             self.world.doing(self.step + 1, "waiting for the data of the others");

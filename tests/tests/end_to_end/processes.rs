@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use sail_train::checkpoint::{self, Checkpoint};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -72,10 +73,11 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    /// Stage 1 with these settings, without evaluation and without an end.
+    /// Stage 1 with these settings, fewer layers and no evaluation.
     pub(crate) fn new(sets: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let usual = [&under(dir.path()), "eval=null", "schedule.steps=100000", "schedule.warmup=1"];
+        let small = ["vision", "llm"].map(|part| format!("model.{part}.random.num_hidden_layers=2"));
+        let usual = [&under(dir.path()), &small[0], &small[1], "eval=null", "schedule.warmup=1"];
         let config = crate::root().join("configs/tiny/stage1.yaml").display().to_string();
         let mut job = Self { dir, port: free_port(), args: vec!["--config".to_owned(), config] };
         job.set(&usual);
@@ -89,6 +91,11 @@ impl Job {
 
     pub(crate) fn run_dir(&self) -> PathBuf {
         self.dir.path().join("runs/tiny/stage1")
+    }
+
+    /// What it has trained.
+    pub(crate) fn newest(&self) -> Checkpoint {
+        checkpoint::newest(&self.run_dir()).unwrap().expect("it has saved")
     }
 
     /// Where its ranks meet without a launcher.
@@ -135,6 +142,15 @@ impl Job {
     /// Starts all ranks without a launcher.
     pub(crate) fn start_ranks(&self, size: usize) -> Vec<Process> {
         (0..size).map(|rank| self.start(&format!("rank-{rank}"), self.rank(rank, size))).collect()
+    }
+
+    /// Runs a command to its end, which must have this exit code; what it has printed.
+    pub(crate) fn run(&self, command: Command, code: i32) -> String {
+        let mut process = [self.start("run", command)];
+        all_end(&mut process, Instant::now(), 3 * PATIENCE);
+        let said = process[0].said();
+        assert_eq!(process[0].code(), code, "{said}");
+        said
     }
 
     /// Waits until this step is done.
