@@ -52,21 +52,18 @@ inline int32_t network_kind(const char* what) {
   return kSailOther;
 }
 
+// For calls in which no other process takes part.
+inline int32_t own_kind(const char*) { return kSailOther; }
+
 template <typename F>
-sail_error* guarded(F&& body) {
+sail_error* guarded(F&& body, int32_t (*kind_of)(const char*) = own_kind) {
   try {
     body();
     return nullptr;
-  } catch (const c10::DistNetworkError& e) {
-    const char* what = e.what_without_backtrace();
-    const int32_t kind = network_kind(what);
-    return make_error(what, kind == kSailOther ? kSailNetwork : kind);
-  } catch (const c10::DistError& e) {
-    return make_error(e.what_without_backtrace(), network_kind(e.what_without_backtrace()));
   } catch (const c10::Error& e) {
-    return make_error(e.what_without_backtrace(), network_kind(e.what_without_backtrace()));
+    return make_error(e.what_without_backtrace(), kind_of(e.what_without_backtrace()));
   } catch (const std::exception& e) {
-    return make_error(e.what(), network_kind(e.what()));
+    return make_error(e.what(), kind_of(e.what()));
   } catch (...) {
     return make_error("an exception that is not a std::exception", kSailOther);
   }

@@ -25,3 +25,13 @@ struct sail_work {
 inline c10::intrusive_ptr<c10d::Store> named(const sail_store* store, const char* name) {
   return c10::make_intrusive<c10d::PrefixStore>(name, store->store);
 }
+
+namespace sail {
+
+// For calls that fail when another process or the network does.
+template <typename F>
+sail_error* guarded_remote(F&& body) {
+  return guarded(std::forward<F>(body), network_kind);
+}
+
+}  // namespace sail

@@ -16,7 +16,7 @@ extern "C" {
 // GLOO_SOCKET_IFNAME or the host's name.
 sail_error* sail_gloo_new(sail_store* store, const char* name, int rank, int size, int64_t timeout_ms, const char* address,
                           sail_group** out) {
-  return sail::guarded([&] {
+  return sail::guarded_remote([&] {
     using Gloo = c10d::ProcessGroupGloo;
     const auto timeout = std::chrono::milliseconds(timeout_ms);
     auto options = *address == '\0' ? Gloo::Options::create_default(timeout) : Gloo::Options::create(timeout);

@@ -6,13 +6,13 @@
 
 #include <chrono>
 
-using sail::guarded;
+using sail::guarded_remote;
 
 namespace {
 
 template <typename F>
 sail_error* started(sail_work** out, F&& start) {
-  return guarded([&] { *out = new sail_work{start()}; });
+  return guarded_remote([&] { *out = new sail_work{start()}; });
 }
 
 }  // namespace
@@ -22,7 +22,7 @@ extern "C" {
 void sail_group_free(sail_group* group) { delete group; }
 
 sail_error* sail_group_set_timeout(sail_group* group, int64_t timeout_ms) {
-  return guarded([&] { group->backend->setTimeout(std::chrono::milliseconds(timeout_ms)); });
+  return guarded_remote([&] { group->backend->setTimeout(std::chrono::milliseconds(timeout_ms)); });
 }
 
 // `op` is a c10d::ReduceOp::RedOpType.
@@ -76,7 +76,7 @@ sail_error* sail_barrier(sail_group* group, sail_work** out) {
 
 // Gloo: blocks until the collective has ended. NCCL: makes the current stream wait for it.
 sail_error* sail_work_wait(sail_work* work) {
-  return guarded([&] { work->work->wait(); });
+  return guarded_remote([&] { work->work->wait(); });
 }
 
 void sail_work_free(sail_work* work) { delete work; }

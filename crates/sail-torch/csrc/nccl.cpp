@@ -22,7 +22,7 @@ bool sail_has_nccl() {
 
 sail_error* sail_nccl_new(sail_store* store, const char* name, int rank, int size, int64_t timeout_ms, int device,
                           sail_group** out) {
-  return sail::guarded([&] {
+  return sail::guarded_remote([&] {
 #ifdef SAIL_WITH_NCCL
     using Nccl = c10d::ProcessGroupNCCL;
     auto options = Nccl::Options::create();

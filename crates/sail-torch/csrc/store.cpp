@@ -8,7 +8,7 @@
 
 #include <chrono>
 
-using sail::guarded;
+using sail::guarded_remote;
 
 namespace {
 
@@ -40,7 +40,7 @@ void sail_bytes_free(uint8_t* data) { std::free(data); }
 
 sail_error* sail_store_new(const char* host, uint16_t port, bool serve, const char* prefix,
                            int64_t timeout_ms, sail_store** out, uint16_t* found_port) {
-  return guarded([&] {
+  return guarded_remote([&] {
     quieten_once();
     c10d::TCPStoreOptions options;
     options.port = port;
@@ -58,24 +58,24 @@ sail_error* sail_store_new(const char* host, uint16_t port, bool serve, const ch
 void sail_store_free(sail_store* store) { delete store; }
 
 sail_error* sail_store_set(sail_store* store, const char* key, const uint8_t* data, size_t len) {
-  return guarded([&] { store->store->set(key, bytes(data, len)); });
+  return guarded_remote([&] { store->store->set(key, bytes(data, len)); });
 }
 
 // Waits until the key is there, at most the store's timeout.
 sail_error* sail_store_get(sail_store* store, const char* key, uint8_t** data, size_t* len) {
-  return guarded([&] { give(store->store->get(key), data, len); });
+  return guarded_remote([&] { give(store->store->get(key), data, len); });
 }
 
 sail_error* sail_store_check(sail_store* store, const char* key, bool* there) {
-  return guarded([&] { *there = store->store->check({key}); });
+  return guarded_remote([&] { *there = store->store->check({key}); });
 }
 
 sail_error* sail_store_add(sail_store* store, const char* key, int64_t amount, int64_t* sum) {
-  return guarded([&] { *sum = store->store->add(key, amount); });
+  return guarded_remote([&] { *sum = store->store->add(key, amount); });
 }
 
 sail_error* sail_store_wait(sail_store* store, const char* key, int64_t timeout_ms) {
-  return guarded([&] { store->store->wait({key}, std::chrono::milliseconds(timeout_ms)); });
+  return guarded_remote([&] { store->store->wait({key}, std::chrono::milliseconds(timeout_ms)); });
 }
 
 }  // extern "C"

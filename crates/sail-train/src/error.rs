@@ -36,6 +36,14 @@ pub enum Error {
         /// What to do about it.
         hint: String,
     },
+    /// The main rank cannot go on, and no rank without it.
+    #[error("rank 0: {message}")]
+    Elsewhere {
+        /// What it says.
+        message: String,
+        /// Its exit code.
+        code: u8,
+    },
     /// libtorch reported an error through tch.
     #[error(transparent)]
     Tch(#[from] tch::TchError),
@@ -131,6 +139,7 @@ impl Error {
             | Self::Config(_)
             | Self::Usage { .. }
             | Self::Preflight { .. } => 2,
+            Self::Elsewhere { code, .. } => *code,
             _ => 1,
         }
     }

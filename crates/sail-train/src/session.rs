@@ -72,7 +72,7 @@ impl Session {
         let device = rank_device(plan.run.device, world.place())?;
         let precision = choose_precision(plan.run.precision, device);
         let init = match (resume, &plan.init) {
-            (None, Some(init)) => Some(open_finished(&init.from)?),
+            (None, Some(init)) => Some(open_on_all(world, || open_finished(&init.from))?),
             _ => None,
         };
         let stored = resume.or(init.as_ref());
@@ -230,6 +230,8 @@ impl Session {
         self.step += 1;
         if !self.warm {
             self.warm = true;
+            // Nothing may be under way while the time that it may take changes.
+            self.optimizer.settle()?;
             self.world.set_timeout(self.plan.parallel.timeout_secs)?;
         }
         let Totals { samples, tokens, answer_tokens } = step.all.size;
@@ -342,6 +344,18 @@ impl Verdict {
     pub fn is_finite(&self) -> bool {
         self.loss.is_finite() && self.grad_norm.is_finite()
     }
+}
+
+/// Opens a checkpoint that the main rank finds and verifies.
+fn open_on_all(world: &World, find: impl FnOnce() -> Result<Checkpoint>) -> Result<Checkpoint> {
+    let mut found = None;
+    let dir = world.from_main(|| {
+        let checkpoint = find()?;
+        let dir = checkpoint.dir().to_owned();
+        found = Some(checkpoint);
+        Ok(dir)
+    })?;
+    found.map_or_else(|| Checkpoint::open_verified(&dir), Ok)
 }
 
 /// What two ranks must have alike before they share gradients.

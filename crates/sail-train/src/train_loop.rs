@@ -225,6 +225,8 @@ fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
     let (plan, world) = (&session.plan, &session.world);
     let after = evaluate(session, events)?;
     world.doing(session.step, "exporting");
+    // What one rank writes and reads back may take longer than a step.
+    world.set_timeout(plan.parallel.first_step_timeout_secs)?;
     let coverage = session.coverage()?;
     let weights = plan.export.as_ref().map(|_| session.exact_params(Module::Vision)).transpose()?;
     let summary = world.from_main(|| {

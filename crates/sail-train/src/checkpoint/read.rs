@@ -134,6 +134,11 @@ impl Checkpoint {
     /// # Errors
     /// When the checkpoint does not hold it.
     pub fn elements(&self, name: &str, kind: StateKind, elements: Range<i64>) -> Result<Tensor> {
+        let numel: i64 = self.manifest.pieces[self.pieces(name, kind)?[0]].shape.iter().product();
+        if elements.start < 0 || elements.start > elements.end || elements.end > numel {
+            let reason = format!("`{name}` has {numel} elements, {elements:?} were asked for");
+            return Err(Error::checkpoint(&self.dir, reason));
+        }
         let target = Tensor::f_empty([elements.end - elements.start], (Kind::Float, Device::Cpu))?;
         for i in self.pieces(name, kind)? {
             let piece = &self.manifest.pieces[*i];

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::{Parser, Subcommand};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{self, Config};
@@ -23,7 +23,7 @@ use crate::events::Console;
 use crate::launch::end_with_launcher;
 use crate::resume::Resume;
 use crate::train_loop::RunOptions;
-use crate::world::{Place, World};
+use crate::world::{Place, World, tell_of_panic};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -106,8 +106,17 @@ pub fn main() -> ExitCode {
 
 fn show(error: &Error, console: &Console) {
     // A configuration's errors print themselves, one `error:` each.
-    let prefix = if matches!(error, Error::Config(_)) { "" } else { "error: " };
+    let prefix = match error {
+        Error::Config(_) => "",
+        // Told by the rank itself.
+        Error::Elsewhere { .. } => return console.alarm(format!("error: {}", first_line(error))),
+        _ => "error: ",
+    };
     console.line(format!("{prefix}{}", with_causes(error)));
+}
+
+fn first_line(error: &Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 /// The error's message, with what lies behind it where the message does not say so itself.
@@ -139,9 +148,15 @@ fn print(text: impl std::fmt::Display) -> Result<()> {
 fn exit_on_panic(console: Console) {
     std::panic::set_hook(Box::new(move |info| {
         let backtrace = std::backtrace::Backtrace::capture();
-        console.line(format!("error: internal: {info}\n{backtrace}\n\nhint: the newest checkpoint is intact; please report this"));
-        std::process::exit(1);
+        console.alarm(format!("error: internal: {info}\n{backtrace}\n\nhint: the newest checkpoint is intact; please report this"));
+        tell_of_panic(&info.to_string());
+        end(1);
     }));
+}
+
+/// Ends the process at once, without what C++ libraries do at the end: they may wait for a rank that is stuck.
+fn end(code: u8) -> ! {
+    signal_hook::low_level::exit(code.into());
 }
 
 fn run(args: Args, console: &Console) -> Result<ExitCode> {
@@ -202,11 +217,13 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     }
 }
 
-/// The first SIGINT or SIGTERM asks for a save and a stop; a second one ends the process at once.
+/// The first SIGINT or SIGTERM asks for a save and a stop, a second one ends the process at once; SIGUSR1 only asks.
 fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
+    let failed = |source| Error::Io { path: "signal handler".into(), source };
+    // Sent by schedulers before the end of a job's time, perhaps more than once.
+    signal_hook::flag::register(SIGUSR1, Arc::clone(&stop)).map_err(failed)?;
     for signal in [SIGINT, SIGTERM] {
-        let failed = |source| Error::Io { path: "signal handler".into(), source };
         signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop)).map_err(failed)?;
         signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(failed)?;
     }

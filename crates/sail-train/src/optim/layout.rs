@@ -115,7 +115,9 @@ fn round_up(value: i64, multiple: i64) -> i64 {
 fn natural_order(a: &str, b: &str) -> Ordering {
     let part = |(a, b): (&str, &str)| match (a.parse::<u64>(), b.parse::<u64>()) {
         (Ok(a), Ok(b)) => a.cmp(&b),
-        _ => a.cmp(b),
+        (Ok(_), Err(_)) => Ordering::Less,
+        (Err(_), Ok(_)) => Ordering::Greater,
+        (Err(_), Err(_)) => a.cmp(b),
     };
     let parts = a.split('.').zip(b.split('.')).map(part);
     parts.fold(Ordering::Equal, Ordering::then).then_with(|| a.cmp(b))

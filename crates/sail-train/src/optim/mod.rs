@@ -136,7 +136,7 @@ impl Optimizer {
             precision,
             steps: 0,
         };
-        optimizer.take_over(params, train)?;
+        optimizer.take_over(params, &Params::new(), train)?;
         no_grad(|| {
             for param in params.values().filter(|param| param.kind() != precision) {
                 param.shallow_clone().set_data(&param.to_kind(precision));
@@ -146,11 +146,12 @@ impl Optimizer {
     }
 
     /// Takes over those parameters that `train` does not freeze and that are not trained yet, with fresh
-    /// moments. Every rank makes the same call after the same step.
+    /// moments. `exact` has the fp32 values of those that the model computes with in another type. Every rank makes
+    /// the same call after the same step.
     ///
     /// # Errors
     /// Those of libtorch.
-    pub fn take_over(&mut self, params: &Params, train: &TrainPlan) -> Result<()> {
+    pub fn take_over(&mut self, params: &Params, exact: &Params, train: &TrainPlan) -> Result<()> {
         let known: BTreeSet<&str> = self.names().collect();
         let mut fresh = Vec::new();
         for (name, param) in params.iter().filter(|(name, _)| !known.contains(name.as_str())) {
@@ -160,7 +161,7 @@ impl Optimizer {
         }
         let (_, world) = self.reduction.place();
         for layout in layout::cut(fresh, &self.blocks, self.bucket_elements, world)? {
-            let bucket = self.bucket(Arc::new(layout), params, train)?;
+            let bucket = self.bucket(Arc::new(layout), params, exact, train)?;
             self.buckets.push(bucket);
         }
         self.buckets.sort_by(|a, b| a.layout.cmp_forward(&b.layout));
@@ -168,7 +169,13 @@ impl Optimizer {
         Ok(())
     }
 
-    fn bucket(&self, layout: Arc<Layout>, params: &Params, train: &TrainPlan) -> Result<Bucket> {
+    fn bucket(
+        &self,
+        layout: Arc<Layout>,
+        params: &Params,
+        exact: &Params,
+        train: &TrainPlan,
+    ) -> Result<Bucket> {
         let (rank, world) = self.reduction.place();
         let owned = if self.reduction.is_sharded() { layout.shard(rank, world) } else { 0..layout.numel };
         let of_bucket: Vec<Tensor> =
@@ -184,7 +191,8 @@ impl Optimizer {
             for (index, range) in layout.pieces(&owned) {
                 let entry = &layout.entries[index];
                 let elements = within(entry, &range);
-                let value = narrow(&of_bucket[index].f_reshape([-1])?, &elements)?;
+                let value = exact.get(&entry.name).unwrap_or(&of_bucket[index]);
+                let value = narrow(&value.f_reshape([-1])?, &elements)?;
                 narrow(&master, &(range.start - owned.start..range.end - owned.start))?.f_copy_(&value)?;
                 let ModulePlan::Train { lr, weight_decay } = *train.get(module_of(&entry.name)?) else {
                     continue;

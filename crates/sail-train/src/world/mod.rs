@@ -30,12 +30,16 @@ use crate::events::Console;
 pub use agree::Fields;
 pub use place::{Place, Rendezvous, Server, Starter};
 use watch::Watch;
+pub(crate) use watch::tell_of_panic;
 
 /// Slows collectives down to a link of this many bytes a second, to study overlap on one machine.
 const SIMULATED_LINK: &str = "SAIL_SIMULATED_LINK_BYTES_PER_SEC";
 
 /// How much longer than its patience a rank waits until all have met, so that the main rank's answer comes first.
 const MARGIN: Duration = Duration::from_secs(5);
+
+/// How much later than the watch NCCL gives up.
+const BACKSTOP: Duration = Duration::from_secs(30);
 
 /// The processes that train together.
 pub struct World {
@@ -68,7 +72,6 @@ impl World {
     /// # Errors
     /// [`Error::Ranks`] when one does not come in time or was started otherwise; those of c10d.
     pub fn join(place: Place, plan: &Plan, console: &Console) -> Result<Self> {
-        let device = rank_device(plan.run.device, &place)?;
         let Some(meeting) = place.rendezvous.clone() else { return Ok(Self { place, ranks: None }) };
         let patience = Duration::from_secs(plan.parallel.first_step_timeout_secs);
         info!("rank {} of {} meets the others at {}:{}", place.rank, place.size, meeting.host, meeting.port);
@@ -81,37 +84,12 @@ impl World {
         watch.heard();
         let address = address_towards(&meeting.host, meeting.port);
         agree::meet(&store, &place, address.as_deref(), patience)?;
-        let program = Fields::from([("sail-train".to_owned(), agree::program()?)]);
-        agree::agree(&store, &place, "program", &program)?;
         watch.beat(connect().map_err(at_store)?, &meeting, patience)?;
-        let address = reachable_address(address, &store, &place)?;
-        let link = simulated_link()?;
-        let group = |name: &str, backend| {
-            let options = GroupOptions {
-                name: name.to_owned(),
-                backend,
-                rank: place.rank,
-                size: place.size,
-                timeout: patience,
-                address: address.clone(),
-            };
-            let group = ProcessGroup::join(&store, options)
-                .map_err(|error| watch.explain(error.into()))?
-                .with_counter(Arc::clone(watch.begun()));
-            Ok::<_, Error>(match link {
-                Some(bytes_per_sec) => group.with_simulated_link(bytes_per_sec),
-                None => group,
-            })
-        };
-        let host = Arc::new(group("host", Backend::Gloo)?);
-        let device = match Backend::for_device(device) {
-            Backend::Gloo => Arc::clone(&host),
-            nccl @ Backend::Nccl(_) => Arc::new(group("device", nccl)?),
-        };
-        Ok(Self {
-            place,
-            ranks: Some(Ranks { store, host, device, watch, told_bytes: AtomicU64::new(0), _server: server }),
-        })
+        // From here on the others learn what goes wrong.
+        let groups = form_groups(&place, plan, &store, address, watch.begun());
+        let (host, device) = groups.map_err(|error| watch.explain(error))?;
+        let told_bytes = AtomicU64::new(0);
+        Ok(Self { place, ranks: Some(Ranks { store, host, device, watch, told_bytes, _server: server }) })
     }
 
     /// This process, from 0.
@@ -163,7 +141,10 @@ impl World {
         let timeout = Duration::from_secs(secs);
         ranks.watch.set_limit(timeout);
         ranks.host.set_timeout(timeout)?;
-        ranks.device.set_timeout(timeout)?;
+        if !Arc::ptr_eq(&ranks.host, &ranks.device) {
+            // NCCL ends the process without a name; the watch, which has one, comes first.
+            ranks.device.set_timeout(timeout + BACKSTOP)?;
+        }
         Ok(())
     }
 
@@ -209,11 +190,14 @@ impl World {
     /// What the main rank makes, on every rank; an error there is one everywhere.
     ///
     /// # Errors
-    /// The main rank's, and those of c10d.
+    /// The main rank's, on the others as [`Error::Elsewhere`]; those of c10d.
     pub fn from_main<T: Serialize + DeserializeOwned>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(ranks) = &self.ranks else { return make() };
-        // A list, since a value may itself be JSON's `null`.
-        let made = if self.is_main() { vec![make()?] } else { Vec::new() };
+        let (made, failed) = match self.is_main().then(make) {
+            None => (None, None),
+            Some(Ok(made)) => (Some(Ok(made)), None),
+            Some(Err(error)) => (Some(Err((error.to_string(), error.exit_code()))), Some(error)),
+        };
         let bytes = serde_json::to_vec(&made).map_err(Error::exchange)?;
         let length = Tensor::from_slice(&[bytes.len() as i64]);
         ranks.host.broadcast(&length, 0)?.wait()?;
@@ -221,9 +205,14 @@ impl World {
         padded.resize(length.int64_value(&[0]) as usize, 0);
         let text = Tensor::from_slice(&padded);
         ranks.host.broadcast(&text, 0)?.wait()?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
         let text = Vec::<u8>::try_from(&text)?;
-        let [made] = serde_json::from_slice::<[T; 1]>(&text).map_err(Error::exchange)?;
-        Ok(made)
+        // Not as an option, since a value may itself be JSON's `null`.
+        let made: std::result::Result<T, (String, u8)> =
+            serde_json::from_slice(&text).map_err(Error::exchange)?;
+        made.map_err(|(message, code)| Error::Elsewhere { message, code })
     }
 
     /// Does on the main rank alone what needs no other.
@@ -261,6 +250,36 @@ impl World {
             agree::leave(&ranks.store, &self.place);
         }
     }
+}
+
+/// The groups of ranks that have met: for numbers on the host, and for tensors on the device.
+fn form_groups(
+    place: &Place,
+    plan: &Plan,
+    store: &Store,
+    address: Option<String>,
+    begun: &Arc<AtomicU64>,
+) -> Result<(Arc<ProcessGroup>, Arc<ProcessGroup>)> {
+    agree::agree(store, place, "program", &Fields::from([("sail-train".to_owned(), agree::program()?)]))?;
+    let device = rank_device(plan.run.device, place)?;
+    let address = reachable_address(address, store, place)?;
+    let link = simulated_link()?;
+    let timeout = Duration::from_secs(plan.parallel.first_step_timeout_secs);
+    let group = |name: &str, backend| {
+        let (name, address) = (name.to_owned(), address.clone());
+        let options = GroupOptions { name, backend, rank: place.rank, size: place.size, timeout, address };
+        let group = ProcessGroup::join(store, options)?.with_counter(Arc::clone(begun));
+        Ok::<_, Error>(Arc::new(match link {
+            Some(bytes_per_sec) => group.with_simulated_link(bytes_per_sec),
+            None => group,
+        }))
+    };
+    let host = group("host", Backend::Gloo)?;
+    let device = match Backend::for_device(device) {
+        Backend::Gloo => Arc::clone(&host),
+        nccl @ Backend::Nccl(_) => group("device", nccl)?,
+    };
+    Ok((host, device))
 }
 
 /// The address of this host from which it reaches another one.

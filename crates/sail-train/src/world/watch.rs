@@ -6,7 +6,7 @@
 //! tells the main thread, which asks here who is the reason ([`Watch::explain`]).
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,21 @@ const GRACE: Duration = Duration::from_secs(3);
 const TO_BE_READ: Duration = Duration::from_secs(1);
 /// How long it may take to find out who is the reason of an error.
 const EXPLAIN: Duration = Duration::from_secs(5);
+
+/// For a panic, which may come in any thread.
+static OF_PROCESS: OnceLock<(Arc<Shared>, Arc<Store>)> = OnceLock::new();
+
+/// Tells the others, where there are any, that this process ends with a panic; in bounded time.
+pub(crate) fn tell_of_panic(text: &str) {
+    let Some((shared, store)) = OF_PROCESS.get() else { return };
+    let told =
+        format!("rank {} on {}: {}", shared.rank, host_name(), text.lines().next().unwrap_or_default());
+    let telling = thread::spawn(move || shared.tell(store, &told));
+    let started = Instant::now();
+    while !telling.is_finished() && started.elapsed() < EXPLAIN {
+        thread::sleep(Duration::from_millis(10));
+    }
+}
 
 /// The two threads.
 pub(super) struct Watch {
@@ -108,6 +123,8 @@ impl Watch {
         self.shared.state().server = server(meeting, &main);
         self.heard();
         self.set_limit(limit);
+        // A process trains in one world.
+        let _ = OF_PROCESS.set((Arc::clone(&self.shared), Arc::clone(&store)));
         let (beating, beating_store) = (Arc::clone(&self.shared), Arc::clone(&store));
         self.store = Some(store);
         self.threads.push(spawn("sail-beat", move || beating.keep_beating(&beating_store))?);
@@ -204,9 +221,14 @@ impl Shared {
     fn keep_beating(&self, store: &Store) {
         let next = (self.rank + 1) % self.size;
         let (mut seen, mut changed) = (Beat::default(), Instant::now());
+        let (mut own, mut moved) = (0, Instant::now());
         for count in 1.. {
             if park() {
-                changed = Instant::now();
+                (changed, moved) = (Instant::now(), Instant::now());
+            }
+            let begun = self.begun.load(Ordering::Relaxed);
+            if begun != own {
+                (own, moved) = (begun, Instant::now());
             }
             if self.is_over() {
                 return;
@@ -223,6 +245,14 @@ impl Shared {
                         let text = format!("no sign of life from {rank} for {secs} s, last seen at {place}");
                         self.tell(store, &text);
                         self.give_up(&text);
+                    }
+                    // On CUDA the host waits for the device, where no collective reports its timeout.
+                    if moved.elapsed() > self.limit() + GRACE && self.is_working() {
+                        moved = Instant::now();
+                        if let Ok(Some(reason)) = beats::who_is_late(store, self.rank, self.size, own) {
+                            self.tell(store, &reason);
+                            self.give_up(&reason);
+                        }
                     }
                 }
                 Ok(None) => {
