@@ -14,7 +14,7 @@ fn main() {
     build
         .cpp(true)
         .std("c++17")
-        .files(["ops", "store", "group", "gloo", "nccl"].map(|name| format!("csrc/{name}.cpp")))
+        .files(["ops", "device", "store", "group", "gloo", "nccl"].map(|name| format!("csrc/{name}.cpp")))
         .include("csrc/gloo_api")
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))

@@ -77,6 +77,10 @@ unsafe extern "C" {
     ) -> *mut RawError;
     pub(crate) fn sail_take_grad(param: *mut C_tensor, out: *mut *mut C_tensor) -> *mut RawError;
 
+    pub(crate) fn sail_set_device(device: c_int) -> *mut RawError;
+    pub(crate) fn sail_has_context(device: c_int, there: *mut bool) -> *mut RawError;
+    pub(crate) fn sail_memory_peak(device: c_int, allocated: *mut i64, reserved: *mut i64) -> *mut RawError;
+
     pub(crate) fn sail_bytes_free(data: *mut u8);
     pub(crate) fn sail_store_new(
         host: *const c_char,
@@ -134,6 +138,7 @@ unsafe extern "C" {
         out: *mut *mut RawGroup,
     ) -> *mut RawError;
     pub(crate) fn sail_group_free(group: *mut RawGroup);
+    pub(crate) fn sail_group_shut_down(group: *mut RawGroup) -> *mut RawError;
     pub(crate) fn sail_group_set_timeout(group: *mut RawGroup, timeout_ms: i64) -> *mut RawError;
     pub(crate) fn sail_all_reduce(
         group: *mut RawGroup,

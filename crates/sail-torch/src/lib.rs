@@ -8,11 +8,13 @@
 //! | [`fused_adamw`], [`global_norm`], [`foreach_mul`] | the update of many parameters in one call |
 //! | [`varlen_attention`] | attention over segments, on CUDA |
 //! | [`on_accumulated`], [`take_grad`] | gradients as they arrive in a backward pass |
+//! | [`set_device`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
 //! | [`Store`], [`ProcessGroup`] | rendezvous and collectives (c10d with Gloo or NCCL) |
 
 mod attention;
 mod autograd;
 mod call;
+mod device;
 mod error;
 mod ffi;
 mod group;
@@ -21,6 +23,7 @@ mod store;
 
 pub use attention::{has_varlen_attention, varlen_attention};
 pub use autograd::{on_accumulated, take_grad};
+pub use device::{MemoryPeak, has_context, memory_peak, set_device};
 pub use error::{Error, Result};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work, has_nccl};
 pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm};

@@ -69,7 +69,7 @@ impl Session {
     /// Whatever a file, a configuration or the data reports; a checkpoint of another plan; ranks that differ.
     pub fn build(plan: &Plan, world: &Arc<World>, resume: Option<&Checkpoint>) -> Result<Self> {
         check_division(plan, world.size())?;
-        let device = rank_device(plan.run.device, world.place())?;
+        let device = take_device(plan.run.device, world.place())?;
         let precision = choose_precision(plan.run.precision, device);
         let init = match (resume, &plan.init) {
             (None, Some(init)) => Some(open_finished(&init.from)?),
@@ -202,10 +202,10 @@ impl Session {
     /// place where the host waits for the device in a step.
     pub fn agree(&self, loss: &Tensor, stop: bool) -> Result<Verdict> {
         self.world.doing(self.step + 1, "agreeing on the step");
-        let device = (Kind::Double, self.device);
-        let own =
-            [loss, &self.optimizer.squared_norm()?, &Tensor::from(f64::from(stop)).to_device(self.device)];
-        let sums = Tensor::stack(&own.map(|value| value.to_kind(device.0)), 0);
+        // Made on the device: a copy from the host would wait for all that is queued there.
+        let stop = Tensor::f_full([], f64::from(stop), (Kind::Double, self.device))?;
+        let own = [loss, &self.optimizer.squared_norm()?, &stop];
+        let sums = Tensor::stack(&own.map(|value| value.to_kind(Kind::Double)), 0);
         if let Some(group) = self.world.group() {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
         }
@@ -455,8 +455,14 @@ fn check_division(plan: &Plan, world: usize) -> Result<()> {
     Ok(())
 }
 
-/// The device of a rank: `auto` is the one of its place on its host.
-pub(crate) fn rank_device(choice: DeviceChoice, place: &Place) -> Result<Device> {
+/// Has the calling thread work on the device of a rank: `auto` is the one of its place on its host.
+pub(crate) fn take_device(choice: DeviceChoice, place: &Place) -> Result<Device> {
+    let device = rank_device(choice, place)?;
+    sail_torch::set_device(device)?;
+    Ok(device)
+}
+
+fn rank_device(choice: DeviceChoice, place: &Place) -> Result<Device> {
     match choice {
         DeviceChoice::Auto if Cuda::is_available() => choose_device(DeviceChoice::Cuda(place.local_rank)),
         DeviceChoice::Cuda(_) if place.local_size > 1 => Err(Error::usage(

@@ -96,6 +96,9 @@ pub fn main() -> ExitCode {
             // A configuration's errors print themselves, one `error:` each.
             let prefix = if matches!(error, Error::Config(_)) { "" } else { "error: " };
             console.line(format!("{prefix}{}", with_causes(&error)));
+            if Place::from_env().is_ok_and(|place| place.rendezvous.is_some()) {
+                end(error.exit_code());
+            }
             ExitCode::from(error.exit_code())
         }
     }
@@ -131,8 +134,13 @@ fn exit_on_panic(console: Console) {
     std::panic::set_hook(Box::new(move |info| {
         let backtrace = std::backtrace::Backtrace::capture();
         console.line(format!("error: internal: {info}\n{backtrace}\n\nhint: the newest checkpoint is intact; please report this"));
-        std::process::exit(1);
+        end(1);
     }));
+}
+
+/// Ends the process at once, without what C++ libraries do at the end: they may wait for a rank that is stuck.
+fn end(code: u8) -> ! {
+    signal_hook::low_level::exit(code.into())
 }
 
 fn run(args: Args, console: &Console) -> Result<ExitCode> {

@@ -18,12 +18,12 @@ use sail_torch::{Backend, GroupOptions, ProcessGroup, Store};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tch::{Device, Kind, Tensor};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::config::Plan;
 use crate::error::{Error, Result};
 use crate::events::Console;
-use crate::session::rank_device;
+use crate::session::take_device;
 
 pub use agree::Fields;
 pub use place::{Place, Rendezvous, Starter};
@@ -61,7 +61,7 @@ impl World {
     /// # Errors
     /// [`Error::Ranks`] when one does not come in time or was started otherwise; those of c10d.
     pub fn join(place: Place, plan: &Plan, console: &Console) -> Result<Self> {
-        let device = rank_device(plan.run.device, &place)?;
+        let device = take_device(plan.run.device, &place)?;
         let Some(meeting) = place.rendezvous.clone() else { return Ok(Self { place, ranks: None }) };
         let patience = Duration::from_secs(plan.parallel.first_step_timeout_secs);
         info!("rank {} of {} meets the others at {}:{}", place.rank, place.size, meeting.host, meeting.port);
@@ -240,6 +240,10 @@ impl World {
     /// Those of c10d.
     pub fn leave(&self) -> Result<()> {
         let Some(ranks) = &self.ranks else { return Ok(()) };
+        if let Err(error) = ranks.device.shut_down() {
+            // The run is done and saved.
+            warn!("the ranks' group was not left in order: {error}");
+        }
         let left = agree::leave(&ranks.store, &self.place);
         ranks.watch.end();
         left
