@@ -105,6 +105,8 @@ pub struct StepReport {
     pub data_wait_secs: f64,
     /// How well its packs are packed.
     pub packing: Packing,
+    /// The most memory of this rank's device that tensors have held so far, bytes; None on the CPU.
+    pub peak_memory_bytes: Option<u64>,
     /// What was seen of each source since the start of the stage.
     pub coverage: BTreeMap<String, Tally>,
 }
@@ -164,7 +166,8 @@ impl Events {
             "samples": report.size.samples, "tokens": report.size.tokens,
             "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
             "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
-            "packing": report.packing, "coverage": report.coverage,
+            "packing": report.packing, "peak_memory_bytes": report.peak_memory_bytes,
+            "coverage": report.coverage,
         }))?;
         let (steps, wait) = (self.plan.schedule.steps, 100.0 * report.data_wait_secs / report.step_secs);
         let figures = format!(
