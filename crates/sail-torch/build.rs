@@ -22,6 +22,10 @@ fn main() {
     if let Some(headers) = nccl_headers(torch) {
         build.includes(headers).define("SAIL_WITH_NCCL", None);
     }
+    if env::var_os("CARGO_FEATURE_ADDRESS_SANITIZER").is_some() {
+        build.opt_level(1).flag("-g1").flag("-fsanitize=address").flag("-fno-omit-frame-pointer");
+        println!("cargo:rustc-link-lib=asan");
+    }
     build.compile("sail_torch_shim");
     // So that this crate's tests find libtorch, and libtorch its own dependencies, without a variable.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib_dir.display());
