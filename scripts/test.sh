@@ -2,7 +2,8 @@
 # Sets up and runs every check: formatting, lints, documentation, unit and end-to-end tests, parity
 # with transformers.
 #   ./scripts/test.sh              everything that is quick enough to run before each change
-#   ./scripts/test.sh --extended   also the long fault-injection loops
+#   ./scripts/test.sh --extended   also the long fault-injection loops, the C++ code under AddressSanitizer, and all
+#                                  of the check of GPU machines
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,7 +11,7 @@ extended=no
 for arg in "$@"; do
   case "$arg" in
     --extended) extended=yes ;;
-    -h|--help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown argument \`$arg\`; see $0 --help" >&2; exit 2 ;;
   esac
 done
@@ -29,7 +30,15 @@ step .venv/bin/python scripts/fetch_demo_weights.py
 step cargo test --release --workspace
 step .venv/bin/python tests/reference/test_remote_code.py
 step .venv/bin/python tests/reference/check_webdataset.py
+# The check of GPU machines as it is carried to one, but on the CPU; libtorch is that of a Python there.
+pack=$(mktemp -d)
+trap 'rm -rf "$pack"' EXIT
+step ./scripts/gpu_check.sh --pack "$pack"
+gpu_check=("$pack/gpu_check.sh" --cpu)
+[ "$extended" = yes ] || gpu_check+=(--short)
+PYTHON=.venv/bin/python step "${gpu_check[@]}"
 if [ "$extended" = yes ]; then
+  step ./scripts/sanitize.sh
   step cargo test --release --workspace -- --ignored
 fi
 printf '\nall checks passed\n'

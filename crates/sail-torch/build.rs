@@ -14,13 +14,20 @@ fn main() {
     build
         .cpp(true)
         .std("c++17")
-        .files(["ops", "cpu_memory", "store", "group", "gloo", "nccl"].map(|name| format!("csrc/{name}.cpp")))
+        .files(
+            ["ops", "cpu_memory", "device", "store", "group", "gloo", "nccl"]
+                .map(|name| format!("csrc/{name}.cpp")),
+        )
         .include("csrc/gloo_api")
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))
         .warnings(false);
     if let Some(headers) = nccl_headers(torch) {
         build.includes(headers).define("SAIL_WITH_NCCL", None);
+    }
+    if env::var_os("CARGO_FEATURE_ADDRESS_SANITIZER").is_some() {
+        build.opt_level(1).flag("-g1").flag("-fsanitize=address").flag("-fno-omit-frame-pointer");
+        println!("cargo:rustc-link-lib=asan");
     }
     build.compile("sail_torch_shim");
     // So that this crate's tests find libtorch, and libtorch its own dependencies, without a variable.

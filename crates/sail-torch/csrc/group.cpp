@@ -21,6 +21,11 @@ extern "C" {
 
 void sail_group_free(sail_group* group) { delete group; }
 
+// Waits for all collectives, then leaves the group; every rank makes the same call.
+sail_error* sail_group_shut_down(sail_group* group) {
+  return guarded_remote([&] { group->backend->shutdown(); });
+}
+
 sail_error* sail_group_set_timeout(sail_group* group, int64_t timeout_ms) {
   return guarded_remote([&] { group->backend->setTimeout(std::chrono::milliseconds(timeout_ms)); });
 }

@@ -82,6 +82,9 @@ unsafe extern "C" {
 
     pub(crate) fn sail_cpu_memory_begin(out: *mut *mut RawCpuMemory) -> *mut RawError;
     pub(crate) fn sail_cpu_memory_end(watching: *mut RawCpuMemory, current: *mut i64, peak: *mut i64);
+    pub(crate) fn sail_set_device(device: c_int) -> *mut RawError;
+    pub(crate) fn sail_has_context(device: c_int, there: *mut bool) -> *mut RawError;
+    pub(crate) fn sail_memory_peak(device: c_int, allocated: *mut i64, reserved: *mut i64) -> *mut RawError;
 
     pub(crate) fn sail_bytes_free(data: *mut u8);
     pub(crate) fn sail_store_new(
@@ -140,6 +143,7 @@ unsafe extern "C" {
         out: *mut *mut RawGroup,
     ) -> *mut RawError;
     pub(crate) fn sail_group_free(group: *mut RawGroup);
+    pub(crate) fn sail_group_shut_down(group: *mut RawGroup) -> *mut RawError;
     pub(crate) fn sail_group_set_timeout(group: *mut RawGroup, timeout_ms: i64) -> *mut RawError;
     pub(crate) fn sail_all_reduce(
         group: *mut RawGroup,

@@ -3,7 +3,7 @@
 //! Every rank of a group makes the same calls in the same order with tensors of the same size and type.
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -87,10 +87,14 @@ pub struct GroupOptions {
 }
 
 /// Processes that make collectives together.
+///
+/// One with [`Backend::Nccl`] that goes before [`ProcessGroup::shut_down`] is left as it is until the process ends:
+/// c10d's destructor would wait for collectives that a rank which has failed never makes.
 #[derive(Debug)]
 pub struct ProcessGroup {
     raw: NonNull<RawGroup>,
     options: GroupOptions,
+    is_shut_down: AtomicBool,
     sent_bytes: AtomicU64,
     started: Arc<AtomicU64>,
     link: Option<Link>,
@@ -154,7 +158,8 @@ impl ProcessGroup {
         };
         outcome(OP, error)?;
         let raw = NonNull::new(raw).expect("invariant: given without an error");
-        Ok(Self { raw, options, sent_bytes: AtomicU64::new(0), started: Arc::default(), link: None })
+        let (is_shut_down, sent_bytes) = (AtomicBool::new(false), AtomicU64::new(0));
+        Ok(Self { raw, options, is_shut_down, sent_bytes, started: Arc::default(), link: None })
     }
 
     /// Makes collectives take as long as over a link of this many bytes a second, one after the other.
@@ -197,6 +202,21 @@ impl ProcessGroup {
         // SAFETY: a live group.
         let error = unsafe { ffi::sail_group_set_timeout(self.raw.as_ptr(), millis(timeout)) };
         outcome("set_timeout", error)
+    }
+
+    /// Leaves the group once every collective has ended; it is not to be used afterwards. Every rank makes the same
+    /// call, a second one does nothing. Gloo has nothing to do here.
+    ///
+    /// # Errors
+    /// Those of NCCL.
+    pub fn shut_down(&self) -> Result<()> {
+        if self.is_shut_down.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        // SAFETY: a live group.
+        outcome("shut_down", unsafe { ffi::sail_group_shut_down(self.raw.as_ptr()) })?;
+        self.is_shut_down.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Starts to put the tensors of all ranks together, in place.
@@ -334,6 +354,9 @@ impl ProcessGroup {
 
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
+        if self.options.backend != Backend::Gloo && !*self.is_shut_down.get_mut() {
+            return;
+        }
         // SAFETY: the pointer is owned by this value alone.
         unsafe { ffi::sail_group_free(self.raw.as_ptr()) };
     }
@@ -465,6 +488,8 @@ mod tests {
                     assert_eq!(values(&tensor)[..1], [n - 1.0]);
                     group.barrier().unwrap();
                 }
+                group.shut_down().unwrap();
+                group.shut_down().unwrap();
             });
         }
     }

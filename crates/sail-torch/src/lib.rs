@@ -9,12 +9,14 @@
 //! | [`varlen_attention`] | attention over segments, on CUDA |
 //! | [`on_accumulated`], [`take_grad`] | gradients as they arrive in a backward pass |
 //! | [`cpu_memory::measure`] | what libtorch takes on the CPU while something runs |
+//! | [`set_device`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
 //! | [`Store`], [`ProcessGroup`] | rendezvous and collectives (c10d with Gloo or NCCL) |
 
 mod attention;
 mod autograd;
 mod call;
 pub mod cpu_memory;
+mod device;
 mod error;
 mod ffi;
 mod group;
@@ -23,6 +25,7 @@ mod store;
 
 pub use attention::{has_varlen_attention, varlen_attention};
 pub use autograd::{on_accumulated, take_grad};
+pub use device::{MemoryPeak, has_context, memory_peak, set_device};
 pub use error::{Error, Result};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work, has_nccl};
 pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm};

@@ -8,8 +8,14 @@ use crate::config::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::world::Place;
 
-/// The device of a rank: `auto` is the one of its place on its host.
-pub(crate) fn rank_device(choice: DeviceChoice, place: &Place) -> Result<Device> {
+/// Has the calling thread work on the device of a rank: `auto` is the one of its place on its host.
+pub(crate) fn take_device(choice: DeviceChoice, place: &Place) -> Result<Device> {
+    let device = rank_device(choice, place)?;
+    sail_torch::set_device(device)?;
+    Ok(device)
+}
+
+fn rank_device(choice: DeviceChoice, place: &Place) -> Result<Device> {
     match choice {
         DeviceChoice::Auto if Cuda::is_available() => choose_device(DeviceChoice::Cuda(place.local_rank)),
         DeviceChoice::Cuda(_) if place.local_size > 1 => Err(Error::usage(

@@ -107,6 +107,8 @@ pub struct StepReport {
     pub packing: Packing,
     /// Bytes that each rank sent to the others.
     pub sent_bytes: u64,
+    /// The most memory of this rank's device that tensors have held so far, bytes; None on the CPU.
+    pub peak_memory_bytes: Option<u64>,
     /// What was seen of each source since the start of the stage.
     pub coverage: BTreeMap<String, Tally>,
 }
@@ -166,7 +168,8 @@ impl Events {
             "samples": report.size.samples, "tokens": report.size.tokens,
             "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
             "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
-            "sent_bytes": report.sent_bytes, "packing": report.packing, "coverage": report.coverage,
+            "sent_bytes": report.sent_bytes, "packing": report.packing,
+            "peak_memory_bytes": report.peak_memory_bytes, "coverage": report.coverage,
         }))?;
         let (steps, wait) = (self.plan.schedule.steps, 100.0 * report.data_wait_secs / report.step_secs);
         let figures = format!(

@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
 use crate::config::{ModelSource, Module, Plan, VisualShape};
-use crate::device::{choose_device, choose_precision, rank_device};
+use crate::device::{choose_device, choose_precision, take_device};
 use crate::error::{Error, Result};
 use crate::eval::Evaluator;
 use crate::optim::{Optimizer, StateKind, StatePiece};
@@ -69,7 +69,7 @@ impl Session {
     /// Whatever a file, a configuration or the data reports; a checkpoint of another plan; ranks that differ.
     pub fn build(plan: &Plan, world: &Arc<World>, resume: Option<&Checkpoint>) -> Result<Self> {
         check_division(plan, world.size())?;
-        let device = rank_device(plan.run.device, world.place())?;
+        let device = take_device(plan.run.device, world.place())?;
         let precision = choose_precision(plan.run.precision, device);
         let init = match (resume, &plan.init) {
             (None, Some(init)) => Some(open_on_all(world, || open_finished(&init.from))?),
@@ -204,10 +204,10 @@ impl Session {
     /// place where the host waits for the device in a step.
     pub fn agree(&self, loss: &Tensor, stop: bool) -> Result<Verdict> {
         self.world.doing(self.step + 1, "agreeing on the step");
-        let device = (Kind::Double, self.device);
-        let own =
-            [loss, &self.optimizer.squared_norm()?, &Tensor::from(f64::from(stop)).to_device(self.device)];
-        let sums = Tensor::stack(&own.map(|value| value.to_kind(device.0)), 0);
+        // Made on the device: a copy from the host would wait for all that is queued there.
+        let stop = Tensor::f_full([], f64::from(stop), (Kind::Double, self.device))?;
+        let own = [loss, &self.optimizer.squared_norm()?, &stop];
+        let sums = Tensor::stack(&own.map(|value| value.to_kind(Kind::Double)), 0);
         if let Some(group) = self.world.group() {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
         }

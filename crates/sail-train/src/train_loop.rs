@@ -114,7 +114,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
         let lr_factor = factor(&plan.schedule, session.step);
         session.update(lr_factor)?;
         session.advance(&step)?;
-        events.step(&report(&session, &step, &verdict, lr_factor, started))?;
+        events.step(&report(&session, &step, &verdict, lr_factor, started)?)?;
 
         let done = session.step == plan.schedule.steps;
         if is_due(plan.checkpoint.every, session.step) || done || verdict.stop {
@@ -152,8 +152,14 @@ fn check_finite(verdict: &Verdict, session: &Session, step: &Step) -> Result<()>
     Err(Error::NotFinite { step: session.step + 1, loss, grad_norm, samples })
 }
 
-fn report(session: &Session, step: &Step, verdict: &Verdict, lr_factor: f64, started: Instant) -> StepReport {
-    StepReport {
+fn report(
+    session: &Session,
+    step: &Step,
+    verdict: &Verdict,
+    lr_factor: f64,
+    started: Instant,
+) -> Result<StepReport> {
+    Ok(StepReport {
         step: session.step,
         loss: verdict.loss,
         grad_norm: verdict.grad_norm,
@@ -163,8 +169,9 @@ fn report(session: &Session, step: &Step, verdict: &Verdict, lr_factor: f64, sta
         data_wait_secs: step.all.data_wait_secs,
         packing: step.all.packing(session.plan.batch.tokens_per_pack),
         sent_bytes: session.world.newly_sent_bytes(),
+        peak_memory_bytes: sail_torch::memory_peak(session.device)?.map(|peak| peak.allocated),
         coverage: step.all.coverage.clone(),
-    }
+    })
 }
 
 fn write_in(run_dir: &Path, name: &str, text: &str) -> Result<()> {

@@ -42,6 +42,7 @@ impl Trained {
     /// When it is none of these, or its parts do not fit together.
     pub fn open(path: &Path, device: DeviceChoice, precision: Precision) -> Result<Self> {
         let device = choose_device(device)?;
+        sail_torch::set_device(device)?;
         let trained = match export::open_mllm(path, device)? {
             Some(exported) => exported,
             None => Self::from_checkpoint(&open_any(path)?, device)?,

@@ -99,6 +99,9 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             show(&error, &console);
+            if Place::from_env().is_ok_and(|place| place.rendezvous.is_some()) {
+                end(error.exit_code());
+            }
             ExitCode::from(error.exit_code())
         }
     }
@@ -156,7 +159,7 @@ fn exit_on_panic(console: Console) {
 
 /// Ends the process at once, without what C++ libraries do at the end: they may wait for a rank that is stuck.
 fn end(code: u8) -> ! {
-    signal_hook::low_level::exit(code.into());
+    signal_hook::low_level::exit(code.into())
 }
 
 fn run(args: Args, console: &Console) -> Result<ExitCode> {

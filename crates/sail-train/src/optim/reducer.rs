@@ -37,14 +37,15 @@ impl Reduction {
         self.group.as_ref().map_or((0, 1), |group| (group.rank(), group.size()))
     }
 
-    /// Whether each rank keeps only its part of masters and moments.
+    /// Whether each rank keeps only its part of masters and moments; also in a group of one, so that its steps are
+    /// made as those of any other.
     pub(super) fn is_sharded(&self) -> bool {
-        self.place().1 > 1 && self.strategy != Strategy::Ddp
+        self.group.is_some() && self.strategy != Strategy::Ddp
     }
 
     /// Whether each rank keeps only its part of the gradients.
     pub(super) fn keeps_parts(&self) -> bool {
-        self.place().1 > 1 && self.strategy == Strategy::Zero2
+        self.group.is_some() && self.strategy == Strategy::Zero2
     }
 }
 
@@ -243,9 +244,7 @@ impl Inner {
         let inbox = &mut self.buckets[bucket];
         inbox.has_left = true;
         let whole = inbox.whole()?;
-        let Some(group) = self.reduction.group.as_ref().filter(|group| group.size() > 1) else {
-            return Ok(());
-        };
+        let Some(group) = &self.reduction.group else { return Ok(()) };
         let outgoing = match self.reduction.dtype {
             ReduceDtype::Fp32 => whole,
             ReduceDtype::Bf16 => whole.f_to_kind(Kind::BFloat16)?,

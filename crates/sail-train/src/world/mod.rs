@@ -20,10 +20,10 @@ use sail_torch::{Backend, GroupOptions, ProcessGroup, Store};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tch::{Device, Kind, Tensor};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::config::Plan;
-use crate::device::rank_device;
+use crate::device::take_device;
 use crate::error::{Error, Result};
 use crate::events::Console;
 
@@ -245,10 +245,13 @@ impl World {
 
     /// Leaves the others in peace: they know that this process has done its part.
     pub fn leave(&self) {
-        if let Some(ranks) = &self.ranks {
-            ranks.watch.end();
-            agree::leave(&ranks.store, &self.place);
+        let Some(ranks) = &self.ranks else { return };
+        if let Err(error) = ranks.device.shut_down() {
+            // The run is done and saved.
+            warn!("the ranks' group was not left in order: {error}");
         }
+        ranks.watch.end();
+        agree::leave(&ranks.store, &self.place);
     }
 }
 
@@ -261,7 +264,7 @@ fn form_groups(
     begun: &Arc<AtomicU64>,
 ) -> Result<(Arc<ProcessGroup>, Arc<ProcessGroup>)> {
     agree::agree(store, place, "program", &Fields::from([("sail-train".to_owned(), agree::program()?)]))?;
-    let device = rank_device(plan.run.device, place)?;
+    let device = take_device(plan.run.device, place)?;
     let address = reachable_address(address, store, place)?;
     let link = simulated_link()?;
     let timeout = Duration::from_secs(plan.parallel.first_step_timeout_secs);

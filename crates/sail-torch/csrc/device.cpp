@@ -1,0 +1,41 @@
+// Devices: the one a thread works on, and what libtorch holds there. No header of CUDA is needed: libtorch_cuda
+// registers what these interfaces lead to.
+
+#include "common.h"
+
+#include <ATen/Context.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
+using sail::guarded;
+
+extern "C" {
+
+sail_error* sail_set_device(int device) {
+  return guarded([&] {
+    // The group is made before any tensor is.
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    const auto index = static_cast<c10::DeviceIndex>(device);
+    c10::impl::getDeviceGuardImpl(at::kCUDA)->setDevice(at::Device(at::kCUDA, index));
+  });
+}
+
+sail_error* sail_has_context(int device, bool* there) {
+  return guarded([&] {
+    *there = at::detail::getCUDAHooks().hasPrimaryContext(static_cast<c10::DeviceIndex>(device));
+  });
+}
+
+// Of the tensors, and of what was taken from the device for them.
+sail_error* sail_memory_peak(int device, int64_t* allocated, int64_t* reserved) {
+  return guarded([&] {
+    constexpr auto all = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    const auto index = static_cast<c10::DeviceIndex>(device);
+    const auto stats = at::getDeviceAllocator(at::kCUDA)->getDeviceStats(index);
+    *allocated = stats.allocated_bytes[all].peak;
+    *reserved = stats.reserved_bytes[all].peak;
+  });
+}
+
+}  // extern "C"
