@@ -87,6 +87,12 @@ pub(crate) fn begin(plan: &Plan, world: &World, resume: &Resume) -> Result<Begin
 fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
     let dir = &plan.run.dir;
     let checkpoint = match resume {
+        Resume::From(path) if !path.exists() => {
+            return Err(Error::usage(
+                format!("`--resume`: `{}` does not exist", path.display()),
+                format!("name a `step-…` folder of `{}`, or use `--resume auto`", dir.display()),
+            ));
+        }
         Resume::From(path) => Some(Checkpoint::open(path)?),
         Resume::Auto => checkpoint::newest(dir)?,
         Resume::Never => match checkpoint::newest(dir)? {

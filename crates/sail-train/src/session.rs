@@ -455,18 +455,15 @@ pub(crate) fn encoder(tokenizer: &Path, text: &TextSpec, llm: &LlmConfig) -> Res
 
 /// Every rank has as many streams and packs as any other.
 fn check_division(plan: &Plan, world: usize) -> Result<()> {
-    for (path, value) in
-        [("batch.packs_per_step", plan.batch.packs_per_step), ("data.streams", plan.data.streams)]
-    {
-        if !value.is_multiple_of(world) {
-            return Err(Error::usage(
-                format!("`{path}` is {value}, which {world} ranks do not divide"),
-                format!(
-                    "set it to a multiple, such as {}, or start another number of ranks",
-                    value.next_multiple_of(world)
-                ),
-            ));
-        }
+    let (packs, streams) = (plan.batch.packs_per_step, plan.data.streams);
+    if !packs.is_multiple_of(world) || !streams.is_multiple_of(world) {
+        let both = packs.max(streams).next_multiple_of(world);
+        return Err(Error::usage(
+            format!(
+                "`batch.packs_per_step`, {packs}, and `data.streams`, {streams}, must be multiples of the {world} ranks"
+            ),
+            format!("start another number of ranks, or set both to {both}, which makes it another run"),
+        ));
     }
     Ok(())
 }

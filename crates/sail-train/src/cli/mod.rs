@@ -182,17 +182,13 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let place = Place::from_env()?;
-    let options = RunOptions {
-        resume: match args.resume.as_str() {
-            "auto" => Resume::Auto,
-            "never" => Resume::Never,
-            dir => Resume::From(dir.into()),
-        },
-        stop_at: args.stop_at,
-        stop: stop_on_signals()?,
-        console: console.clone().talking(place.is_main()),
+    let console = &console.clone().talking(place.is_main());
+    let resume = match args.resume.as_str() {
+        "auto" => Resume::Auto,
+        "never" => Resume::Never,
+        dir => Resume::From(dir.into()),
     };
-    if matches!((&options.resume, &config), (Resume::From(_), Config::Curriculum(_))) {
+    if matches!((&resume, &config), (Resume::From(_), Config::Curriculum(_))) {
         return Err(Error::usage(
             "`--resume DIR` names the checkpoint of one stage, and this is a curriculum",
             "run the stage's own file, or use `--resume auto`",
@@ -200,6 +196,9 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     }
     let plans = config.plans();
     let world = Arc::new(World::join(place, plans[0], console)?);
+    // Until the ranks have met there is nothing to save: a signal ends the process at once.
+    let options =
+        RunOptions { resume, stop_at: args.stop_at, stop: stop_on_signals()?, console: console.clone() };
     let summary = match curriculum::run(&plans, &world, &options) {
         Ok(summary) => summary,
         Err(error) if world.size() == 1 => return Err(error),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use sail_torch::Store;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tracing::info;
 
 use super::place::{Place, Starter};
 use crate::error::{Error, Result};
@@ -29,6 +30,8 @@ const SIZE: &str = "size";
 const MET: &str = "met";
 const PROBLEM: &str = "problem";
 const ALL_LEFT: &str = "all left";
+/// Between two words of the main rank on whom it waits for.
+const TELL: Duration = Duration::from_secs(15);
 /// Differences that a message lists.
 const SHOWN: usize = 5;
 
@@ -117,6 +120,7 @@ fn misfit(store: &Store, place: &Place, hello: &Hello) -> Result<Option<Problem>
 /// What keeps the ranks from working together, found by the main one or told by another.
 fn wait_for_all(store: &Store, place: &Place, patience: Duration) -> Result<Option<Problem>> {
     let started = Instant::now();
+    let mut told = started;
     let mut missing: Vec<usize> = (1..place.size).collect();
     loop {
         if store.has(PROBLEM)? {
@@ -141,6 +145,12 @@ fn wait_for_all(store: &Store, place: &Place, patience: Duration) -> Result<Opti
                 patience.as_secs(),
                 ranks.join(", ")
             ))));
+        }
+        if told.elapsed() > TELL {
+            told = Instant::now();
+            let more =
+                if missing.len() > 1 { format!(" and {} more", missing.len() - 1) } else { String::new() };
+            info!("waiting for rank {}{more} of {}", missing[0], place.size);
         }
         thread::sleep(POLL);
     }
