@@ -211,7 +211,7 @@ enum Found {
 /// The main rank looks at the run's folder and decides for all.
 fn begin(plan: &Plan, world: &World, resume: &Resume) -> Result<Beginning> {
     world.set_timeout(plan.parallel.first_step_timeout_secs)?;
-    world.agree(&format!("plan of {}", plan.run.dir.display()), || plan.fields())?;
+    world.agree(|| plan.fields())?;
     let (mut lock, mut opened) = (None, None);
     let found = world.from_main(|| {
         lock = Some(session::lock(&plan.run.dir)?);

@@ -13,7 +13,7 @@ mod watch;
 
 use std::net::{IpAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use sail_torch::{Backend, GroupOptions, ProcessGroup, Store};
@@ -51,6 +51,8 @@ struct Ranks {
     /// Tensors on the device: NCCL, or on the CPU the same as `host`.
     device: Arc<ProcessGroup>,
     watch: Watch,
+    /// How often they have compared what they have.
+    agreements: AtomicU64,
     /// Keeps the store of all ranks alive, where this process serves it.
     _server: Option<Store>,
 }
@@ -104,7 +106,8 @@ impl World {
             Backend::Gloo => Arc::clone(&host),
             nccl @ Backend::Nccl(_) => Arc::new(group("device", nccl)?),
         };
-        Ok(Self { place, ranks: Some(Ranks { store, host, device, watch, _server: server }) })
+        let agreements = AtomicU64::new(0);
+        Ok(Self { place, ranks: Some(Ranks { store, host, device, watch, agreements, _server: server }) })
     }
 
     /// This process, from 0.
@@ -227,15 +230,16 @@ impl World {
         if self.is_main() { work() } else { Ok(()) }
     }
 
-    /// Compares what this rank has with what the main rank has.
+    /// Compares what this rank has with what the main rank has. Every rank makes the same call.
     ///
     /// # Errors
-    /// [`Error::Ranks`] on every rank, naming the ranks and the fields that differ.
-    pub fn agree(&self, about: &str, fields: impl FnOnce() -> Fields) -> Result<()> {
+    /// [`Error::Usage`] on every rank, naming the ranks and the fields that differ.
+    pub fn agree(&self, fields: impl FnOnce() -> Fields) -> Result<()> {
         let Some(ranks) = &self.ranks else { return Ok(()) };
         let fields = fields();
         ranks.watch.begun().fetch_add(1, Ordering::Relaxed);
-        agree::agree(&ranks.store, &self.place, about, &fields)
+        let number = ranks.agreements.fetch_add(1, Ordering::Relaxed);
+        agree::agree(&ranks.store, &self.place, number, &fields)
     }
 
     /// What an error means: where another rank is the reason of it, that is found out and named. The others
