@@ -59,7 +59,7 @@ enum Found {
 /// The main rank looks at the run's folder and decides for all.
 pub(crate) fn begin(plan: &Plan, world: &World, resume: &Resume) -> Result<Beginning> {
     world.set_timeout(plan.parallel.first_step_timeout_secs)?;
-    world.agree(&format!("plan of {}", plan.run.dir.display()), || plan.fields())?;
+    world.agree(|| plan.fields())?;
     let (mut held, mut opened) = (None, None);
     let found = world.from_main(|| {
         held = Some(lock(&plan.run.dir)?);
@@ -78,6 +78,7 @@ pub(crate) fn begin(plan: &Plan, world: &World, resume: &Resume) -> Result<Begin
         Found::Finished(summary) => return Ok(Beginning::Finished(summary)),
         Found::From(dir) => dir,
     };
+    check_shared(&plan.run.dir, world)?;
     if opened.is_none() {
         opened = dir.map(|dir| Checkpoint::open_verified(&dir)).transpose()?;
     }
@@ -124,6 +125,23 @@ fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
         }
     }
     Ok(checkpoint)
+}
+
+/// Every rank must see the main rank's folder, and be able to write there: better known now than at the first save.
+fn check_shared(run_dir: &Path, world: &World) -> Result<()> {
+    let probe = run_dir.join(format!(".rank-{:05}", world.rank()));
+    let own = if run_dir.join("plan.yaml").exists() {
+        fs::write(&probe, "").and_then(|()| fs::remove_file(&probe)).map_err(|error| error.to_string())
+    } else {
+        Err("does not see what rank 0 wrote there".to_owned())
+    };
+    let all: Vec<std::result::Result<(), String>> = world.gather(&own)?;
+    let fault = all.into_iter().enumerate().find_map(|(rank, own)| Some((rank, own.err()?)));
+    let Some((rank, reason)) = fault else { return Ok(()) };
+    Err(Error::usage(
+        format!("`run.dir`, `{}`, is not one folder for all ranks: rank {rank}: {reason}", run_dir.display()),
+        "put it on a file system that all ranks share and may write to",
+    ))
 }
 
 /// The summary of a run that has nothing left to do.

@@ -88,8 +88,7 @@ impl Session {
         let untouched = untouched(plan, stored, &started_from)?;
         let exact =
             if precision == Kind::Float { Params::new() } else { exact_frozen(&model, plan, &untouched)? };
-        world
-            .agree(&format!("model of {}", plan.run.dir.display()), || model_fields(&model, &started_from))?;
+        world.agree(|| model_fields(&model, &started_from))?;
         let mut optimizer = Optimizer::new(
             model.params(),
             model.listener().blocks(),

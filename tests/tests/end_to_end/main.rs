@@ -8,6 +8,7 @@ mod exports;
 mod faults;
 mod hub;
 mod launch;
+mod networks;
 mod parallel;
 mod processes;
 mod rank_faults;

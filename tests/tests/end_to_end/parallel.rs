@@ -4,13 +4,14 @@
 use std::fs;
 use std::net::TcpListener;
 use std::process::Command;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use sail_train::optim::StateKind;
 use serde_json::Value;
 use tch::Tensor;
 
-use crate::processes::{Job, Process, all_end, steps};
+use crate::processes::{Job, Process, all_end, assert_same, signal, steps, until};
 use crate::root;
 
 /// Relative difference of losses, and of each tensor in the 2-norm.
@@ -53,7 +54,10 @@ fn differences(a: &Job, b: &Job) -> (f64, f64) {
         steps(&job.run_dir()).iter().map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<f64>>()
     });
     assert_eq!(losses[0].len(), losses[1].len());
-    let loss = losses[0].iter().zip(&losses[1]).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max);
+    let largest = |differences: &mut dyn Iterator<Item = f64>| {
+        differences.fold(0.0, |largest: f64, next| if next.is_nan() { next } else { largest.max(next) })
+    };
+    let loss = largest(&mut losses[0].iter().zip(&losses[1]).map(|(a, b)| (a - b).abs() / b.abs()));
     let [a, b] = [a, b].map(Job::newest);
     assert!(a.names().eq(b.names()));
     let difference = |name: &str| {
@@ -61,31 +65,13 @@ fn differences(a: &Job, b: &Job) -> (f64, f64) {
         let norm = |tensor: &Tensor| tensor.norm().double_value(&[]);
         norm(&(&a - &b)) / norm(&b).max(f64::MIN_POSITIVE)
     };
-    (loss, b.names().map(difference).fold(0.0, f64::max))
+    (loss, largest(&mut b.names().map(difference)))
 }
 
 fn assert_close(what: &str, a: &Job, b: &Job) {
     let (loss, weights) = differences(a, b);
     println!("{what}: losses differ by {loss:.1e}, weights by {weights:.1e}");
     assert!(loss < TOLERANCE && weights < TOLERANCE, "{what}: losses {loss:e}, weights {weights:e}");
-}
-
-/// Losses, weights and moments are the same to the last bit.
-fn assert_same(what: &str, a: &Job, b: &Job) {
-    let losses = [a, b]
-        .map(|job| steps(&job.run_dir()).iter().map(|line| line["loss"].to_string()).collect::<Vec<_>>());
-    assert_eq!(losses[0], losses[1], "{what}");
-    let [a, b] = [a, b].map(Job::newest);
-    assert!(a.names().eq(b.names()), "{what}");
-    for name in a.names() {
-        for kind in StateKind::ALL {
-            match [&a, &b].map(|checkpoint| checkpoint.tensor(name, kind)) {
-                [Ok(a), Ok(b)] => assert!(a == b, "{what}: {kind:?} of `{name}` differs"),
-                [Err(_), Err(_)] => {}
-                _ => panic!("{what}: one has {kind:?} of `{name}`, the other one has not"),
-            }
-        }
-    }
 }
 
 #[test]
@@ -248,6 +234,42 @@ fn assert_same_files(what: &str, a: &Job, b: &Job) {
         let [a, b] = [a, b].map(|job| fs::read(job.newest().dir().join(rank)).unwrap());
         assert!(a == b, "{what}: {rank}");
     }
+}
+
+#[test]
+fn killed_at_any_moment() {
+    kill_repeatedly(4, 6);
+}
+
+#[test]
+#[ignore = "minutes; run by scripts/test.sh --extended"]
+fn killed_at_any_moment_many_times() {
+    kill_repeatedly(40, 60);
+}
+
+/// A rank, or the launcher, is killed again and again; the same command goes on.
+fn kill_repeatedly(kills: u64, steps: u64) {
+    let steps = format!("schedule.steps={steps}");
+    let sets = [STAGE_3, "parallel.strategy=zero2", "checkpoint.every=1", &steps];
+    let straight = job(&sets);
+    straight.run(straight.launch(2), 0);
+    let killed = job(&sets);
+    for i in 0..kills {
+        let mut launcher = [killed.start(&format!("launch-{i}"), killed.launch(2))];
+        // Spread over start-up, steps, saving and the end.
+        sleep(Duration::from_millis(300 + (i * 617) % 2500));
+        let victim = match i % 3 {
+            2 => Some(launcher[0].pid()),
+            rank => launcher[0].pid_of_rank(rank as usize),
+        };
+        if let Some(pid) = victim.filter(|_| !launcher[0].has_ended()) {
+            signal("KILL", pid);
+        }
+        all_end(&mut launcher, Instant::now(), Duration::from_secs(60));
+        until("the ranks end", || killed.left().is_empty());
+    }
+    killed.run(killed.launch(2), 0);
+    assert_same("killed again and again", &killed, &straight);
 }
 
 #[test]

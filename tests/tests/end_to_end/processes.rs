@@ -9,6 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use sail_train::checkpoint::{self, Checkpoint};
+use sail_train::optim::StateKind;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -105,8 +106,15 @@ impl Job {
 
     /// This many ranks under the launcher.
     pub(crate) fn launch(&self, nproc: usize) -> Command {
+        self.launch_with(nproc, &[])
+    }
+
+    /// The same with more options of the launcher.
+    pub(crate) fn launch_with(&self, nproc: usize, options: &[&str]) -> Command {
         let nproc = nproc.to_string();
-        let mut args = vec!["launch", "--nproc", &nproc, "--"];
+        let mut args = vec!["launch", "--nproc", &nproc];
+        args.extend(options);
+        args.push("--");
         args.extend(self.args.iter().map(String::as_str));
         sail_train(&args)
     }
@@ -209,14 +217,14 @@ impl Process {
         self.ended.is_some()
     }
 
-    /// The number of the process that has a rank under this launcher.
-    pub(crate) fn pid_of_rank(&self, rank: usize) -> u32 {
+    /// The number of the process that has a rank under this launcher, while it runs.
+    pub(crate) fn pid_of_rank(&self, rank: usize) -> Option<u32> {
         let mark = format!("RANK={rank}");
         let has_rank = |pid: &u32| {
             fs::read(format!("/proc/{pid}/environ"))
                 .is_ok_and(|vars| vars.split(|&byte| byte == 0).any(|var| var == mark.as_bytes()))
         };
-        children_of(self.pid()).into_iter().find(has_rank).expect("the rank runs")
+        children_of(self.pid()).into_iter().find(has_rank)
     }
 
     /// The exit code, of a process that has ended.
@@ -252,5 +260,23 @@ pub(crate) fn all_end(processes: &mut [Process], since: Instant, within: Duratio
             panic!("after {within:?} still there: {}\n{}", running.join(", "), said.join("\n"));
         }
         sleep(Duration::from_millis(20));
+    }
+}
+
+/// Losses, weights and moments are the same to the last bit.
+pub(crate) fn assert_same(what: &str, a: &Job, b: &Job) {
+    let losses = [a, b]
+        .map(|job| steps(&job.run_dir()).iter().map(|line| line["loss"].to_string()).collect::<Vec<_>>());
+    assert_eq!(losses[0], losses[1], "{what}");
+    let [a, b] = [a, b].map(Job::newest);
+    assert!(a.names().eq(b.names()), "{what}");
+    for name in a.names() {
+        for kind in StateKind::ALL {
+            match [&a, &b].map(|checkpoint| checkpoint.tensor(name, kind)) {
+                [Ok(a), Ok(b)] => assert!(a == b, "{what}: {kind:?} of `{name}` differs"),
+                [Err(_), Err(_)] => {}
+                _ => panic!("{what}: one has {kind:?} of `{name}`, the other one has not"),
+            }
+        }
     }
 }

@@ -82,7 +82,7 @@ fn killed_under_launch() {
     let mut launcher = [job.start("launch", job.launch(2))];
     job.wait_for_step(2, &mut launcher);
     let since = Instant::now();
-    signal("KILL", launcher[0].pid_of_rank(1));
+    signal("KILL", launcher[0].pid_of_rank(1).unwrap());
     let words = [
         "rank 1 failed first: ended by SIGKILL",
         &format!("[rank 0] error: no sign of life from rank 1 on {}", host()),
@@ -139,7 +139,7 @@ fn stop_one_under_launch(what: &str, rank: usize) {
     let mut launcher = [job.start("launch", job.launch(2))];
     job.wait_for_step(2, &mut launcher);
     let since = Instant::now();
-    signal("STOP", launcher[0].pid_of_rank(rank));
+    signal("STOP", launcher[0].pid_of_rank(rank).unwrap());
     let other = 1 - rank;
     let words = [
         &format!("[rank {other}] error: no sign of life from rank {rank} on {}", host()),
@@ -201,16 +201,21 @@ fn same_rank_twice() {
 }
 
 fn another_plan() {
-    let job = job(&THREE);
-    let since = Instant::now();
-    let mut other = job.rank(2, 3);
-    other.args(["--set", "optimizer.eps=1e-6"]);
-    let mut ranks: Vec<Process> =
-        (0..2).map(|rank| job.start(&format!("rank-{rank}"), job.rank(rank, 3))).collect();
-    ranks.push(job.start("rank-2", other));
-    let words = [&format!("rank 2 on {} differs from rank 0", host()), "`optimizer.eps`"];
-    ended("another plan", &mut ranks, since, 2, &words);
-    nobody_is_left("another plan", &job);
+    for (set, path) in [("optimizer.eps=1e-6", "`optimizer.eps`"), ("run.dir=elsewhere", "`run.dir`")] {
+        let job = job(&THREE);
+        let since = Instant::now();
+        let start = |rank| {
+            let mut command = job.rank(rank, 3);
+            if rank == 2 {
+                command.args(["--set", set]);
+            }
+            job.start(&format!("rank-{rank}"), command)
+        };
+        let mut ranks = [0, 1, 2].map(start);
+        let words = [&format!("rank 2 on {} differs from rank 0", host()), path];
+        ended("another plan", &mut ranks, since, 2, &words);
+        nobody_is_left("another plan", &job);
+    }
 }
 
 fn other_weights() {

@@ -75,6 +75,12 @@ impl Checkpoint {
         let mut files = BTreeMap::new();
         let mut places: BTreeMap<_, Vec<usize>> = BTreeMap::new();
         for (i, piece) in manifest.pieces.iter().enumerate() {
+            if !manifest.files.contains_key(&piece.file) {
+                let (name, file) = (&piece.name, &piece.file);
+                return Err(damaged(format!(
+                    "`{name}` is said to be in `{file}`, which the manifest does not list"
+                )));
+            }
             if !files.contains_key(&piece.file) {
                 files.insert(piece.file.clone(), Shards::open(&dir.join(&piece.file))?);
             }

@@ -43,6 +43,15 @@ pub(super) struct Options {
 /// Starts the processes and waits for them.
 pub(super) fn run(options: Options, console: &Console) -> Result<ExitCode> {
     let Options { nproc, nnodes, node_rank, rdzv, args } = options;
+    if let Some(word) = args.first().filter(|arg| !arg.to_string_lossy().starts_with('-')) {
+        return Err(Error::usage(
+            format!(
+                "`launch` starts ranks that train, and `{}` is another command or a file",
+                word.display()
+            ),
+            "give the options of training alone, as in `launch --nproc 2 -- --config FILE`",
+        ));
+    }
     let node_rank = match node_rank {
         None if nnodes > 1 => {
             return Err(Error::usage(

@@ -168,14 +168,14 @@ fn hint(place: &Place) -> &'static str {
     }
 }
 
-/// Compares `fields` with those of the main rank; `about` is used once in a run.
-pub(super) fn agree(store: &Store, place: &Place, about: &str, fields: &Fields) -> Result<()> {
-    let key = |part: &str, rank: usize| format!("agree/{about}/{part}/{rank}");
+/// Compares `fields` with those of the main rank; `number` counts such comparisons.
+pub(super) fn agree(store: &Store, place: &Place, number: u64, fields: &Fields) -> Result<()> {
+    let key = |part: &str, rank: usize| format!("agree/{number}/{part}/{rank}");
     let text = serde_json::to_vec(fields).map_err(Error::exchange)?;
     let hash = Sha256::digest(&text);
     store.set(&key("fields", place.rank), &text)?;
     store.set(&key("hash", place.rank), &hash)?;
-    let verdict = format!("agree/{about}/verdict");
+    let verdict = format!("agree/{number}/verdict");
     if place.rank == 0 {
         let mut problems = Vec::new();
         for rank in 1..place.size {

@@ -57,6 +57,8 @@ struct Ranks {
     watch: Watch,
     /// What [`World::newly_sent_bytes`] has told already.
     told_bytes: AtomicU64,
+    /// How often they have compared what they have.
+    agreements: AtomicU64,
     /// Keeps the store of all ranks alive, where this process serves it.
     _server: Option<Store>,
 }
@@ -88,8 +90,12 @@ impl World {
         // From here on the others learn what goes wrong.
         let groups = form_groups(&place, plan, &store, address, watch.begun());
         let (host, device) = groups.map_err(|error| watch.explain(error))?;
-        let told_bytes = AtomicU64::new(0);
-        Ok(Self { place, ranks: Some(Ranks { store, host, device, watch, told_bytes, _server: server }) })
+        // The first comparison was that of the program.
+        let (told_bytes, agreements) = (AtomicU64::new(0), AtomicU64::new(1));
+        Ok(Self {
+            place,
+            ranks: Some(Ranks { store, host, device, watch, told_bytes, agreements, _server: server }),
+        })
     }
 
     /// This process, from 0.
@@ -223,15 +229,16 @@ impl World {
         if self.is_main() { work() } else { Ok(()) }
     }
 
-    /// Compares what this rank has with what the main rank has.
+    /// Compares what this rank has with what the main rank has. Every rank makes the same call.
     ///
     /// # Errors
-    /// [`Error::Ranks`] on every rank, naming the ranks and the fields that differ.
-    pub fn agree(&self, about: &str, fields: impl FnOnce() -> Fields) -> Result<()> {
+    /// [`Error::Usage`] on every rank, naming the ranks and the fields that differ.
+    pub fn agree(&self, fields: impl FnOnce() -> Fields) -> Result<()> {
         let Some(ranks) = &self.ranks else { return Ok(()) };
         let fields = fields();
         ranks.watch.begun().fetch_add(1, Ordering::Relaxed);
-        agree::agree(&ranks.store, &self.place, about, &fields)
+        let number = ranks.agreements.fetch_add(1, Ordering::Relaxed);
+        agree::agree(&ranks.store, &self.place, number, &fields)
     }
 
     /// What an error means: where another rank is the reason of it, that is found out and named. The others
@@ -263,7 +270,7 @@ fn form_groups(
     address: Option<String>,
     begun: &Arc<AtomicU64>,
 ) -> Result<(Arc<ProcessGroup>, Arc<ProcessGroup>)> {
-    agree::agree(store, place, "program", &Fields::from([("sail-train".to_owned(), agree::program()?)]))?;
+    agree::agree(store, place, 0, &Fields::from([("sail-train".to_owned(), agree::program()?)]))?;
     let device = take_device(plan.run.device, place)?;
     let address = reachable_address(address, store, place)?;
     let link = simulated_link()?;

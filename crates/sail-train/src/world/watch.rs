@@ -69,6 +69,8 @@ struct State {
     phase: Phase,
     /// Who serves the store, for messages.
     server: String,
+    /// Whether all ranks have met there.
+    met: bool,
     /// When the store answered last.
     answered: Instant,
     /// Why another rank has given up.
@@ -97,6 +99,7 @@ impl Watch {
         let state = State {
             phase: Phase::Working,
             server: server(meeting, "rank 0"),
+            met: false,
             answered: Instant::now(),
             failure: None,
         };
@@ -120,8 +123,10 @@ impl Watch {
         let store = Arc::new(store);
         self.shared.beat(&store, 0)?;
         let main = format!("rank 0 on {}", host_of(&store, 0));
-        self.shared.state().server = server(meeting, &main);
-        self.heard();
+        {
+            let mut state = self.shared.state();
+            (state.server, state.met, state.answered) = (server(meeting, &main), true, Instant::now());
+        }
         self.set_limit(limit);
         // A process trains in one world.
         let _ = OF_PROCESS.set((Arc::clone(&self.shared), Arc::clone(&store)));
@@ -308,11 +313,10 @@ impl Shared {
     }
 
     fn silent_store(&self) -> String {
-        let secs = self.silent().as_secs();
-        format!(
-            "{} has not answered for {secs} s: it is stopped, or the network to it is down",
-            self.state().server
-        )
+        let State { server, met, answered, .. } = &*self.state();
+        let other = if *met { "" } else { ", or something else has the port" };
+        let secs = answered.elapsed().as_secs();
+        format!("{server} has not answered for {secs} s: it is stopped, or the network to it is down{other}")
     }
 
     fn gone_store(&self, error: &Error) -> String {
