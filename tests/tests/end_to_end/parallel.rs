@@ -157,8 +157,8 @@ fn data_that_ends() {
 #[test]
 fn numbers_of_ranks_that_do_not_divide_are_refused() {
     for (streams, ranks, expected) in [
-        ("data.streams=4", 3, "[rank 2] error: `batch.packs_per_step` is 4, which 3 ranks do not divide"),
-        ("data.streams=2", 4, "[rank 1] error: `data.streams` is 2, which 4 ranks do not divide"),
+        ("data.streams=4", 3, "[rank 2] error: `batch.packs_per_step`, 4, and `data.streams`, 4, must be"),
+        ("data.streams=2", 4, "[rank 1] error: `batch.packs_per_step`, 4, and `data.streams`, 2, must be"),
     ] {
         let job = job(&[streams]);
         let said = job.run(job.launch(ranks), 2);

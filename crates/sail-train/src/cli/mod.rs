@@ -115,7 +115,7 @@ fn show(error: &Error, console: &Console) {
         Error::Elsewhere { .. } => return console.alarm(format!("error: {}", first_line(error))),
         _ => "error: ",
     };
-    console.line(format!("{prefix}{}", with_causes(error)));
+    console.alarm(format!("{prefix}{}", with_causes(error)));
 }
 
 fn first_line(error: &Error) -> String {
