@@ -12,14 +12,6 @@
 
 extern "C" {
 
-bool sail_has_nccl() {
-#ifdef SAIL_WITH_NCCL
-  return true;
-#else
-  return false;
-#endif
-}
-
 sail_error* sail_nccl_new(sail_store* store, const char* name, int rank, int size, int64_t timeout_ms, int device,
                           sail_group** out) {
   return sail::guarded_remote([&] {

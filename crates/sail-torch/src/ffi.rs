@@ -123,7 +123,6 @@ unsafe extern "C" {
     pub(crate) fn sail_store_wait(store: *mut RawStore, key: *const c_char, timeout_ms: i64)
     -> *mut RawError;
 
-    pub(crate) fn sail_has_nccl() -> bool;
     pub(crate) fn sail_gloo_new(
         store: *mut RawStore,
         name: *const c_char,

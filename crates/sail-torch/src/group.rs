@@ -40,19 +40,11 @@ impl Backend {
     }
 }
 
-/// Whether this build can make groups with [`Backend::Nccl`]; they also need a GPU.
-pub fn has_nccl() -> bool {
-    // SAFETY: the function takes nothing and reads a constant.
-    unsafe { ffi::sail_has_nccl() }
-}
-
 /// How elements at the same place are put together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReduceOp {
     /// Their sum.
     Sum,
-    /// The smallest.
-    Min,
     /// The largest.
     Max,
 }
@@ -62,7 +54,6 @@ impl ReduceOp {
     fn code(self) -> u8 {
         match self {
             Self::Sum => 0,
-            Self::Min => 3,
             Self::Max => 4,
         }
     }

@@ -27,6 +27,6 @@ pub use attention::{has_varlen_attention, varlen_attention};
 pub use autograd::{on_accumulated, take_grad};
 pub use device::{MemoryPeak, has_context, memory_peak, set_device};
 pub use error::{Error, Result};
-pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work, has_nccl};
+pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work};
 pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm};
 pub use store::Store;

@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -95,7 +96,15 @@ fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
             ));
         }
         Resume::From(path) => Some(Checkpoint::open(path)?),
-        Resume::Auto => checkpoint::newest(dir)?,
+        Resume::Auto => match checkpoint::newest(dir)? {
+            None if checkpoint::any(dir)? => {
+                return Err(Error::usage(
+                    format!("`{}` has checkpoints, and none of them verifies", dir.display()),
+                    "see the warnings above; mend or remove them to start anew, or choose another `run.dir`",
+                ));
+            }
+            found => found,
+        },
         Resume::Never => match checkpoint::newest(dir)? {
             None => None,
             Some(found) => {
@@ -129,13 +138,21 @@ fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
 
 /// Every rank must see the main rank's folder, and be able to write there: better known now than at the first save.
 fn check_shared(run_dir: &Path, world: &World) -> Result<()> {
-    let probe = run_dir.join(format!(".rank-{:05}", world.rank()));
-    let own = if run_dir.join("plan.yaml").exists() {
+    // A name that nobody has looked for: file systems over a network remember what was not there.
+    let mark = world.from_main(|| {
+        let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let mark = run_dir.join(format!(".shared-{}-{}", std::process::id(), started.as_nanos()));
+        fs::write(&mark, "").map_err(Error::io(&mark))?;
+        Ok(mark)
+    })?;
+    let probe = mark.with_extension(format!("{:05}", world.rank()));
+    let own = if mark.exists() {
         fs::write(&probe, "").and_then(|()| fs::remove_file(&probe)).map_err(|error| error.to_string())
     } else {
-        Err("does not see what rank 0 wrote there".to_owned())
+        Err("does not see what rank 0 writes there".to_owned())
     };
     let all: Vec<std::result::Result<(), String>> = world.gather(&own)?;
+    world.on_main(|| fs::remove_file(&mark).map_err(Error::io(&mark)))?;
     let fault = all.into_iter().enumerate().find_map(|(rank, own)| Some((rank, own.err()?)));
     let Some((rank, reason)) = fault else { return Ok(()) };
     Err(Error::usage(

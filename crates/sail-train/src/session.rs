@@ -89,16 +89,7 @@ impl Session {
         let exact =
             if precision == Kind::Float { Params::new() } else { exact_frozen(&model, plan, &untouched)? };
         world.agree(|| model_fields(&model, &started_from))?;
-        let mut optimizer = Optimizer::new(
-            model.params(),
-            model.listener().blocks(),
-            &plan.train,
-            plan.optimizer.clone(),
-            &plan.parallel,
-            precision,
-            world.group(),
-        )?;
-        model.listener().set(optimizer.on_block());
+        let mut optimizer = optimizer(plan, &model, precision, world)?;
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
         }
@@ -357,6 +348,15 @@ fn open_on_all(world: &World, find: impl FnOnce() -> Result<Checkpoint>) -> Resu
     found.map_or_else(|| Checkpoint::open_verified(&dir), Ok)
 }
 
+/// Takes over what the plan trains of a model, and brings each block's parameters before it computes.
+fn optimizer(plan: &Plan, model: &Vlm, precision: Kind, world: &World) -> Result<Optimizer> {
+    let blocks = model.listener().blocks();
+    let (train, adamw, group) = (&plan.train, plan.optimizer.clone(), world.group());
+    let optimizer = Optimizer::new(model.params(), blocks, train, adamw, &plan.parallel, precision, group)?;
+    model.listener().set(optimizer.on_block());
+    Ok(optimizer)
+}
+
 /// What two ranks must have alike before they share gradients.
 fn model_fields(model: &Vlm, weights: &Fingerprints) -> Fields {
     let mut fields: Fields =
@@ -454,15 +454,14 @@ pub(crate) fn encoder(tokenizer: &Path, text: &TextSpec, llm: &LlmConfig) -> Res
 
 /// Every rank has as many streams and packs as any other.
 fn check_division(plan: &Plan, world: usize) -> Result<()> {
-    let (packs, streams) = (plan.batch.packs_per_step, plan.data.streams);
-    if !packs.is_multiple_of(world) || !streams.is_multiple_of(world) {
-        let both = packs.max(streams).next_multiple_of(world);
-        return Err(Error::usage(
-            format!(
-                "`batch.packs_per_step`, {packs}, and `data.streams`, {streams}, must be multiples of the {world} ranks"
-            ),
-            format!("start another number of ranks, or set both to {both}, which makes it another run"),
-        ));
+    let shared = plan.shared_in_parts();
+    if shared.iter().all(|(_, parts)| parts.is_multiple_of(world)) {
+        return Ok(());
     }
-    Ok(())
+    let both = shared.iter().map(|(_, parts)| parts.next_multiple_of(world)).max().unwrap_or(world);
+    let [streams, packs] = shared.map(|(path, parts)| format!("`{path}`, {parts},"));
+    Err(Error::usage(
+        format!("{packs} and {streams} must be multiples of the {world} ranks"),
+        format!("start another number of ranks, or set both to {both}, which makes it another run"),
+    ))
 }

@@ -34,6 +34,22 @@ fn damaged_checkpoints_are_passed_over_with_a_reason() {
     assert!(error.contains("`manifest.json` does not match"), "{error}");
 }
 
+/// Where there were checkpoints and none can be used, nothing is trained anew over them.
+#[test]
+fn a_run_does_not_start_anew_beside_damaged_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    run(&stage1(&set, &["--stop-at", "1"]), 3);
+    let weights = dir.path().join("runs/tiny/stage1/step-00000001/rank-00000.safetensors");
+    let whole = fs::read(&weights).unwrap();
+    fs::remove_file(&weights).unwrap();
+    let error = stderr(&run(&stage1(&set, &[]), 2));
+    assert!(error.contains("none of them verifies") && error.contains("hint:"), "{error}");
+    fs::write(&weights, whole).unwrap();
+    let error = stderr(&run(&stage1(&set, &["--stop-at", "2"]), 3));
+    assert!(error.contains("resumes after step 1"), "{error}");
+}
+
 /// A run that resumes before its newest checkpoint leaves that course: what it saves must survive, be
 /// the newest, and be what `--resume auto` finds.
 #[test]

@@ -95,17 +95,20 @@ fn kill_repeatedly(kills: u64) {
 
 #[test]
 fn a_signal_saves_and_exits_with_3() {
-    let dir = tempfile::tempdir().unwrap();
-    let set = under(dir.path());
-    let args = ["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=100000"];
-    let mut child = sail_train(&args).stderr(std::process::Stdio::null()).spawn().unwrap();
-    let metrics = dir.path().join(STAGES[0]).join("metrics.jsonl");
-    while !std::fs::read_to_string(&metrics).is_ok_and(|text| text.contains("\"train\"")) {
-        assert!(child.try_wait().unwrap().is_none(), "the run ended by itself");
-        sleep(Duration::from_millis(50));
+    for signal in ["TERM", "USR1"] {
+        let dir = tempfile::tempdir().unwrap();
+        let set = under(dir.path());
+        let args = ["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", "schedule.steps=100000"];
+        let mut child = sail_train(&args).stderr(std::process::Stdio::null()).spawn().unwrap();
+        let metrics = dir.path().join(STAGES[0]).join("metrics.jsonl");
+        while !std::fs::read_to_string(&metrics).is_ok_and(|text| text.contains("\"train\"")) {
+            assert!(child.try_wait().unwrap().is_none(), "the run ended by itself");
+            sleep(Duration::from_millis(50));
+        }
+        let pid = child.id().to_string();
+        let status = std::process::Command::new("kill").args(["-s", signal, &pid]).status().unwrap();
+        assert!(status.success());
+        assert_eq!(child.wait().unwrap().code(), Some(3), "{signal}");
+        assert!(weights_file(&dir.path().join(STAGES[0])).exists(), "{signal}");
     }
-    let status = std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
-    assert!(status.success());
-    assert_eq!(child.wait().unwrap().code(), Some(3));
-    assert!(weights_file(&dir.path().join(STAGES[0])).exists());
 }

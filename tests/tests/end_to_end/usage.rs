@@ -96,11 +96,11 @@ fn planning_that_makes_no_sense_is_refused() {
     let cases: [(&[&str], &str, &str); 6] = [
         (&["--world", "8"], "would train", "hint: add `--dry-run`"),
         (&["--dry-run", "--world", "0"], "`--world` is 0", "hint: give a number of GPUs"),
-        (&["--dry-run", "--world", "8", "--mfu", "1.5"], "`--mfu` is 1.5", "hint: give a share above 0"),
+        (&["--dry-run", "--world", "8", "--mfu", "1.5"], "`--mfu` is 1.5", "hint: give a share from 0.001"),
         (
             &["--dry-run", "--world", "8", "--link-gbps", "0"],
             "`--link-gbps` is 0",
-            "hint: give a number above 0",
+            "hint: give a number from 0.001 to 1e9",
         ),
         (
             &["--dry-run", "--world", "8", "--sample-tokens", "999"],

@@ -26,6 +26,7 @@ use crate::config::{Module, Plan};
 use crate::error::{Error, Result};
 
 pub use read::{Checkpoint, newest};
+pub(crate) use write::checksum;
 pub use write::{Piece, Snapshot, keep_last, save};
 
 const FORMAT: u32 = 1;
@@ -97,9 +98,9 @@ struct Manifest {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct FileRecord {
+pub(crate) struct FileRecord {
     bytes: u64,
-    crc32: u32,
+    pub(crate) crc32: u32,
 }
 
 /// Where one piece of one tensor lies.
@@ -115,6 +116,11 @@ struct PieceRecord {
     shape: Vec<i64>,
     /// Half-open range of the flattened tensor that this piece holds.
     elements: [i64; 2],
+}
+
+/// Whether a run folder holds anything that was a checkpoint once, whole or not.
+pub(crate) fn any(run_dir: &Path) -> Result<bool> {
+    Ok(!list(run_dir)?.is_empty())
 }
 
 /// `step-00001200`.

@@ -190,3 +190,39 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read(path).map_err(Error::io(path))?;
     serde_json::from_slice(&text).map_err(|error| Error::checkpoint(path, error.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(shape: &[i64], elements: [i64; 2]) -> PieceRecord {
+        let text = |text: &str| text.to_owned();
+        let (file, key, name, kind) = (text("f"), text("param/a"), text("a"), text("param"));
+        PieceRecord { file, key, name, kind, shape: shape.to_vec(), elements }
+    }
+
+    #[test]
+    fn pieces_must_be_the_whole_tensor_once() {
+        let cases: [(&[[i64; 2]], Option<&str>); 7] = [
+            (&[[0, 6]], None),
+            (&[[0, 2], [2, 6]], None),
+            (&[[0, 2], [3, 6]], Some("holds the elements [3, 6] after 2")),
+            (&[[0, 4], [2, 6]], Some("holds the elements [2, 6] after 4")),
+            (&[[1, 6]], Some("holds the elements [1, 6] after 0")),
+            (&[[0, 5]], Some("hold 5 of 6 elements")),
+            (&[[0, 7]], Some("hold 7 of 6 elements")),
+        ];
+        for (ranges, expected) in cases {
+            let pieces: Vec<PieceRecord> = ranges.iter().map(|range| piece(&[2, 3], *range)).collect();
+            let found = covers(pieces.iter());
+            match expected {
+                None => assert!(found.is_ok(), "{ranges:?}: {found:?}"),
+                Some(text) => {
+                    assert!(found.as_ref().is_err_and(|e| e.contains(text)), "{ranges:?}: {found:?}");
+                }
+            }
+        }
+        let shapes = [piece(&[2, 3], [0, 2]), piece(&[3, 2], [2, 6])];
+        assert!(covers(shapes.iter()).unwrap_err().contains("has shape [2, 3] in one piece and [3, 2]"));
+    }
+}

@@ -183,7 +183,7 @@ fn seal(path: &Path) -> Result<FileRecord> {
 }
 
 /// Size and CRC-32 of a file.
-pub(super) fn checksum(path: &Path) -> Result<FileRecord> {
+pub(crate) fn checksum(path: &Path) -> Result<FileRecord> {
     let mut file = File::open(path).map_err(Error::io(path))?;
     let mut hasher = crc32fast::Hasher::new();
     let mut buffer = vec![0; 1 << 20];

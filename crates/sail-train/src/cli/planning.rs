@@ -66,13 +66,16 @@ impl Options {
             ("intra-link-gbps", self.intra_link_gbps),
             ("peak-tflops", self.peak_tflops),
         ] {
-            if !(value.is_finite() && value > 0.0) {
-                return Err(Error::usage(format!("`--{option}` is {value}"), "give a number above 0"));
+            if !(1e-3..=1e9).contains(&value) {
+                return Err(Error::usage(
+                    format!("`--{option}` is {value}"),
+                    "give a number from 0.001 to 1e9",
+                ));
             }
         }
-        if !(self.mfu > 0.0 && self.mfu <= 1.0) {
+        if !(1e-3..=1.0).contains(&self.mfu) {
             let message = format!("`--mfu` is {}", self.mfu);
-            return Err(Error::usage(message, "give a share above 0 and up to 1, such as 0.4"));
+            return Err(Error::usage(message, "give a share from 0.001 to 1, such as 0.4"));
         }
         Ok(Some(Cluster {
             world,

@@ -54,6 +54,13 @@ pub struct Plan {
     pub export: Option<ExportPlan>,
 }
 
+impl Plan {
+    /// What the ranks share in equal parts: their number must divide each of these.
+    pub fn shared_in_parts(&self) -> [(&'static str, usize); 2] {
+        [("data.streams", self.data.streams), ("batch.packs_per_step", self.batch.packs_per_step)]
+    }
+}
+
 /// Name, folder, seed and machine of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunPlan {

@@ -207,8 +207,8 @@ fn pack_shape(plan: &Plan, config: &VlmConfig, guess: &PackGuess) -> Result<(Pac
 
 /// What a run with this number of ranks would refuse.
 fn refused(plan: &Plan, world: u64) -> Vec<String> {
-    let divided = [("data.streams", plan.data.streams), ("batch.packs_per_step", plan.batch.packs_per_step)];
-    let refused = divided.into_iter().filter(|(_, value)| !(*value as u64).is_multiple_of(world));
+    let refused =
+        plan.shared_in_parts().into_iter().filter(|(_, value)| !(*value as u64).is_multiple_of(world));
     refused
         .map(|(path, value)| format!("{world} ranks do not divide `{path}`, {value}: a run would refuse"))
         .collect()

@@ -5,7 +5,6 @@
 //! that a rank left over from an earlier run can join no later one.
 
 use std::net::ToSocketAddrs;
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -13,6 +12,7 @@ use sail_torch::Store;
 
 use super::{Endpoint, Launch};
 use crate::error::{Error, Result};
+use crate::world::within;
 
 /// How long a machine waits for machine 0 to start.
 const MEET: Duration = Duration::from_secs(600);
@@ -90,16 +90,6 @@ impl Meeting {
     }
 }
 
-/// What a call to the store gives, which never returns where nobody answers; nothing once the time is over.
-fn within<T: Send + 'static>(patience: Duration, call: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    let (sender, done) = mpsc::channel();
-    thread::spawn(move || {
-        // Nobody listens any more where the time was over.
-        let _ = sender.send(call());
-    });
-    done.recv_timeout(patience).ok()
-}
-
 fn serve(port: u16) -> Result<Store> {
     Store::serve(port, MEET).map_err(|error| match error {
         sail_torch::Error::Network { message, .. } => Error::usage(
@@ -126,14 +116,14 @@ fn connect(endpoint: &Endpoint, patience: Duration) -> Result<Store> {
     }
 }
 
-/// Waits a little for a name to become known.
-pub(super) fn resolve(host: &str) -> Result<()> {
+/// Waits a little for a name, which `source` gave, to become known.
+pub(crate) fn resolve(host: &str, source: &str) -> Result<()> {
     let deadline = Instant::now() + RESOLVE;
     loop {
         let Err(error) = (host, 0).to_socket_addrs() else { return Ok(()) };
         if Instant::now() > deadline {
             return Err(Error::usage(
-                format!("the machine `{host}` of `--rdzv` is not known: {error}"),
+                format!("the machine `{host}` of {source} is not known: {error}"),
                 "check its spelling, or write its address instead of its name",
             ));
         }

@@ -20,7 +20,8 @@ use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use crate::error::{Error, Result};
 use crate::events::Console;
-use meeting::{Meeting, resolve};
+use meeting::Meeting;
+pub(crate) use meeting::resolve;
 use output::Outputs;
 use ranks::{Ranks, Supervisor};
 
@@ -141,7 +142,7 @@ impl Launch {
                 "`--rdzv` needs a port that every machine knows, and 0 means any",
                 "choose a free port of the machine with `--node-rank 0`, for example 29500",
             )),
-            Some(endpoint) => resolve(&endpoint.host),
+            Some(endpoint) => resolve(&endpoint.host, "`--rdzv`"),
             None => Ok(()),
         }
     }

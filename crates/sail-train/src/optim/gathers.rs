@@ -61,6 +61,14 @@ impl Gathers {
         }
     }
 
+    /// Names of the parameters that are under way.
+    #[cfg(test)]
+    pub(super) fn pending(&self) -> Vec<String> {
+        let inner = self.lock();
+        let entries = inner.pending.iter().flat_map(|(layout, _)| &layout.entries);
+        entries.map(|entry| entry.name.clone()).collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -62,6 +62,10 @@ struct Piece {
     entry: usize,
     /// In the bucket.
     range: Range<i64>,
+    /// Views of the bucket's tensors of these names.
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     /// 0-dimensional, the number of updates; the kernel counts it up.
     step: Tensor,
     peak_lr: f64,
@@ -186,6 +190,7 @@ impl Optimizer {
         let owned_numel = owned.end - owned.start;
         let master =
             if self.precision == Kind::Float { narrow(&compute, &owned)? } else { fp32(owned_numel)? };
+        let (exp_avg, exp_avg_sq) = (fp32(owned_numel)?, fp32(owned_numel)?);
         let mut pieces = Vec::new();
         no_grad(|| {
             for (index, range) in layout.pieces(&owned) {
@@ -193,13 +198,18 @@ impl Optimizer {
                 let elements = within(entry, &range);
                 let value = exact.get(&entry.name).unwrap_or(&of_bucket[index]);
                 let value = narrow(&value.f_reshape([-1])?, &elements)?;
-                narrow(&master, &(range.start - owned.start..range.end - owned.start))?.f_copy_(&value)?;
+                let inside = range.start - owned.start..range.end - owned.start;
+                let mut master = narrow(&master, &inside)?;
+                master.f_copy_(&value)?;
                 let ModulePlan::Train { lr, weight_decay } = *train.get(module_of(&entry.name)?) else {
                     continue;
                 };
                 pieces.push(Piece {
                     entry: index,
                     range,
+                    master,
+                    exp_avg: narrow(&exp_avg, &inside)?,
+                    exp_avg_sq: narrow(&exp_avg_sq, &inside)?,
                     step: Tensor::f_zeros([], (Kind::Float, device))?,
                     peak_lr: lr,
                     weight_decay: if decays(&entry.name, &entry.shape) { weight_decay } else { 0.0 },
@@ -215,7 +225,6 @@ impl Optimizer {
         let trained: Vec<Tensor> = of_bucket.iter().map(|param| param.set_requires_grad(true)).collect();
         let id = self.buckets.len();
         self.reducer.add(&layout, &trained)?;
-        let (exp_avg, exp_avg_sq) = (fp32(owned_numel)?, fp32(owned_numel)?);
         Ok(Bucket { id, layout, compute, owned, master, exp_avg, exp_avg_sq, pieces })
     }
 
@@ -301,12 +310,11 @@ impl Optimizer {
         let gradients = self.reducer.gradients(bucket.id)?;
         let mut groups: BTreeMap<(u64, u64), Vec<AdamWSlot>> = BTreeMap::new();
         for piece in &bucket.pieces {
-            let range = bucket.in_owned(&piece.range);
             let slot = AdamWSlot {
-                param: narrow(&bucket.master, &range)?,
-                grad: narrow(&gradients, &range)?,
-                exp_avg: narrow(&bucket.exp_avg, &range)?,
-                exp_avg_sq: narrow(&bucket.exp_avg_sq, &range)?,
+                param: piece.master.shallow_clone(),
+                grad: narrow(&gradients, &bucket.in_owned(&piece.range))?,
+                exp_avg: piece.exp_avg.shallow_clone(),
+                exp_avg_sq: piece.exp_avg_sq.shallow_clone(),
                 step: piece.step.shallow_clone(),
             };
             let key = (piece.peak_lr.to_bits(), piece.weight_decay.to_bits());
@@ -407,9 +415,11 @@ impl Optimizer {
             for bucket in &mut self.buckets {
                 for piece in &bucket.pieces {
                     let entry = &bucket.layout.entries[piece.entry];
-                    for kind in [StateKind::ExpAvg, StateKind::ExpAvgSq] {
+                    let moments =
+                        [(StateKind::ExpAvg, &piece.exp_avg), (StateKind::ExpAvgSq, &piece.exp_avg_sq)];
+                    for (kind, moment) in moments {
                         let saved = get(&entry.name, kind, within(entry, &piece.range))?;
-                        narrow(bucket.tensor(kind), &bucket.in_owned(&piece.range))?.f_copy_(&saved)?;
+                        moment.shallow_clone().f_copy_(&saved)?;
                     }
                     let _ = piece.step.shallow_clone().fill_(steps as f64);
                 }

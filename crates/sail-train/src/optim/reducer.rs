@@ -17,7 +17,7 @@ use super::layout::Layout;
 use crate::config::{ReduceDtype, Strategy};
 use crate::error::{Error, Result};
 
-/// Buckets of `zero2` whose whole gradients exist at the same time because they are under way.
+/// Buckets that are under way at the same time, where they take memory of their own for it.
 const UNDER_WAY: usize = 2;
 
 /// How gradients are summed over ranks.
@@ -46,6 +46,12 @@ impl Reduction {
     /// Whether each rank keeps only its part of the gradients.
     pub(super) fn keeps_parts(&self) -> bool {
         self.group.is_some() && self.strategy == Strategy::Zero2
+    }
+
+    /// Whether a bucket under way takes memory that is free once it has arrived: its whole gradients, or a copy of
+    /// them in another type.
+    fn takes_memory(&self) -> bool {
+        self.keeps_parts() || self.dtype == ReduceDtype::Bf16
     }
 }
 
@@ -238,6 +244,9 @@ impl Inner {
 
     /// Sends the next bucket, with zeros where nothing has come.
     fn send_next(&mut self) -> Result<()> {
+        while self.reduction.takes_memory() && self.under_way.len() >= UNDER_WAY {
+            self.settle_oldest()?;
+        }
         let bucket = self.order[self.left];
         self.left += 1;
         let part = self.part_of(bucket);
@@ -258,9 +267,6 @@ impl Inner {
             }
         };
         self.under_way.push_back((bucket, sent));
-        if self.reduction.keeps_parts() && self.under_way.len() > UNDER_WAY {
-            self.settle_oldest()?;
-        }
         Ok(())
     }
 

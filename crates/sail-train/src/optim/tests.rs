@@ -260,6 +260,39 @@ fn assert_close(
     }
 }
 
+/// Updated parameters are waited for when the forward pass comes to them, not before.
+#[test]
+fn a_block_waits_for_its_own_parameters() {
+    let parallel = ParallelPlan { bucket_mb: 0, ..PARALLEL };
+    let run = Run { world: 2, parallel, precision: Kind::Float, unlock: None };
+    let server = Store::serve(0, Duration::from_secs(30)).unwrap();
+    let port = server.port();
+    std::thread::scope(|scope| {
+        for rank in 0..2 {
+            let run = &run;
+            scope.spawn(move || {
+                let (params, blocks) = small_model();
+                let train = TrainPlan { vision: ModulePlan::Frozen, projector: ALL, llm: ALL };
+                let group = Some(run.join(rank, port));
+                let mut optimizer =
+                    Optimizer::new(&params, blocks, &train, PLAN, &run.parallel, Kind::Float, group).unwrap();
+                let on_block = optimizer.on_block();
+                pass(&optimizer, (0, 1), || Some(loss_of(&params, rank + 1, &on_block)));
+                optimizer.step(1.0).unwrap();
+                let pending = || optimizer.gathers.pending();
+                assert_eq!(pending().len(), params.len(), "all have left");
+                optimizer.begin_pass(0, 1);
+                assert_eq!(pending(), ["llm.layers.0.w", "llm.layers.1.b", "llm.layers.1.w"]);
+                on_block("llm.layers.0.");
+                assert_eq!(pending(), ["llm.layers.1.b", "llm.layers.1.w"]);
+                on_block("llm.layers.1.");
+                assert!(pending().is_empty());
+                optimizer.end_pass().unwrap();
+            });
+        }
+    });
+}
+
 /// A rank keeps its part: of masters and moments under `zero1`, of the gradients too under `zero2`.
 #[test]
 fn ranks_keep_their_part_of_the_state() {

@@ -1,7 +1,7 @@
 //! What ranks tell each other through the store, before there is a group: that all are there and were started
 //! alike, and later that they are about to do the same thing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tracing::info;
 
+use super::beats::listed;
 use super::place::{Place, Starter};
+use crate::checkpoint::checksum;
 use crate::error::{Error, Result};
 
 /// What a rank has, by name.
@@ -32,8 +34,6 @@ const PROBLEM: &str = "problem";
 const ALL_LEFT: &str = "all left";
 /// Between two words of the main rank on whom it waits for.
 const TELL: Duration = Duration::from_secs(15);
-/// Differences that a message lists.
-const SHOWN: usize = 5;
 
 /// What a rank says when it comes.
 #[derive(Serialize, Deserialize)]
@@ -176,7 +176,7 @@ pub(super) fn agree(store: &Store, place: &Place, number: u64, fields: &Fields) 
     store.set(&key("fields", place.rank), &text)?;
     store.set(&key("hash", place.rank), &hash)?;
     let verdict = format!("agree/{number}/verdict");
-    if place.rank == 0 {
+    if place.is_main() {
         let mut problems = Vec::new();
         for rank in 1..place.size {
             if store.get(&key("hash", rank))? != hash.as_slice() {
@@ -203,28 +203,19 @@ pub(super) fn agree(store: &Store, place: &Place, number: u64, fields: &Fields) 
 /// When its own file cannot be read.
 pub(super) fn program() -> Result<String> {
     let path = std::env::current_exe().map_err(Error::io("the running executable".as_ref()))?;
-    let mut file = std::fs::File::open(&path).map_err(Error::io(&path))?;
-    let (mut hash, mut bytes) = (crc32fast::Hasher::new(), vec![0; 1 << 20]);
-    loop {
-        match std::io::Read::read(&mut file, &mut bytes).map_err(Error::io(&path))? {
-            0 => return Ok(format!("{} build {:08x}", env!("CARGO_PKG_VERSION"), hash.finalize())),
-            count => hash.update(&bytes[..count]),
-        }
-    }
+    Ok(format!("{} build {:08x}", env!("CARGO_PKG_VERSION"), checksum(&path)?.crc32))
 }
 
 /// The first fields in which two ranks differ.
 fn differences(main: &Fields, other: &Fields) -> String {
-    let names: std::collections::BTreeSet<&String> = main.keys().chain(other.keys()).collect();
+    let names: BTreeSet<&String> = main.keys().chain(other.keys()).collect();
     let differ = names.into_iter().filter(|name| main.get(*name) != other.get(*name));
     let shown = |value: Option<&String>| value.map_or("nothing", String::as_str).to_owned();
-    let mut all: Vec<String> = differ
-        .map(|name| format!("`{name}` is {}, there {}", shown(other.get(name)), shown(main.get(name))))
-        .collect();
-    let more = all.len().saturating_sub(SHOWN);
-    all.truncate(SHOWN);
-    let rest = if more > 0 { format!("; and {more} more") } else { String::new() };
-    format!("{}{rest}", all.join("; "))
+    listed(
+        differ
+            .map(|name| format!("`{name}` is {}, there {}", shown(other.get(name)), shown(main.get(name))))
+            .collect(),
+    )
 }
 
 /// Tells that this rank has done its part; the one that serves the store waits for all, for it must not go
@@ -232,17 +223,27 @@ fn differences(main: &Fields, other: &Fields) -> String {
 /// own error to tell.
 pub(super) fn leave(store: &Arc<Store>, place: &Place) {
     let (store, size, serves) = (Arc::clone(store), place.size as i64, place.serves_store());
-    let (done, left) = mpsc::channel();
-    thread::spawn(move || {
+    let _ = within(LEAVE, move || {
         let told = store
             .add("left", 1)
             .and_then(|count| if count == size { store.set(ALL_LEFT, b"") } else { Ok(()) });
         if told.is_ok() && serves {
             drop(store.wait(ALL_LEFT, LEAVE));
         }
-        let _ = done.send(());
     });
-    let _ = left.recv_timeout(LEAVE);
+}
+
+/// What a call to a store gives, which never returns where nobody answers; nothing once the time is over.
+pub(crate) fn within<T: Send + 'static>(
+    patience: Duration,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let (sender, done) = mpsc::channel();
+    thread::spawn(move || {
+        // Nobody listens any more where the time was over.
+        let _ = sender.send(call());
+    });
+    done.recv_timeout(patience).ok()
 }
 
 /// The name of the host that a rank is on.

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 const SAMPLE: Duration = Duration::from_millis(1500);
 /// Where the first rank that gives up says why.
 const FAILURE: &str = "failure";
-/// Ranks that a message names.
+/// Ranks or differences that a message names.
 const SHOWN: usize = 5;
 
 /// What a rank says of itself, twice a second.
@@ -91,7 +91,8 @@ pub(super) fn who_is_late(store: &Store, rank: usize, size: usize, begun: u64) -
     })
 }
 
-fn listed(mut parts: Vec<String>) -> String {
+/// Some of them, and how many more there are.
+pub(super) fn listed(mut parts: Vec<String>) -> String {
     let more = parts.len().saturating_sub(SHOWN);
     parts.truncate(SHOWN);
     let rest = if more > 0 { format!("; and {more} more") } else { String::new() };
@@ -113,15 +114,18 @@ mod tests {
 
     /// What rank 0 of four finds out, while the ranks of `running` beat on.
     fn found(begun: [u64; 4], running: &[usize]) -> Option<String> {
-        // It is also how long a host's name is waited for, which nobody gives here.
-        let limit = Duration::from_secs(1);
+        let limit = Duration::from_secs(30);
         let store = Store::serve(0, limit).unwrap();
         let others = Store::connect("127.0.0.1", store.port(), "", limit).unwrap();
         let beat = |rank: usize, count| {
             let doing = "computing".to_owned();
             Beat { count, step: 7, doing, begun: begun[rank] }.write(&others, rank).unwrap();
         };
-        (0..4).for_each(|rank| beat(rank, 0));
+        for rank in 0..4 {
+            let hello = br#"{"host": "h", "pid": 1, "size": 4, "address": null}"#;
+            others.set(&format!("hello/{rank}"), hello).unwrap();
+            beat(rank, 0);
+        }
         thread::scope(|scope| {
             scope.spawn(|| {
                 thread::sleep(SAMPLE / 2);
@@ -137,10 +141,10 @@ mod tests {
     fn whoever_does_not_run_or_is_behind_is_late() {
         let cases: [([u64; 4], &[usize], Option<&str>); 5] = [
             ([9, 9, 9, 9], &[1, 2, 3], None),
-            ([9, 9, 4, 9], &[1, 2, 3], Some("rank 2 on ? is still at step 7, computing")),
+            ([9, 9, 4, 9], &[1, 2, 3], Some("rank 2 on h is still at step 7, computing")),
             // One that waits for the one behind it is not the reason.
-            ([9, 8, 4, 9], &[1, 2, 3], Some("rank 2 on ? is still at step 7, computing")),
-            ([9, 9, 4, 9], &[1, 2], Some("no sign of life from rank 3 on ?, last seen at step 7, computing")),
+            ([9, 8, 4, 9], &[1, 2, 3], Some("rank 2 on h is still at step 7, computing")),
+            ([9, 9, 4, 9], &[1, 2], Some("no sign of life from rank 3 on h, last seen at step 7, computing")),
             // This one is the last itself.
             ([3, 9, 9, 9], &[1, 2, 3], None),
         ];

@@ -26,8 +26,10 @@ use crate::config::Plan;
 use crate::device::take_device;
 use crate::error::{Error, Result};
 use crate::events::Console;
+use crate::launch::resolve;
 
 pub use agree::Fields;
+pub(crate) use agree::within;
 pub use place::{Place, Rendezvous, Server, Starter};
 use watch::Watch;
 pub(crate) use watch::tell_of_panic;
@@ -77,6 +79,7 @@ impl World {
         let Some(meeting) = place.rendezvous.clone() else { return Ok(Self { place, ranks: None }) };
         let patience = Duration::from_secs(plan.parallel.first_step_timeout_secs);
         info!("rank {} of {} meets the others at {}:{}", place.rank, place.size, meeting.host, meeting.port);
+        resolve(&meeting.host, "`MASTER_ADDR`, or the first of Slurm's node list,")?;
         let mut watch = Watch::start(&place, &meeting, patience + MARGIN, console)?;
         let at_store = |error| Error::meeting(&meeting.host, meeting.port, error);
         let serve = || Store::serve(meeting.port, patience).map_err(at_store);
