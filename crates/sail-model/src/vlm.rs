@@ -243,11 +243,13 @@ impl Vlm {
     /// Embeddings `[t, d]` with visual tokens in `image_rows`, which were checked to be as many. Those
     /// rows' own embeddings get no gradient.
     fn embed(&self, ids_t: &Tensor, images: &[Tensor], image_rows: &[i64]) -> Result<Tensor> {
-        let x_td = self.llm.embed(ids_t);
         if images.is_empty() {
-            return Ok(x_td);
+            return Ok(self.llm.embed(ids_t));
         }
         let (x_vd, _) = self.image_features(images)?;
+        // After the images: backward goes the other way round, so that the table's gradient can travel to other
+        // ranks while that of the encoder is computed.
+        let x_td = self.llm.embed(ids_t);
         let rows_v = Tensor::from_slice(image_rows).to_device(self.device);
         Ok(x_td.f_index_copy(0, &rows_v, &x_vd.to_kind(x_td.kind()))?)
     }

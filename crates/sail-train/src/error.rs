@@ -63,19 +63,27 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// The loss or the gradient is not a number; the weights are as they were before the step.
+    /// The guard has ended the run before a step that would do harm; what was before is saved.
     #[error(
-        "step {step}: loss {loss}, gradient norm {grad_norm}: not finite\n\nsamples: {samples}\n\nhint: lower `train.*.lr`, or look at these samples"
+        "{what}\n\nsamples: {samples}\n\nhint: the run is saved as it was before; `{replay}` looks at the step; lower \
+         `train.*.lr`, take these samples out, or set `guard.*` to `skip` or `rollback`"
     )]
-    NotFinite {
-        /// The step that would have been taken.
-        step: u64,
-        /// Mean loss of the step.
-        loss: f64,
-        /// Global gradient norm.
-        grad_norm: f64,
-        /// Its samples, as `shard/key`.
+    Tripped {
+        /// The step, and what is wrong with it.
+        what: String,
+        /// Its samples, as `source/shard/key`.
         samples: String,
+        /// The command that makes it again.
+        replay: String,
+    },
+    /// The first step of a stage did not do what its plan says.
+    #[error(
+        "the first step did not train what it should\n\n{table}\nhint: a trained parameter that nothing reaches may be \
+         left out by freezing its module; `guard.self_check: false` trains on regardless"
+    )]
+    SelfCheck {
+        /// What is wrong with which parameter.
+        table: String,
     },
     /// The sources have an end, and it comes before the first pack.
     #[error(

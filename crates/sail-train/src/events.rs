@@ -1,7 +1,7 @@
 //! What a run tells: a progress bar on a terminal, plain lines elsewhere, `metrics.jsonl` always.
 //!
 //! The only place that prints while training. `metrics.jsonl` has one object a line with a `kind`
-//! of `train` or `eval`; after a resume it holds the line of each training step once.
+//! of `train`, `eval` or `checkpoint`; after a resume it holds the line of each training step once.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::checkpoint::Totals;
+use crate::checkpoint::{Save, Totals};
 use crate::config::{ModulePlan, Plan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
@@ -23,6 +23,7 @@ use crate::schedule::is_due;
 use crate::step::Packing;
 
 const METRICS: &str = "metrics.jsonl";
+const TRIPS: &str = "trips.jsonl";
 
 /// Standard error, shared by the bar, the plain lines and the log so that none breaks another.
 #[derive(Clone, Debug)]
@@ -135,9 +136,8 @@ impl Events {
             if step == 0 {
                 File::create(&metrics).map_err(Error::io(&metrics))?;
             }
-            keep_until(&metrics, step)?;
-            let opened = OpenOptions::new().create(true).append(true).open(&metrics);
-            file = Some(opened.map_err(Error::io(&metrics))?);
+            keep_until(&plan.run.dir.join(TRIPS), step)?;
+            file = Some(reopen(&metrics, step)?);
         }
         let bar = console.shows_bars().then(|| {
             let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} eta {eta}");
@@ -198,6 +198,17 @@ impl Events {
         Ok(())
     }
 
+    /// Records checkpoints that were made.
+    pub fn saves(&mut self, made: &[Save]) -> Result<()> {
+        for Save { step, blocked, took, bytes } in made {
+            let (blocked, took) = (blocked.as_secs_f64(), took.as_secs_f64());
+            self.write(&json!({
+                "kind": "checkpoint", "step": step, "blocked_secs": blocked, "secs": took, "bytes": bytes,
+            }))?;
+        }
+        Ok(())
+    }
+
     /// The mean training loss over the last tenth of `steps`, and the evaluation before the first
     /// one, as the whole run recorded them.
     pub fn history(&self, steps: u64) -> Result<(Option<f64>, Option<EvalReport>)> {
@@ -220,6 +231,28 @@ impl Events {
         Ok(((!losses.is_empty()).then_some(mean), before))
     }
 
+    /// Records a step that was not made, in `trips.jsonl`.
+    pub fn trip(&mut self, trip: &Value, said: impl std::fmt::Display) -> Result<()> {
+        if self.file.is_some() {
+            let path = self.plan.run.dir.join(TRIPS);
+            let file = OpenOptions::new().create(true).append(true).open(&path);
+            file.and_then(|mut file| writeln!(file, "{trip}")).map_err(Error::io(&path))?;
+        }
+        self.console.line(said);
+        Ok(())
+    }
+
+    /// Forgets the steps after `step`, to which the run was put back.
+    pub fn back_to(&mut self, step: u64) -> Result<()> {
+        if self.file.take().is_some() {
+            self.file = Some(reopen(&self.metrics, step)?);
+        }
+        if let Some(bar) = &self.bar {
+            bar.set_position(step);
+        }
+        Ok(())
+    }
+
     /// Removes the bar.
     pub fn close(&self) {
         if let Some(bar) = &self.bar {
@@ -228,7 +261,7 @@ impl Events {
     }
 
     fn eta(&self, step: u64) -> Duration {
-        let done = (step - self.first_step).max(1) as f64;
+        let done = step.saturating_sub(self.first_step).max(1) as f64;
         self.started.elapsed().mul_f64((self.plan.schedule.steps - step) as f64 / done)
     }
 
@@ -243,6 +276,23 @@ fn rate(plan: &ModulePlan, factor: f64) -> Option<Value> {
         ModulePlan::Frozen => None,
         ModulePlan::Train { lr, .. } => Some(json!(lr * factor)),
     }
+}
+
+/// A metrics file to write to, without the lines after `step`.
+fn reopen(path: &Path, step: u64) -> Result<File> {
+    keep_until(path, step)?;
+    OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))
+}
+
+/// The record in a run's `trips.jsonl` of what was not made at `step`; the newest where there are several.
+pub(crate) fn trip_of(run_dir: &Path, step: u64) -> Result<Option<Value>> {
+    let path = run_dir.join(TRIPS);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let mut lines = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    Ok(lines.find(|line| line["step"].as_u64() == Some(step)))
 }
 
 /// Rewrites a metrics file without the lines of later steps, and without a line cut off in writing.

@@ -12,6 +12,8 @@
 //! | freezing and its proof | [`stage`], [`optim`] |
 //! | how a stage begins or goes on | [`resume`] |
 //! | what a checkpoint is | [`checkpoint`] |
+//! | who may stop a run | [`stopping`] |
+//! | what is done about harmful steps | [`guard`], `first_step`, [`replay`] |
 //! | the held-out measures | [`eval`] |
 //! | exported folders | [`export`] |
 //! | a trained model in use | [`trained`], [`generate`], [`score`], [`embed`] |
@@ -30,17 +32,21 @@ pub mod estimate;
 pub mod eval;
 pub mod events;
 pub mod export;
+mod first_step;
 pub mod generate;
+pub mod guard;
 pub mod launch;
 pub mod optim;
 mod origin;
 pub mod output;
+pub mod replay;
 pub mod resume;
 pub mod schedule;
 pub mod score;
 pub mod session;
 pub mod stage;
 pub mod step;
+pub mod stopping;
 pub mod train_loop;
 pub mod trained;
 pub mod world;

@@ -13,13 +13,15 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::config::Plan;
 use crate::error::{Error, Result};
 use crate::origin::check_lineage;
-use crate::train_loop::{SUMMARY, StageSummary};
+use crate::train_loop::{RunOptions, SUMMARY, StageSummary};
 use crate::world::World;
 
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 11] = [
+const HARMLESS: [&str; 14] = [
     "run.name",
     "run.dir",
+    "run.time_limit_secs",
+    "run.time_margin_secs",
     "data.threads",
     "data.store",
     "parallel.strategy",
@@ -28,6 +30,7 @@ const HARMLESS: [&str; 11] = [
     "parallel.first_step_timeout_secs",
     "log",
     "checkpoint",
+    "guard",
     "eval",
 ];
 
@@ -58,17 +61,22 @@ enum Found {
 }
 
 /// The main rank looks at the run's folder and decides for all.
-pub(crate) fn begin(plan: &Plan, world: &World, resume: &Resume) -> Result<Beginning> {
+pub(crate) fn begin(plan: &Plan, world: &World, options: &RunOptions) -> Result<Beginning> {
     world.set_timeout(plan.parallel.first_step_timeout_secs)?;
     world.agree(|| plan.fields())?;
     let (mut held, mut opened) = (None, None);
     let found = world.from_main(|| {
         held = Some(lock(&plan.run.dir)?);
-        opened = find_resume(plan, resume)?;
+        checkpoint::remove_partial(&plan.run.dir)?;
+        opened = find_resume(&plan.run.dir, &options.resume)?;
+        let changed = match &opened {
+            Some(checkpoint) => check_config(plan, checkpoint, options)?,
+            None => false,
+        };
         if let Some(checkpoint) = &opened {
             check_lineage(plan, checkpoint)?;
         }
-        if let Some(summary) = finished(plan, opened.as_ref())? {
+        if let Some(summary) = finished(plan, opened.as_ref().filter(|_| !changed))? {
             return Ok(Found::Finished(Box::new(summary)));
         }
         let path = plan.run.dir.join("plan.yaml");
@@ -86,54 +94,52 @@ pub(crate) fn begin(plan: &Plan, world: &World, resume: &Resume) -> Result<Begin
     Ok(Beginning::From(held, opened.map(Box::new)))
 }
 
-fn find_resume(plan: &Plan, resume: &Resume) -> Result<Option<Checkpoint>> {
-    let dir = &plan.run.dir;
-    let checkpoint = match resume {
-        Resume::From(path) if !path.exists() => {
-            return Err(Error::usage(
-                format!("`--resume`: `{}` does not exist", path.display()),
-                format!("name a `step-…` folder of `{}`, or use `--resume auto`", dir.display()),
-            ));
-        }
-        Resume::From(path) => Some(Checkpoint::open(path)?),
+fn find_resume(dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>> {
+    match resume {
+        Resume::From(path) if !path.exists() => Err(Error::usage(
+            format!("`--resume`: `{}` does not exist", path.display()),
+            format!("name a `step-…` folder of `{}`, or use `--resume auto`", dir.display()),
+        )),
+        Resume::From(path) => Ok(Some(Checkpoint::open(path)?)),
         Resume::Auto => match checkpoint::newest(dir)? {
-            None if checkpoint::any(dir)? => {
-                return Err(Error::usage(
-                    format!("`{}` has checkpoints, and none of them verifies", dir.display()),
-                    "see the warnings above; mend or remove them to start anew, or choose another `run.dir`",
-                ));
-            }
-            found => found,
+            None if checkpoint::any(dir)? => Err(Error::usage(
+                format!("`{}` has checkpoints, and none of them verifies", dir.display()),
+                "see the warnings above; mend or remove them to start anew, or choose another `run.dir`",
+            )),
+            found => Ok(found),
         },
         Resume::Never => match checkpoint::newest(dir)? {
-            None => None,
-            Some(found) => {
-                return Err(Error::usage(
-                    format!("`--resume never`, but `{}` exists", found.dir().display()),
-                    format!("remove `{}` or choose another `run.dir`", dir.display()),
-                ));
-            }
+            None => Ok(None),
+            Some(found) => Err(Error::usage(
+                format!("`--resume never`, but `{}` exists", found.dir().display()),
+                format!("remove `{}` or choose another `run.dir`", dir.display()),
+            )),
         },
-    };
-    if let Some(checkpoint) = &checkpoint {
-        let mut changes = checkpoint.state().plan.diff(plan);
-        changes.retain(|change| !HARMLESS.iter().any(|prefix| change.path.starts_with(prefix)));
-        if !changes.is_empty() {
-            let list: Vec<String> = changes.iter().map(ToString::to_string).collect();
-            return Err(Error::usage(
-                format!(
-                    "the plan differs from that of `{}`:\n  {}",
-                    checkpoint.dir().display(),
-                    list.join("\n  ")
-                ),
-                format!(
-                    "undo the changes, choose another `run.dir`, or remove `{}` to start anew",
-                    dir.display()
-                ),
-            ));
-        }
     }
-    Ok(checkpoint)
+}
+
+/// Whether what is trained is another plan than that of `checkpoint`, where that is allowed.
+fn check_config(plan: &Plan, checkpoint: &Checkpoint, options: &RunOptions) -> Result<bool> {
+    let mut changes = checkpoint.state().plan.diff(plan);
+    changes.retain(|change| !HARMLESS.iter().any(|prefix| change.path.starts_with(prefix)));
+    if changes.is_empty() {
+        return Ok(false);
+    }
+    let list: Vec<String> = changes.iter().map(ToString::to_string).collect();
+    let differs =
+        format!("the plan differs from that of `{}`:\n  {}", checkpoint.dir().display(), list.join("\n  "));
+    if options.allow_config_change {
+        options.console.line(format!("{}: {differs}\nallowed by `--allow-config-change`", plan.run.name));
+        return Ok(true);
+    }
+    Err(Error::usage(
+        differs,
+        format!(
+            "undo the changes, go on with them by `--allow-config-change`, choose another `run.dir`, or remove `{}` to \
+             start anew",
+            plan.run.dir.display()
+        ),
+    ))
 }
 
 /// Every rank must see the main rank's folder, and be able to write there: better known now than at the first save.

@@ -17,14 +17,16 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::to_batch;
-use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
-use crate::config::{ModelSource, Module, Plan, VisualShape};
+use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched, Updates};
+use crate::config::{GuardAction, ModelSource, Module, Plan, VisualShape};
 use crate::device::{choose_device, choose_precision, take_device};
 use crate::error::{Error, Result};
-use crate::eval::Evaluator;
-use crate::optim::{Optimizer, StateKind, StatePiece};
+use crate::eval::{EvalReport, Evaluator};
+use crate::first_step::FirstStep;
+use crate::guard::{GuardState, Trip};
+use crate::optim::{Optimizer, StateKind};
 use crate::origin::{Folders, Sources, open_finished, untouched};
-use crate::stage::{Fingerprints, FreezeTable, module_of};
+use crate::stage::{Fingerprints, FreezeTable, FrozenCheck, module_of};
 use crate::step::{Share, Step};
 use crate::world::{Fields, World};
 
@@ -59,7 +61,13 @@ pub struct Session {
     untouched: BTreeMap<Module, Untouched>,
     /// fp32 weights of frozen modules, where the model computes in another type.
     exact: Params,
-    started_from: Fingerprints,
+    started_from: Arc<Fingerprints>,
+    /// Held-out loss after the newest step, where it was measured.
+    held_out: Option<f64>,
+    /// What was judged of the steps so far.
+    guard: GuardState,
+    /// Where this rank's data stood before the step that is being made.
+    before: Position,
 }
 
 impl Session {
@@ -93,14 +101,14 @@ impl Session {
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
         }
-        let (mut step, mut totals, mut data) = (0, Totals::default(), None);
+        let (mut step, mut totals, mut guard, mut data) = (0, Totals::default(), GuardState::default(), None);
         let mut init_record = init.as_ref().map(Checkpoint::record);
         if let Some(checkpoint) = resume {
-            optimizer.restore(checkpoint.optimizer_steps(), |name, kind, elements| {
-                checkpoint.elements(name, kind, elements)
-            })?;
             let state = checkpoint.state();
+            let updates = updates(&optimizer, checkpoint);
+            optimizer.restore(updates, |name, kind, elements| checkpoint.elements(name, kind, elements))?;
             (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
+            guard = state.guard.clone();
             init_record.clone_from(&state.init);
         }
         let evaluator = match (&plan.eval, plan.eval_spec(shape)) {
@@ -109,6 +117,7 @@ impl Session {
         };
         let options = LoaderOptions { threads: plan.data.threads, rank: world.rank(), world: world.size() };
         let loader = Loader::new(&spec, Arc::clone(&encoder), options, data)?;
+        let before = loader.position();
         let plan = plan.clone();
         Ok(Self {
             plan,
@@ -127,7 +136,10 @@ impl Session {
             init: init_record,
             untouched,
             exact,
-            started_from,
+            started_from: Arc::new(started_from),
+            held_out: None,
+            guard,
+            before,
         })
     }
 
@@ -140,6 +152,7 @@ impl Session {
     pub fn next_step(&mut self) -> Result<Option<Step>> {
         let passes = self.plan.batch.packs_per_step / self.world.size();
         let started = Instant::now();
+        self.before = self.loader.position();
         // With more streams than packs a step may find only streams that have ended, while others go on.
         loop {
             self.world.doing(self.step + 1, "waiting for data");
@@ -192,24 +205,74 @@ impl Session {
 
     /// Puts the ranks' losses and gradient norms together, clips, and reads what all ranks decide by: the one
     /// place where the host waits for the device in a step.
-    pub fn agree(&self, loss: &Tensor, stop: bool) -> Result<Verdict> {
+    pub fn agree(&self, loss: &Tensor, stop: bool, saved: bool) -> Result<Verdict> {
         self.world.doing(self.step + 1, "agreeing on the step");
         // Made on the device: a copy from the host would wait for all that is queued there.
-        let stop = Tensor::f_full([], f64::from(stop), (Kind::Double, self.device))?;
-        let own = [loss, &self.optimizer.squared_norm()?, &stop];
+        let flag = |set: bool| Tensor::f_full([], f64::from(set), (Kind::Double, self.device));
+        let own = [loss, &self.optimizer.squared_norm()?, &flag(stop)?, &flag(saved)?];
         let sums = Tensor::stack(&own.map(|value| value.to_kind(Kind::Double)), 0);
         if let Some(group) = self.world.group() {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
         }
         self.optimizer.clip(&sums.get(1).sqrt())?;
         let read = Vec::<f64>::try_from(&sums)?;
-        Ok(Verdict { loss: read[0], grad_norm: read[1].sqrt(), stop: read[2] > 0.0 })
+        Ok(Verdict {
+            loss: read[0],
+            grad_norm: read[1].sqrt(),
+            stop: read[2] > 0.0,
+            saved: read[3] as usize == self.world.size(),
+        })
     }
 
-    /// Makes the update.
-    pub fn update(&mut self, lr_factor: f64) -> Result<()> {
+    /// What is wrong with the step that the verdict is of, if anything. All ranks find the same.
+    pub fn judge(&mut self, verdict: &Verdict) -> Option<Trip> {
+        let mut guard = self.guard.clone();
+        let trip = guard.judge(&self.plan.guard, verdict.loss, verdict.grad_norm);
+        // A run that ends here judges the same step again when it goes on.
+        if trip.as_ref().is_none_or(|trip| trip.action != GuardAction::Stop) {
+            self.guard = guard;
+        }
+        trip
+    }
+
+    /// What is written of a step that is not made: enough to find its samples and to make it again.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn record(&self, trip: &Trip, step: &Step, verdict: &Verdict) -> Result<Value> {
+        let samples: Vec<Vec<String>> = self.world.gather(&step.samples())?;
+        let position = Position::merge(self.world.gather(&self.before)?)?;
+        Ok(json!({
+            "kind": "trip", "step": self.step + 1, "reason": trip.reason, "action": trip.action,
+            "loss": verdict.loss, "grad_norm": verdict.grad_norm, "size": step.all.size,
+            "packing": step.all.packing(self.plan.batch.tokens_per_pack),
+            "samples": samples, "position": position,
+        }))
+    }
+
+    /// Makes the update; that of a stage's first step is checked parameter by parameter.
+    ///
+    /// # Errors
+    /// Those of libtorch and of c10d; [`Error::SelfCheck`].
+    pub fn update(&mut self, step: &Step, lr_factor: f64) -> Result<()> {
         self.world.doing(self.step + 1, "updating");
-        self.optimizer.step(lr_factor)
+        let is_first = self.step == 0 && self.plan.guard.self_check;
+        let before = is_first.then(|| FirstStep::before(self)).transpose()?;
+        self.optimizer.step(lr_factor)?;
+        before.map_or(Ok(()), |before| before.check(self, step, lr_factor))
+    }
+
+    /// Measures the held-out loss, where the plan does.
+    ///
+    /// # Errors
+    /// Those of the model, of c10d, and [`Error::HeldOutNotFinite`].
+    pub fn evaluate(&mut self) -> Result<Option<EvalReport>> {
+        let Some(evaluator) = &self.evaluator else { return Ok(None) };
+        self.world.doing(self.step, "evaluating");
+        self.optimizer.settle()?;
+        let report = evaluator.run(&self.model, &self.encoder, self.device, &self.world)?;
+        self.held_out = Some(report.total.loss);
+        Ok(Some(report))
     }
 
     /// Takes note that the update for `step` was made.
@@ -217,17 +280,52 @@ impl Session {
     /// # Errors
     /// Those of c10d.
     pub fn advance(&mut self, step: &Step) -> Result<()> {
+        let Totals { samples, tokens, answer_tokens } = step.all.size;
+        self.totals.samples += samples;
+        self.totals.tokens += tokens;
+        self.totals.answer_tokens += answer_tokens;
+        self.pass()
+    }
+
+    /// Passes a step without its update.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn skip(&mut self) -> Result<()> {
+        self.optimizer.discard();
+        self.pass()
+    }
+
+    /// Puts weights, moments and counters back to a snapshot of this run; the data goes on from where it is.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn roll_back(&mut self, to: &Snapshot) -> Result<()> {
+        self.world.doing(self.step + 1, "rolling back");
+        let state = &to.state;
+        self.optimizer
+            .put_back(state.updates.clone(), |name, kind, elements| to.elements(name, kind, elements))?;
+        (self.step, self.totals, self.held_out) = (state.step, state.totals, state.held_out);
+        self.guard = std::mem::take(&mut self.guard).back_to(&state.guard);
+        Ok(())
+    }
+
+    /// Takes the data of the step that is being made back, for a snapshot from which it will be made again.
+    pub fn give_back(&self, snapshot: Snapshot) -> Result<Snapshot> {
+        let positions = self.world.gather(&self.before)?;
+        let state = RunState { data: Position::merge(positions)?, ..snapshot.state };
+        Ok(Snapshot { state, ..snapshot })
+    }
+
+    fn pass(&mut self) -> Result<()> {
         self.step += 1;
+        self.held_out = None;
         if !self.warm {
             self.warm = true;
             // Nothing may be under way while the time that it may take changes.
             self.optimizer.settle()?;
             self.world.set_timeout(self.plan.parallel.timeout_secs)?;
         }
-        let Totals { samples, tokens, answer_tokens } = step.all.size;
-        self.totals.samples += samples;
-        self.totals.tokens += tokens;
-        self.totals.answer_tokens += answer_tokens;
         Ok(())
     }
 
@@ -243,11 +341,15 @@ impl Session {
         Ok(Share::all(self.world.gather(&own)?).coverage)
     }
 
-    /// This rank's part of what a checkpoint of this moment holds. Every rank makes the same call.
-    pub fn snapshot(&self) -> Result<Snapshot<'_>> {
+    /// This rank's part of the state of this moment, copied into the memory of an `old` one where that fits. Every
+    /// rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of libtorch and of c10d.
+    pub fn snapshot(&self, old: Vec<Piece>) -> Result<Snapshot> {
         self.optimizer.settle()?;
         let trained: BTreeSet<&str> = self.optimizer.names().collect();
-        let mut pieces = Vec::new();
+        let mut frozen = Vec::new();
         let mut turn = 0;
         for (name, tensor) in self.model.params() {
             if trained.contains(name.as_str()) || self.untouched.contains_key(&module_of(name)?) {
@@ -255,13 +357,9 @@ impl Session {
             }
             // What is frozen and stored is the same everywhere: the ranks write it in turn.
             if turn % self.world.size() == self.world.rank() {
-                let tensor = self.exact.get(name).unwrap_or(tensor).shallow_clone();
-                pieces.push(Piece::whole(name, StateKind::Param.name(), &tensor));
+                frozen.push(Piece::frozen(name, self.exact.get(name).unwrap_or(tensor)));
             }
             turn += 1;
-        }
-        for StatePiece { name, kind, shape, elements, tensor } in self.optimizer.state()? {
-            pieces.push(Piece { name, kind: kind.name(), shape: shape.to_vec(), elements, tensor });
         }
         let positions = self.world.gather(&self.loader.position())?;
         Ok(Snapshot {
@@ -269,13 +367,22 @@ impl Session {
                 step: self.step,
                 totals: self.totals,
                 data: Position::merge(positions)?,
+                updates: self.optimizer.updates().clone(),
+                held_out: self.held_out,
+                guard: self.guard.clone(),
                 init: self.init.clone(),
                 plan: self.plan.clone(),
             },
-            optimizer_steps: self.optimizer.steps(),
-            pieces,
+            trained: Piece::copies(self.optimizer.state()?, old)?,
+            frozen,
             untouched: self.untouched.clone(),
+            frozen_check: self.frozen_check()?,
         })
+    }
+
+    /// The check that what is frozen is as it was when the session was built.
+    pub(crate) fn frozen_check(&self) -> Result<FrozenCheck> {
+        self.started_from.frozen_check(self.model.params(), &self.plan.train)
     }
 
     /// The parameters of a module in fp32, by full name: masters where it is trained. Every rank makes the same
@@ -292,30 +399,6 @@ impl Session {
         }
         Ok(exact)
     }
-
-    /// Checks that every trained parameter and moment is a number. Every rank makes the same call.
-    ///
-    /// # Errors
-    /// [`Error::WeightsNotFinite`], on all ranks.
-    pub fn check_finite(&self) -> Result<()> {
-        let tensors: Vec<Tensor> = self.optimizer.state()?.into_iter().map(|piece| piece.tensor).collect();
-        // A rank may own nothing of a small model.
-        let norm =
-            if tensors.is_empty() { 0.0 } else { sail_torch::global_norm(&tensors)?.double_value(&[]) };
-        let finite = f64::from(norm.is_finite());
-        if self.world.gather_numbers(&[finite])?.iter().all(|finite| finite[0] > 0.0) {
-            return Ok(());
-        }
-        Err(Error::WeightsNotFinite { step: self.step })
-    }
-
-    /// Checks that no frozen parameter changed since the session was built.
-    ///
-    /// # Errors
-    /// [`Error::FreezePlan`] naming the first that did.
-    pub fn check_frozen(&self) -> Result<()> {
-        self.started_from.check_frozen(self.model.params(), &self.plan.train)
-    }
 }
 
 /// What all ranks decide by after a step's gradients.
@@ -327,6 +410,8 @@ pub struct Verdict {
     pub grad_norm: f64,
     /// Whether a rank was asked to stop.
     pub stop: bool,
+    /// Whether all ranks have done their part of the save under way.
+    pub saved: bool,
 }
 
 impl Verdict {
@@ -450,6 +535,20 @@ pub(crate) fn encoder(tokenizer: &Path, text: &TextSpec, llm: &LlmConfig) -> Res
         ));
     }
     Ok(encoder)
+}
+
+/// How often the parameters that are trained now were updated until `checkpoint`.
+fn updates(optimizer: &Optimizer, checkpoint: &Checkpoint) -> Updates {
+    let then = &checkpoint.state().updates;
+    let mut later = BTreeMap::new();
+    for name in optimizer.names() {
+        // What was frozen has no moments.
+        let count = if checkpoint.holds(name, StateKind::ExpAvg) { then.of(name) } else { 0 };
+        if count != then.all {
+            later.insert(name.to_owned(), count);
+        }
+    }
+    Updates { all: then.all, later }
 }
 
 /// Every rank has as many streams and packs as any other.

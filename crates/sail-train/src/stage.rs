@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use sail_model::params::Params;
 use tch::{Kind, Tensor, no_grad};
@@ -119,14 +120,43 @@ impl Fingerprints {
         format!("{:08x}", hash.finalize())
     }
 
-    /// Checks the weights after training against these.
+    /// Checks, wherever and whenever wanted, that what `train` freezes is as these say.
+    ///
+    /// # Errors
+    /// [`Error::FreezePlan`] for a name that no module has.
+    pub fn frozen_check(self: &Arc<Self>, params: &Params, train: &TrainPlan) -> Result<FrozenCheck> {
+        let mut frozen = Vec::new();
+        for (name, tensor) in params {
+            if !train.get(module_of(name)?).is_trained() {
+                // A handle of its own, for another thread.
+                frozen.push((name.clone(), tensor.detach()));
+            }
+        }
+        Ok(FrozenCheck { started_from: Arc::clone(self), frozen })
+    }
+}
+
+/// Frozen parameters, and how they were.
+pub struct FrozenCheck {
+    started_from: Arc<Fingerprints>,
+    frozen: Vec<(String, Tensor)>,
+}
+
+impl Clone for FrozenCheck {
+    fn clone(&self) -> Self {
+        let handles = self.frozen.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        Self { started_from: Arc::clone(&self.started_from), frozen: handles.collect() }
+    }
+}
+
+impl FrozenCheck {
+    /// Compares.
     ///
     /// # Errors
     /// [`Error::FreezePlan`] naming the first parameter that is frozen and changed.
-    pub fn check_frozen(&self, params: &Params, train: &TrainPlan) -> Result<()> {
-        for (name, tensor) in params {
-            let trained = train.get(module_of(name)?).is_trained();
-            if !trained && self.0.get(name) != Some(&fingerprint(tensor)) {
+    pub fn check(&self) -> Result<()> {
+        for (name, tensor) in &self.frozen {
+            if self.started_from.0.get(name) != Some(&fingerprint(tensor)) {
                 let problem = "is frozen in this stage and changed; the checkpoint is not to be used";
                 return Err(Error::FreezePlan { name: name.clone(), problem });
             }
@@ -135,7 +165,8 @@ impl Fingerprints {
     }
 }
 
-fn fingerprint(tensor: &Tensor) -> i64 {
+/// A sum over the bit patterns, see [`Fingerprints`].
+pub(crate) fn fingerprint(tensor: &Tensor) -> i64 {
     // In pieces, so that the 64-bit copies of a large embedding table stay small.
     const PIECE: i64 = 1 << 22;
     no_grad(|| {
@@ -179,12 +210,13 @@ mod tests {
     #[test]
     fn a_changed_frozen_parameter_is_named() {
         let mut params = params();
-        let prints = Fingerprints::new(&params);
+        let prints = Arc::new(Fingerprints::new(&params));
         params.insert("projector.1.weight".into(), Tensor::from_slice(&[9f32, 9.0, 9.0]));
-        prints.check_frozen(&params, &TRAIN).unwrap();
+        let check = |params: &Params| prints.frozen_check(params, &TRAIN)?.check();
+        check(&params).unwrap();
         for changed in [[1f32, 2.0, 3.000_001], [2.0, 1.0, 3.0]] {
             params.insert("llm.b".into(), Tensor::from_slice(&changed));
-            let error = prints.check_frozen(&params, &TRAIN).unwrap_err().to_string();
+            let error = check(&params).unwrap_err().to_string();
             assert!(error.contains("`llm.b` is frozen"), "{error}");
         }
     }

@@ -104,9 +104,8 @@ impl Step {
         Self { passes: packs.len(), packs, all }
     }
 
-    /// This rank's samples as `source/shard/key`, for messages.
-    pub fn sample_names(&self) -> String {
-        let ids = self.packs.iter().flat_map(|pack| &pack.samples);
-        ids.map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    /// This rank's samples as `source/shard/key`.
+    pub fn samples(&self) -> Vec<String> {
+        self.packs.iter().flat_map(|pack| &pack.samples).map(ToString::to_string).collect()
     }
 }

@@ -4,24 +4,25 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use sail_data::Tally;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use crate::checkpoint::{self, Checkpoint, Totals};
-use crate::config::{Module, Plan};
+use crate::checkpoint::{Checkpoint, Saver, Totals};
+use crate::config::{GuardAction, Module, Plan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::events::{Console, Events, StepReport};
 use crate::export;
+use crate::guard::Trip;
 use crate::resume::{Beginning, Resume, begin};
 use crate::schedule::{factor, is_due};
 use crate::session::{Session, Verdict};
 use crate::stage::FreezeTable;
 use crate::step::Step;
+use crate::stopping::{Reason, Stopping};
 use crate::world::World;
 
 /// What a stage leaves in its folder when it has ended.
@@ -31,19 +32,12 @@ pub(crate) const SUMMARY: &str = "summary.json";
 pub struct RunOptions {
     /// Where to continue.
     pub resume: Resume,
-    /// Save and stop after this step.
-    pub stop_at: Option<u64>,
-    /// Set from outside to ask for a save and a stop.
-    pub stop: Arc<AtomicBool>,
+    /// Whether the configuration may be another one than that of the checkpoint.
+    pub allow_config_change: bool,
+    /// What ends it before its time.
+    pub stopping: Stopping,
     /// Where messages go.
     pub console: Console,
-}
-
-impl RunOptions {
-    /// Whether this process was asked to stop, or the step now being made is the last one wanted.
-    fn stop_asked(&self, step: u64) -> bool {
-        self.stop.load(Ordering::Relaxed) || self.stop_at.is_some_and(|at| step >= at)
-    }
 }
 
 /// How a run ended.
@@ -88,7 +82,7 @@ pub struct StageSummary {
 /// # Errors
 /// Anything that keeps it from going on; the newest complete checkpoint stays.
 pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Result<Outcome> {
-    let (_lock, resume) = match begin(plan, world, &options.resume)? {
+    let (_lock, resume) = match begin(plan, world, options)? {
         Beginning::From(lock, resume) => (lock, resume),
         Beginning::Finished(summary) => {
             options.console.line(format!("{}: already finished", plan.run.name));
@@ -98,9 +92,14 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
     let mut events = Events::open(options.console.clone(), plan, session.step, world.is_main())?;
+    let resumed = resume.as_ref().map(|checkpoint| checkpoint.state().step);
+    let mut saver = Saver::new(plan.run.dir.clone(), plan.checkpoint.clone(), world, resumed);
     announce(&session, &events, resume.as_deref())?;
+    if plan.guard.rolls_back() {
+        saver.hold(|old| session.snapshot(old))?;
+    }
     if session.step == 0 {
-        evaluate(&session, &mut events)?;
+        evaluate(&mut session, &mut events)?;
     }
     while session.step < plan.schedule.steps {
         let started = Instant::now();
@@ -109,47 +108,107 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             break;
         };
         let loss = session.accumulate(&step)?;
-        let verdict = session.agree(&loss, options.stop_asked(session.step + 1))?;
-        check_finite(&verdict, &session, &step)?;
-        let lr_factor = factor(&plan.schedule, session.step);
-        session.update(lr_factor)?;
-        session.advance(&step)?;
-        events.step(&report(&session, &step, &verdict, lr_factor, started)?)?;
+        let asked = options.stopping.reason(plan, session.step + 1, world.is_main());
+        let verdict = session.agree(&loss, asked.is_some(), saver.is_done())?;
+        if verdict.saved {
+            saver.advance()?;
+        }
+        if let Some(trip) = session.judge(&verdict) {
+            let went_back = tripped(&trip, &step, &verdict, &mut session, &mut saver, &mut events)?;
+            if went_back && !verdict.stop {
+                continue;
+            }
+        } else {
+            let lr_factor = factor(&plan.schedule, session.step);
+            session.update(&step, lr_factor)?;
+            session.advance(&step)?;
+            events.step(&report(&session, &step, &verdict, lr_factor, started)?)?;
+        }
 
         let done = session.step == plan.schedule.steps;
-        if is_due(plan.checkpoint.every, session.step) || done || verdict.stop {
-            save(&session)?;
-        }
         if verdict.stop && !done {
-            events.close();
-            events.note(format!(
-                "{}: saved at step {} and stopped; the same command resumes",
-                plan.run.name, session.step
-            ));
+            save_last(&mut saver, &session, &mut events)?;
+            stopped(&session, &events, asked.as_ref());
             return Ok(Outcome::Interrupted { step: session.step });
         }
         if !done && plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step)) {
-            evaluate(&session, &mut events)?;
+            evaluate(&mut session, &mut events)?;
         }
+        if !done && is_due(plan.checkpoint.every, session.step) {
+            saver.begin(session.step, |old| session.snapshot(old))?;
+        }
+        events.saves(&saver.made())?;
     }
-    finish(&session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
+    save_last(&mut saver, &session, &mut events)?;
+    finish(&mut session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
 }
 
 /// The data has a length and is used up before the schedule: the stage ends here.
 fn data_ended(session: &Session, events: &Events) -> Result<()> {
     let (name, step, steps) = (&session.plan.run.name, session.step, session.plan.schedule.steps);
     events.note(format!("{name}: the data ends after step {step} of {steps}, and with it the stage"));
-    if step == 0 { Err(Error::NoData { name: name.clone() }) } else { save(session) }
+    if step == 0 { Err(Error::NoData { name: name.clone() }) } else { Ok(()) }
 }
 
-/// Refuses a step that would break the weights.
-fn check_finite(verdict: &Verdict, session: &Session, step: &Step) -> Result<()> {
-    if verdict.is_finite() {
-        return Ok(());
+fn save_last(saver: &mut Saver, session: &Session, events: &mut Events) -> Result<()> {
+    session.world.doing(session.step, "saving");
+    saver.save_last(session.step, |old| session.snapshot(old))?;
+    events.saves(&saver.made())
+}
+
+fn stopped(session: &Session, events: &Events, asked: Option<&Reason>) {
+    events.close();
+    let reason = asked.map_or("another rank was asked to".to_owned(), ToString::to_string);
+    let (name, step) = (&session.plan.run.name, session.step);
+    events
+        .note(format!("{name}: saved at step {step} and stopped, since {reason}; the same command resumes"));
+    if let Some(reason) = asked {
+        reason.done();
     }
-    let samples = session.world.gather(&step.sample_names())?.join(" ");
+}
+
+/// Does what the guard wants done instead of a step, and says whether the run went back.
+fn tripped(
+    trip: &Trip,
+    step: &Step,
+    verdict: &Verdict,
+    session: &mut Session,
+    saver: &mut Saver,
+    events: &mut Events,
+) -> Result<bool> {
+    let number = session.step + 1;
+    let record = session.record(trip, step, verdict)?;
     let Verdict { loss, grad_norm, .. } = *verdict;
-    Err(Error::NotFinite { step: session.step + 1, loss, grad_norm, samples })
+    let (name, dir) = (&session.plan.run.name, session.plan.run.dir.display());
+    let what = format!("step {number}: loss {loss}, gradient norm {grad_norm}: {}", trip.reason);
+    let replay = format!("sail-train replay --run {dir} --step {number}");
+    match trip.action {
+        GuardAction::Stop => {
+            events.trip(&record, format!("{name}: {what}; saving as it was before"))?;
+            session.optimizer.discard();
+            saver.save_last(session.step, |old| session.give_back(session.snapshot(old)?))?;
+            events.saves(&saver.made())?;
+            events.close();
+            let samples = session.world.gather(&step.samples())?.concat().join(" ");
+            Err(Error::Tripped { what, samples, replay })
+        }
+        GuardAction::Skip => {
+            events.trip(&record, format!("{name}: {what}; skipped; `{replay}` shows more"))?;
+            session.skip()?;
+            Ok(false)
+        }
+        GuardAction::Rollback => {
+            let snapshot = saver.newest().expect("invariant: one is taken before the first step");
+            let to = snapshot.state.step;
+            let said = format!(
+                "{name}: {what}; back to step {to}, with the data that follows; `{replay}` shows more"
+            );
+            session.roll_back(snapshot)?;
+            events.trip(&record, said)?;
+            events.back_to(to)?;
+            Ok(true)
+        }
+    }
 }
 
 fn report(
@@ -208,29 +267,21 @@ fn where_it_runs(session: &Session) -> String {
     }
 }
 
-fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>> {
-    let Some(evaluator) = &session.evaluator else { return Ok(None) };
-    events.note(format!("{}: measuring the held-out loss", session.plan.run.name));
-    session.world.doing(session.step, "evaluating");
-    session.optimizer.settle()?;
-    let report = evaluator.run(&session.model, &session.encoder, session.device, &session.world)?;
-    events.evaluation(session.step, &report)?;
-    Ok(Some(report))
-}
-
-fn save(session: &Session) -> Result<()> {
-    session.world.doing(session.step, "saving");
-    session.check_frozen()?;
-    session.check_finite()?;
-    let dir = &session.plan.run.dir;
-    checkpoint::save(dir, &session.snapshot()?, &session.world)?;
-    session.world.on_main(|| checkpoint::keep_last(dir, session.step, session.plan.checkpoint.keep_last))
+fn evaluate(session: &mut Session, events: &mut Events) -> Result<Option<EvalReport>> {
+    if session.evaluator.is_some() {
+        events.note(format!("{}: measuring the held-out loss", session.plan.run.name));
+    }
+    let report = session.evaluate()?;
+    if let Some(report) = &report {
+        events.evaluation(session.step, report)?;
+    }
+    Ok(report)
 }
 
 /// After the last step: evaluation, export and summary.
-fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
-    let (plan, world) = (&session.plan, &session.world);
+fn finish(session: &mut Session, events: &mut Events) -> Result<StageSummary> {
     let after = evaluate(session, events)?;
+    let (plan, world) = (&session.plan, &session.world);
     world.doing(session.step, "exporting");
     // What one rank writes and reads back may take longer than a step.
     world.set_timeout(plan.parallel.first_step_timeout_secs)?;

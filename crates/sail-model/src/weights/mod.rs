@@ -18,7 +18,7 @@ pub use hub::{Hub, Limits, ModelRef, Wanted};
 pub use layout::{Layout, Naming, Piece, Stored, arrange, own_names};
 pub use read::FileSource;
 pub use shards::Shards;
-pub use write::{Folder, write_safetensors};
+pub use write::{Folder, write_safetensors, write_safetensors_seen};
 
 use crate::error::{Error, Result};
 

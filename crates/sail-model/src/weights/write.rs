@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -18,6 +18,9 @@ use crate::params::CHUNK;
 
 /// Largest file of weights, bytes; what is more goes into several with an index, as transformers does.
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
+
+/// Bytes that are written at once.
+const WRITE: usize = 1 << 22;
 
 /// A model folder to be written.
 #[derive(Debug, Default)]
@@ -115,12 +118,12 @@ impl Folder {
     fn fill(&self, dir: &Path) -> Result<()> {
         let shards = self.shards();
         if let [tensors] = &shards[..] {
-            write_file(&dir.join(SINGLE), tensors, self.kind)?;
+            write_file(&dir.join(SINGLE), tensors, self.kind, &mut |_| ())?;
         } else {
             let (mut weight_map, mut total_size) = (serde_json::Map::new(), 0);
             for (i, tensors) in shards.iter().enumerate() {
                 let name = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
-                write_file(&dir.join(&name), tensors, self.kind)?;
+                write_file(&dir.join(&name), tensors, self.kind, &mut |_| ())?;
                 for (tensor, stored) in tensors {
                     total_size += self.bytes(stored);
                     weight_map.insert((*tensor).clone(), name.clone().into());
@@ -164,13 +167,30 @@ impl Folder {
 /// # Errors
 /// [`crate::Error::File`] on an IO error, or for a type that safetensors or this crate does not have.
 pub fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    write_safetensors_seen(path, tensors, &mut |_| ())
+}
+
+/// As [`write_safetensors`]; `seen` gets every byte of the file in its order.
+///
+/// # Errors
+/// [`crate::Error::File`] on an IO error, or for a type that safetensors or this crate does not have.
+pub fn write_safetensors_seen(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    seen: &mut impl FnMut(&[u8]),
+) -> Result<()> {
     let stored: Vec<(&String, Stored)> =
         tensors.iter().map(|(name, tensor)| (name, Stored::from(tensor))).collect();
     let tensors: Vec<(&String, &Stored)> = stored.iter().map(|(name, stored)| (*name, stored)).collect();
-    write_file(path, &tensors, None)
+    write_file(path, &tensors, None, seen)
 }
 
-fn write_file(path: &Path, tensors: &[(&String, &Stored)], to: Option<Kind>) -> Result<()> {
+fn write_file(
+    path: &Path,
+    tensors: &[(&String, &Stored)],
+    to: Option<Kind>,
+    seen: &mut impl FnMut(&[u8]),
+) -> Result<()> {
     let mut infos = Vec::with_capacity(tensors.len());
     let mut end = 0;
     for (name, stored) in tensors {
@@ -188,21 +208,30 @@ fn write_file(path: &Path, tensors: &[(&String, &Stored)], to: Option<Kind>) -> 
     let mut header = serde_json::to_vec(&header).map_err(file_error(path))?;
     header.resize(header.len().next_multiple_of(8), b' ');
 
-    let mut out = BufWriter::new(File::create(path).map_err(file_error(path))?);
-    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(file_error(path));
+    let mut out = File::create(path).map_err(file_error(path))?;
+    let mut put = |bytes: &[u8]| {
+        seen(bytes);
+        out.write_all(bytes).map_err(file_error(path))
+    };
     put(&(header.len() as u64).to_le_bytes())?;
     put(&header)?;
+    // Many small tensors go to the disk together.
+    let mut bytes = Vec::new();
     for (_, stored) in tensors {
         let kind = to.unwrap_or(stored.kind());
         for chunk in stored.parts.iter().flat_map(|part| part.split(CHUNK, 0)) {
             let chunk = chunk.f_to_kind(kind)?;
-            let mut bytes = vec![0; chunk.numel() * kind.elt_size_in_bytes()];
-            chunk.f_copy_data_u8(&mut bytes, chunk.numel())?;
-            put(&bytes)?;
+            let start = bytes.len();
+            bytes.resize(start + chunk.numel() * kind.elt_size_in_bytes(), 0);
+            chunk.f_copy_data_u8(&mut bytes[start..], chunk.numel())?;
+            if bytes.len() >= WRITE {
+                put(&bytes)?;
+                bytes.clear();
+            }
         }
     }
-    let file = out.into_inner().map_err(file_error(path))?;
-    file.sync_all().map_err(file_error(path))
+    put(&bytes)?;
+    out.sync_all().map_err(file_error(path))
 }
 
 fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -11,9 +11,13 @@
 //!
 //! A module that still has exactly the weights of the folder it came from is not stored: the
 //! manifest names the folder and a fingerprint of the weights instead, checked when they are used.
-//! `write.rs` makes such folders, `read.rs` opens them; docs/checkpoint.md describes the format.
+//! A [`Snapshot`] is what one is made from; the [`Saver`] writes it while training goes on (`write.rs`), `read.rs`
+//! opens such folders, `retention.rs` says which may go. docs/checkpoint.md describes the format.
 
 mod read;
+mod retention;
+mod saver;
+mod snapshot;
 mod write;
 
 use std::collections::BTreeMap;
@@ -24,10 +28,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Module, Plan};
 use crate::error::{Error, Result};
+use crate::guard::GuardState;
 
-pub use read::{Checkpoint, newest};
-pub(crate) use write::checksum;
-pub use write::{Piece, Snapshot, keep_last, save};
+pub use read::{Checkpoint, newest, newest_before};
+pub use saver::{Save, Saver};
+pub use snapshot::{Piece, Snapshot};
+pub(crate) use write::{checksum, remove_partial};
 
 const FORMAT: u32 = 1;
 const STATE: &str = "state.json";
@@ -43,11 +49,35 @@ pub struct RunState {
     pub totals: Totals,
     /// Position in the training data.
     pub data: sail_data::Position,
+    /// Updates that the optimizer has made.
+    pub updates: Updates,
+    /// Held-out loss after this very step, where it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<f64>,
+    /// What was judged of the steps so far.
+    pub guard: GuardState,
     /// Which checkpoint the run started from, where it continues another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<InitRecord>,
     /// The plan the run follows.
     pub plan: Plan,
+}
+
+/// How often parameters were updated; their moments are of that age.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Updates {
+    /// Those that were trained all the time.
+    pub all: u64,
+    /// Those that were unlocked later, by full name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub later: BTreeMap<String, u64>,
+}
+
+impl Updates {
+    /// Of one parameter.
+    pub fn of(&self, name: &str) -> u64 {
+        self.later.get(name).copied().unwrap_or(self.all)
+    }
 }
 
 /// The checkpoint that a run started from.
@@ -90,14 +120,12 @@ struct Manifest {
     sail_version: String,
     plan_hash: String,
     world_size: u32,
-    /// Updates the optimizer has made; its moments are of that age.
-    optimizer_steps: u64,
     untouched: BTreeMap<Module, Untouched>,
     files: BTreeMap<String, FileRecord>,
     pieces: Vec<PieceRecord>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct FileRecord {
     bytes: u64,
     pub(crate) crc32: u32,

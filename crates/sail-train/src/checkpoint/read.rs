@@ -29,7 +29,12 @@ pub struct Checkpoint {
 
 /// The newest checkpoint of a run that verifies, with a warning for each newer one passed over.
 pub fn newest(run_dir: &Path) -> Result<Option<Checkpoint>> {
-    for (_, path) in super::list(run_dir)?.into_iter().rev() {
+    newest_before(run_dir, u64::MAX)
+}
+
+/// As [`newest`], of those made before `step` was done.
+pub fn newest_before(run_dir: &Path, step: u64) -> Result<Option<Checkpoint>> {
+    for (_, path) in super::list(run_dir)?.into_iter().rev().filter(|(found, _)| *found < step) {
         match Checkpoint::open(&path) {
             Ok(checkpoint) => return Ok(Some(checkpoint)),
             Err(error) => warn!("passing over a checkpoint that does not verify: {error}"),
@@ -110,11 +115,6 @@ impl Checkpoint {
         &self.state
     }
 
-    /// Updates the optimizer had made.
-    pub fn optimizer_steps(&self) -> u64 {
-        self.manifest.optimizer_steps
-    }
-
     /// Modules that are named instead of stored.
     pub fn untouched(&self) -> &BTreeMap<Module, Untouched> {
         &self.manifest.untouched
@@ -124,6 +124,11 @@ impl Checkpoint {
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let param = StateKind::Param.name();
         self.places.keys().filter(move |(_, kind)| kind == param).map(|(name, _)| name.as_str())
+    }
+
+    /// Whether a tensor of this kind is stored.
+    pub fn holds(&self, name: &str, kind: StateKind) -> bool {
+        self.places.contains_key(&(name.to_owned(), kind.name().to_owned()))
     }
 
     /// A stored tensor, fp32 on the CPU, whichever ranks wrote it.
@@ -186,7 +191,7 @@ fn covers<'a>(pieces: impl Iterator<Item = &'a PieceRecord>) -> std::result::Res
     if end == numel { Ok(()) } else { Err(format!("its pieces hold {end} of {numel} elements")) }
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read(path).map_err(Error::io(path))?;
     serde_json::from_slice(&text).map_err(|error| Error::checkpoint(path, error.to_string()))
 }

@@ -1,185 +1,123 @@
 //! Writing a checkpoint so that an interruption at any moment leaves the older ones in place.
+//!
+//! The folder is filled under a temporary name, every file and the folder are synced, and only then it takes its
+//! name. Done on threads of the [`Saver`](super::Saver).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use sail_model::weights;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
-use tracing::warn;
 
+use super::snapshot::Piece;
 use super::{COMPLETE, FORMAT, FileRecord, MANIFEST, Manifest, PieceRecord, RunState, STATE, Untouched};
 use crate::config::Module;
 use crate::error::{Error, Result};
-use crate::world::World;
 
-/// A tensor to be stored, or a part of one.
-pub struct Piece<'a> {
-    /// Full parameter name.
-    pub name: &'a str,
-    /// `param`, `exp_avg` or `exp_avg_sq`.
-    pub kind: &'static str,
-    /// Of the whole tensor.
-    pub shape: Vec<i64>,
-    /// Elements of the flattened tensor that this is.
-    pub elements: Range<i64>,
-    /// These, flat. Shared with the running training: it must not step while they are written.
-    pub tensor: Tensor,
-}
-
-impl<'a> Piece<'a> {
-    /// All of a tensor.
-    pub fn whole(name: &'a str, kind: &'static str, tensor: &Tensor) -> Self {
-        let numel = tensor.numel() as i64;
-        Self { name, kind, shape: tensor.size(), elements: 0..numel, tensor: tensor.reshape([-1]) }
-    }
-}
-
-/// What a checkpoint holds: everything but tensors, and this rank's part of these.
-pub struct Snapshot<'a> {
-    /// Step, counters, data position and plan.
-    pub state: RunState,
-    /// Updates the optimizer has made.
-    pub optimizer_steps: u64,
-    /// Tensors in file order.
-    pub pieces: Vec<Piece<'a>>,
-    /// Modules that are named instead of stored.
-    pub untouched: BTreeMap<Module, Untouched>,
-}
+/// How the names of folders begin that are no checkpoints yet.
+const PARTIAL: &str = ".tmp-step-";
 
 /// What a rank has written.
 #[derive(Serialize, Deserialize)]
-struct Written {
+pub(super) struct Written {
     file: String,
     record: FileRecord,
     pieces: Vec<PieceRecord>,
 }
 
-/// Writes `run_dir/step-…` and returns its path. One of the same step is replaced. Every rank makes the same
-/// call with its part.
-///
-/// The folder is filled under a temporary name, every file and the folder are synced, and only
-/// then it takes its name.
-///
-/// # Errors
-/// When a rank cannot write something, on all ranks; the temporary folder is removed and older checkpoints stay.
-pub fn save(run_dir: &Path, snapshot: &Snapshot, world: &World) -> Result<PathBuf> {
-    let name = super::folder_name(snapshot.state.step);
-    let target = run_dir.join(&name);
-    let temporary = run_dir.join(format!(".tmp-{name}"));
-    world.from_main(|| {
-        fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
-        remove_if_there(&temporary)?;
-        fs::create_dir(&temporary).map_err(Error::io(&temporary))
-    })?;
-    let own = write_pieces(&temporary, &snapshot.pieces, world.rank());
-    let own = own.map_err(|error| format!("rank {}: {error}", world.rank()));
-    let written: std::result::Result<Vec<Written>, String> = world.gather(&own)?.into_iter().collect();
-    world.from_main(|| {
-        let sealed = written
-            .map_err(|reason| Error::checkpoint(&target, reason))
-            .and_then(|written| seal_folder(&temporary, snapshot, written))
-            .and_then(|()| {
-                remove_if_there(&target)?;
-                fs::rename(&temporary, &target).map_err(Error::io(&target))?;
-                sync(run_dir)
-            });
-        if sealed.is_err() {
-            // The first error is the one to report; a leftover is removed by the next save.
-            drop(fs::remove_dir_all(&temporary));
-        }
-        sealed
-    })?;
-    Ok(target)
+/// Where the checkpoint of `step` is filled.
+pub(super) fn partial(run_dir: &Path, step: u64) -> PathBuf {
+    run_dir.join(format!("{PARTIAL}{step:08}"))
 }
 
-/// After the checkpoint of `step` was written: removes all but the newest `keep` up to it, and those of
-/// later steps, which belong to a course that this run has left (it resumed before them).
-pub fn keep_last(run_dir: &Path, step: u64, keep: usize) -> Result<()> {
-    let (current, abandoned): (Vec<_>, Vec<_>) =
-        super::list(run_dir)?.into_iter().partition(|(found, _)| *found <= step);
-    if !abandoned.is_empty() {
-        let names: Vec<String> = abandoned.iter().map(|(_, path)| path.display().to_string()).collect();
-        warn!("removing checkpoints of later steps, which this run does not continue: {}", names.join(" "));
-    }
-    let old = &current[..current.len().saturating_sub(keep)];
-    for (_, path) in old.iter().chain(&abandoned) {
-        // Without its marker a half-removed folder is no checkpoint.
-        let marker = path.join(COMPLETE);
-        if marker.exists() {
-            fs::remove_file(&marker).map_err(Error::io(&marker))?;
+/// Makes the folder that the ranks fill.
+pub(super) fn prepare(run_dir: &Path, step: u64) -> Result<()> {
+    let partial = partial(run_dir, step);
+    remove_if_there(&partial)?;
+    fs::create_dir(&partial).map_err(Error::io(&partial))
+}
+
+/// Removes what interrupted saves have left.
+pub(crate) fn remove_partial(run_dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(run_dir).map_err(Error::io(run_dir))? {
+        let path = entry.map_err(Error::io(run_dir))?.path();
+        if path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PARTIAL)) {
+            remove_if_there(&path)?;
         }
-        fs::remove_dir_all(path).map_err(Error::io(path))?;
     }
     Ok(())
 }
 
 /// Writes a rank's tensors.
-fn write_pieces(dir: &Path, pieces: &[Piece], rank: usize) -> Result<Written> {
+pub(super) fn write_pieces(dir: &Path, pieces: Vec<Piece>, rank: usize) -> Result<Written> {
     let file = format!("rank-{rank:05}.safetensors");
     let mut tensors = BTreeMap::new();
     let mut records = Vec::with_capacity(pieces.len());
     for Piece { name, kind, shape, elements, tensor } in pieces {
-        let key = format!("{kind}/{name}");
+        let key = format!("{}/{name}", kind.name());
         let is_whole = elements.end - elements.start == shape.iter().product::<i64>();
-        let tensor = if is_whole { tensor.f_view(&shape[..])? } else { tensor.shallow_clone() };
-        tensors.insert(key.clone(), tensor);
+        tensors.insert(key.clone(), if is_whole { tensor.f_view(&shape[..])? } else { tensor });
         records.push(PieceRecord {
             file: file.clone(),
             key,
-            name: (*name).to_owned(),
-            kind: (*kind).to_owned(),
-            shape: shape.clone(),
+            name,
+            kind: kind.name().to_owned(),
+            shape,
             elements: [elements.start, elements.end],
         });
     }
-    weights::write_safetensors(&dir.join(&file), &tensors)?;
-    Ok(Written { record: seal(&dir.join(&file))?, file, pieces: records })
+    // The checksum is of what should be there, not of what a disk may have made of it.
+    let mut record = FileRecord::default();
+    let mut hasher = crc32fast::Hasher::new();
+    weights::write_safetensors_seen(&dir.join(&file), &tensors, &mut |bytes| {
+        hasher.update(bytes);
+        record.bytes += bytes.len() as u64;
+    })?;
+    record.crc32 = hasher.finalize();
+    Ok(Written { record, file, pieces: records })
 }
 
-/// Adds to the tensors of all ranks what makes them a checkpoint.
-fn seal_folder(dir: &Path, snapshot: &Snapshot, written: Vec<Written>) -> Result<()> {
-    write_json(&dir.join(STATE), &snapshot.state)?;
+/// Adds to the tensors of all ranks what makes them a checkpoint, and gives the folder its name. One of the same
+/// step is replaced.
+pub(super) fn seal(
+    run_dir: &Path,
+    state: &RunState,
+    untouched: BTreeMap<Module, Untouched>,
+    written: Vec<Written>,
+) -> Result<()> {
+    let dir = partial(run_dir, state.step);
     let world_size = written.len() as u32;
-    let mut files = BTreeMap::from([(STATE.to_owned(), seal(&dir.join(STATE))?)]);
+    let mut files = BTreeMap::from([(STATE.to_owned(), write_json(&dir.join(STATE), state)?)]);
     let mut pieces = Vec::new();
     for rank in written {
         files.insert(rank.file, rank.record);
         pieces.extend(rank.pieces);
     }
-    let manifest = Manifest {
-        format: FORMAT,
-        sail_version: env!("CARGO_PKG_VERSION").to_owned(),
-        plan_hash: snapshot.state.plan.hash(),
-        world_size,
-        optimizer_steps: snapshot.optimizer_steps,
-        untouched: snapshot.untouched.clone(),
-        files,
-        pieces,
-    };
-    let path = dir.join(MANIFEST);
-    write_json(&path, &manifest)?;
-    let sealed = seal(&path)?;
-    let marker = dir.join(COMPLETE);
-    fs::write(&marker, format!("{:08x}\n", sealed.crc32)).map_err(Error::io(&marker))?;
-    sync(&marker)?;
-    sync(dir)
+    let sail_version = env!("CARGO_PKG_VERSION").to_owned();
+    let plan_hash = state.plan.hash();
+    let manifest = Manifest { format: FORMAT, sail_version, plan_hash, world_size, untouched, files, pieces };
+    let sealed = write_json(&dir.join(MANIFEST), &manifest)?;
+    write_bytes(&dir.join(COMPLETE), format!("{:08x}\n", sealed.crc32).as_bytes())?;
+    sync(&dir)?;
+    let target = run_dir.join(super::folder_name(state.step));
+    remove_if_there(&target)?;
+    fs::rename(&dir, &target).map_err(Error::io(&target))?;
+    sync(run_dir)
 }
 
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+fn write_json(path: &Path, value: &impl Serialize) -> Result<FileRecord> {
     let mut text =
         serde_json::to_vec_pretty(value).map_err(|error| Error::checkpoint(path, error.to_string()))?;
     text.push(b'\n');
-    File::create(path).and_then(|mut file| file.write_all(&text)).map_err(Error::io(path))
+    write_bytes(path, &text)?;
+    Ok(FileRecord { bytes: text.len() as u64, crc32: crc32fast::hash(&text) })
 }
 
-/// Syncs a file and takes its size and checksum.
-fn seal(path: &Path) -> Result<FileRecord> {
-    sync(path)?;
-    checksum(path)
+fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = File::create(path).map_err(Error::io(path))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
 }
 
 /// Size and CRC-32 of a file.
@@ -202,7 +140,7 @@ fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).map_err(Error::io(path))
 }
 
-fn remove_if_there(dir: &Path) -> Result<()> {
+pub(super) fn remove_if_there(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir)(error)),
         _ => Ok(()),

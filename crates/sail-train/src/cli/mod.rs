@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::events::Console;
 use crate::launch::end_with_launcher;
 use crate::resume::Resume;
+use crate::stopping::Stopping;
 use crate::train_loop::RunOptions;
 use crate::world::{Place, World, tell_of_panic};
 
@@ -34,8 +35,9 @@ Examples:
   sail-train eval --checkpoint runs/demo/stage3
   sail-train generate --checkpoint runs/demo/stage3 --image photo.jpg --prompt What?
 
-Ctrl-C or SIGTERM saves after the step and exits with 3; the same command resumes. A second one ends
-it at once, with 130.
+Ctrl-C, SIGTERM, SIGUSR1, a file `stop` in the run's folder or the end of its time (`run.time_limit_secs`, or
+Slurm's) save after the step and exit with 3; the same command resumes. A second Ctrl-C or SIGTERM ends it at
+once, with 130.
 Exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
 SAIL_LOG=debug shows more of the log, SAIL_LOG=error less.";
 
@@ -73,6 +75,9 @@ struct TrainArgs {
     /// `auto`, `never`, or the checkpoint to continue from
     #[arg(long, value_name = "auto|never|DIR", default_value = "auto")]
     resume: String,
+    /// Goes on from a checkpoint although the configuration differs from its own
+    #[arg(long)]
+    allow_config_change: bool,
     /// Saves and stops (exit code 3) once this step of the running stage is done
     #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
     stop_at: Option<u64>,
@@ -166,7 +171,7 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
     match args.command {
         None => train(args.train, console),
         Some(Command::Launch(options)) => launch::run(options, console),
-        Some(Command::Using(command)) => using::run(command),
+        Some(Command::Using(command)) => using::run(command, console),
     }
 }
 
@@ -197,8 +202,12 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     let plans = config.plans();
     let world = Arc::new(World::join(place, plans[0], console)?);
     // Until the ranks have met there is nothing to save: a signal ends the process at once.
-    let options =
-        RunOptions { resume, stop_at: args.stop_at, stop: stop_on_signals()?, console: console.clone() };
+    let options = RunOptions {
+        resume,
+        allow_config_change: args.allow_config_change,
+        stopping: Stopping::new(stop_on_signals()?, args.stop_at)?,
+        console: console.clone(),
+    };
     let summary = match curriculum::run(&plans, &world, &options) {
         Ok(summary) => summary,
         Err(error) if world.size() == 1 => return Err(error),

@@ -1,4 +1,4 @@
-//! The commands that use a trained model: `eval`, `export`, `embed`, `generate`, `score`.
+//! The commands that use what was trained: `eval`, `replay`, `export`, `embed`, `generate`, `score`.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,8 +13,10 @@ use super::print;
 use crate::config::{DeviceChoice, Precision};
 use crate::embed::{Input, embed};
 use crate::error::{Error, Result};
+use crate::events::Console;
 use crate::export::{self, MllmLayout};
 use crate::generate::{Question, answer};
+use crate::replay::replay;
 use crate::score::score;
 use crate::session::Session;
 use crate::trained::{Trained, open_any};
@@ -46,6 +48,18 @@ pub(super) enum Command {
         /// Writes the report here as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
+    },
+    /// Makes a step of a run again, pack by pack, from the newest checkpoint before it
+    Replay {
+        /// The run's folder
+        #[arg(long, value_name = "DIR")]
+        run: PathBuf,
+        /// The step, as `trips.jsonl` and messages number it
+        #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
+        step: u64,
+        /// The checkpoint to begin from
+        #[arg(long, value_name = "DIR")]
+        checkpoint: Option<PathBuf>,
     },
     /// Writes a checkpoint's vision encoder, language model or the whole as a folder that others load
     #[command(after_help = EXPORT_HELP)]
@@ -178,9 +192,12 @@ pub(super) enum Dtype {
 }
 
 /// Runs a command.
-pub(super) fn run(command: Command) -> Result<ExitCode> {
+pub(super) fn run(command: Command, console: &Console) -> Result<ExitCode> {
     match command {
         Command::Eval { checkpoint, json } => eval(&checkpoint, json.as_deref())?,
+        Command::Replay { run, step, checkpoint } => {
+            print(replay(&run, step, checkpoint.as_deref(), console)?)?;
+        }
         Command::Export { checkpoint, what, layout, dtype, out } => {
             let kind = match dtype {
                 Dtype::Fp32 => Kind::Float,

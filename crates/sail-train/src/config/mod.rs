@@ -40,12 +40,13 @@ pub use error::{ConfigError, ConfigErrors, Origin, Problem};
 pub use identity::Difference;
 pub use path::{FieldPath, Step};
 pub use plan::{
-    AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, InitPlan, LlmPlan, LogPlan,
-    ModelPlan, OptimizerPlan, ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan, VisualShape,
+    AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, GuardPlan, InitPlan,
+    LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan,
+    VisionPlan, VisualShape,
 };
 pub use values::{
-    DeviceChoice, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind, Strategy,
-    VisualBalance,
+    DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind,
+    Strategy, VisualBalance,
 };
 
 use check::Checker;

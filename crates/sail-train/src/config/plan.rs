@@ -16,8 +16,8 @@ use sail_model::projector::ProjectorConfig;
 use sail_model::vision::VitLayout;
 
 use super::values::{
-    DeviceChoice, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind, Strategy,
-    VisualBalance,
+    DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind,
+    Strategy, VisualBalance,
 };
 
 /// Everything one stage needs to know.
@@ -44,6 +44,8 @@ pub struct Plan {
     pub parallel: ParallelPlan,
     /// When checkpoints are written and kept.
     pub checkpoint: CheckpointPlan,
+    /// What happens to steps that would do harm.
+    pub guard: GuardPlan,
     /// When a step is reported.
     pub log: LogPlan,
     /// Held-out evaluation, where wanted.
@@ -74,6 +76,11 @@ pub struct RunPlan {
     pub device: DeviceChoice,
     /// The dtype of the forward pass.
     pub precision: Precision,
+    /// How long the process may run, seconds; `None`: as the scheduler says, or for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_limit_secs: Option<u64>,
+    /// How long before the end of that time, or of the scheduler's, the run saves and stops, seconds.
+    pub time_margin_secs: u64,
 }
 
 /// Shapes and first weights.
@@ -291,6 +298,41 @@ pub struct CheckpointPlan {
     pub every: Option<u64>,
     /// Newest checkpoints that are kept, at least 1.
     pub keep_last: usize,
+    /// Checkpoints of every multiple of this step are kept; `None`: only for being new or good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_every: Option<u64>,
+    /// Checkpoints with the lowest held-out loss that are kept; `None`: none for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_best: Option<usize>,
+    /// Saves that may fail one after the other without ending the run.
+    pub max_failures: u32,
+    /// How long a save may take where it is waited for, seconds.
+    pub timeout_secs: u64,
+}
+
+/// What happens to steps that would do harm.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GuardPlan {
+    /// Where the loss or the gradient is not a number.
+    pub not_finite: GuardAction,
+    /// Where the loss is far above those before; `None`: such steps are made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spike: Option<GuardAction>,
+    /// How far, in robust standard deviations.
+    pub spike_z: f64,
+    /// Steps before, at least 2.
+    pub window: usize,
+    /// Steps in a window that may be skipped or rolled back.
+    pub max_trips: usize,
+    /// Whether the first step of a stage is looked at parameter by parameter.
+    pub self_check: bool,
+}
+
+impl GuardPlan {
+    /// Whether there is something that puts a run back.
+    pub fn rolls_back(&self) -> bool {
+        self.not_finite == GuardAction::Rollback || self.spike == Some(GuardAction::Rollback)
+    }
 }
 
 /// When a step is reported.

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::raw_data::{RawData, RawSource};
 use super::raw_values::{RawModule, RawWarmup};
-use super::values::{DeviceChoice, Precision, ReduceDtype, ScheduleKind, Strategy};
+use super::values::{DeviceChoice, GuardAction, Precision, ReduceDtype, ScheduleKind, Strategy};
 
 /// A stage. Besides these fields a file may say `extends: FILE` (relative to itself): that file's values come first,
 /// mappings are merged key by key, everything else is replaced.
@@ -40,6 +40,8 @@ pub(super) struct RawRun {
     pub(super) parallel: RawParallel,
     /// When checkpoints are written and kept. There is always one at the end.
     pub(super) checkpoint: RawCheckpoint,
+    /// What happens to steps that would do harm. Each is written to `trips.jsonl` in the run's folder.
+    pub(super) guard: RawGuard,
     /// When a step is reported.
     pub(super) log: RawLog,
     /// Held-out evaluation. Default: none.
@@ -66,6 +68,11 @@ pub(super) struct RawRunSection {
     pub(super) device: DeviceChoice,
     /// Dtype of the forward pass: `auto` (bf16 on CUDA, fp32 on the CPU), `fp32` or `bf16`. Default: `auto`.
     pub(super) precision: Precision,
+    /// How long the process may run, seconds: the run saves and stops with exit code 3 before. Default: until the end
+    /// of a Slurm job (`SLURM_JOB_END_TIME`), elsewhere for ever.
+    pub(super) time_limit_secs: Option<u64>,
+    /// How long before that end, seconds; a step and a save must fit into it. Default: 300.
+    pub(super) time_margin_secs: u64,
 }
 
 impl Default for RawRunSection {
@@ -77,6 +84,8 @@ impl Default for RawRunSection {
             seed: 42,
             device: DeviceChoice::Auto,
             precision: Precision::Auto,
+            time_limit_secs: None,
+            time_margin_secs: 300,
         }
     }
 }
@@ -259,11 +268,62 @@ pub(super) struct RawCheckpoint {
     pub(super) every: Option<u64>,
     /// How many of the newest are kept, at least 1. Default: 2.
     pub(super) keep_last: usize,
+    /// Those of every multiple of this step are kept as well. Default: none.
+    pub(super) keep_every: Option<u64>,
+    /// This many with the lowest held-out loss are kept as well, of those whose step was evaluated. Default: none.
+    pub(super) keep_best: Option<usize>,
+    /// So many saves may fail one after the other, each with a warning; one more ends the run. The last save of a run
+    /// must not fail. Default: 2.
+    pub(super) max_failures: u32,
+    /// How long a save may take where it is waited for, that is before the next one begins and at the end,
+    /// seconds. Default: 3600.
+    pub(super) timeout_secs: u64,
 }
 
 impl Default for RawCheckpoint {
     fn default() -> Self {
-        Self { every: None, keep_last: 2 }
+        Self {
+            every: None,
+            keep_last: 2,
+            keep_every: None,
+            keep_best: None,
+            max_failures: 2,
+            timeout_secs: 3600,
+        }
+    }
+}
+
+/// `guard`. What may be done instead of a step: `skip` (the step passes without an update), `rollback` (weights and
+/// moments become those of the newest checkpoint, or of the start of the process, and the data that follows is trained
+/// on) or `stop` (the run saves as it is before the step, and ends with exit code 1).
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawGuard {
+    /// Where the loss or the gradient is not a number. Default: `stop`.
+    pub(super) not_finite: GuardAction,
+    /// Where the loss is far above those before. Default: none, such steps are made.
+    pub(super) spike: Option<GuardAction>,
+    /// How far: robust standard deviations (1.4826 times the median absolute deviation) above the median. Default: 8.
+    pub(super) spike_z: f64,
+    /// Of how many steps before, at least 2; there is no spike before half of them are made. Default: 100.
+    pub(super) window: usize,
+    /// So many steps in a window may be skipped or rolled back; one more ends the run as `stop` does. Default: 3.
+    pub(super) max_trips: usize,
+    /// After the first step of a stage, ends the run with a table where a trained parameter has no gradient or did not
+    /// change, or a frozen one did. Default: true.
+    pub(super) self_check: bool,
+}
+
+impl Default for RawGuard {
+    fn default() -> Self {
+        Self {
+            not_finite: GuardAction::Stop,
+            spike: None,
+            spike_z: 8.0,
+            window: 100,
+            max_trips: 3,
+            self_check: true,
+        }
     }
 }
 

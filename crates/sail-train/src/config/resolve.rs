@@ -14,12 +14,12 @@ use super::de;
 use super::error::{ConfigError, Problem};
 use super::path::FieldPath;
 use super::plan::{
-    BatchPlan, CheckpointPlan, ExportPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan,
+    BatchPlan, CheckpointPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan,
     ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan,
 };
 use super::raw::{
-    RawBatch, RawCheckpoint, RawExport, RawInit, RawLlm, RawLog, RawModel, RawOptimizer, RawParallel,
-    RawProjector, RawRun, RawRunSection, RawSchedule, RawTrain, RawVision,
+    RawBatch, RawCheckpoint, RawExport, RawGuard, RawInit, RawLlm, RawLog, RawModel, RawOptimizer,
+    RawParallel, RawProjector, RawRun, RawRunSection, RawSchedule, RawTrain, RawVision,
 };
 use super::raw_values::{RawModule, RawWarmup};
 use super::resolve_data;
@@ -54,6 +54,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
     let data = resolve_data::data(checker, raw.data, batch.as_ref());
     let parallel = parallel(checker, &raw.parallel);
     let checkpoint = checkpoint(checker, &raw.checkpoint);
+    let guard = guard(checker, &raw.guard);
     let log = log(checker, &raw.log);
     let eval = raw.eval.map(|eval| resolve_data::eval(checker, eval));
     let export = raw.export.map(|export| self::export(checker, &export));
@@ -69,10 +70,18 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
         data: data?,
         parallel,
         checkpoint,
+        guard,
         log,
         eval: wanted(eval)?,
         export: wanted(export)?,
     };
+    if plan.checkpoint.keep_best.is_some() && plan.eval.as_ref().is_none_or(|eval| eval.every.is_none()) {
+        checker.invalid_with_hint(
+            "checkpoint.keep_best",
+            "needs held-out losses of steps that are saved",
+            "give `eval.every`, best a multiple or a divisor of `checkpoint.every`",
+        );
+    }
     if plan.init.as_ref().is_some_and(|init| init.from == plan.run.dir) {
         checker.invalid("init.from", "is this run's own folder, `run.dir`");
     }
@@ -99,7 +108,12 @@ fn run(checker: &mut Checker<'_>, raw: RawRunSection) -> Option<RunPlan> {
     if dir.as_os_str().is_empty() {
         checker.invalid("run.dir", "must not be empty");
     }
-    Some(RunPlan { name, dir, seed: raw.seed, device: raw.device, precision: raw.precision })
+    let RawRunSection { seed, device, precision, time_limit_secs, time_margin_secs, .. } = raw;
+    if let Some(limit) = time_limit_secs {
+        let must = format!("must be more than `run.time_margin_secs`, {time_margin_secs}");
+        checker.expect(limit > time_margin_secs, "run.time_limit_secs", &must, limit);
+    }
+    Some(RunPlan { name, dir, seed, device, precision, time_limit_secs, time_margin_secs })
 }
 
 /// `path` below `root` unless it is absolute, without `.` steps, so that equal folders compare equal.
@@ -345,7 +359,18 @@ fn parallel(checker: &mut Checker<'_>, raw: &RawParallel) -> ParallelPlan {
 fn checkpoint(checker: &mut Checker<'_>, raw: &RawCheckpoint) -> CheckpointPlan {
     every(checker, "checkpoint.every", raw.every, "leave it out for a checkpoint only at the end");
     checker.expect(raw.keep_last >= 1, "checkpoint.keep_last", "must be at least 1", raw.keep_last);
-    CheckpointPlan { every: raw.every, keep_last: raw.keep_last }
+    every(checker, "checkpoint.keep_every", raw.keep_every, "leave it out to keep none for their step");
+    let RawCheckpoint { every, keep_last, keep_every, keep_best, max_failures, timeout_secs } = *raw;
+    checker.expect(keep_best != Some(0), "checkpoint.keep_best", "must be at least 1", 0);
+    checker.expect(timeout_secs >= 1, "checkpoint.timeout_secs", "must be at least 1", timeout_secs);
+    CheckpointPlan { every, keep_last, keep_every, keep_best, max_failures, timeout_secs }
+}
+
+fn guard(checker: &mut Checker<'_>, raw: &RawGuard) -> GuardPlan {
+    let RawGuard { not_finite, spike, spike_z, window, max_trips, self_check } = *raw;
+    checker.expect(spike_z > 0.0, "guard.spike_z", "must be above 0", spike_z);
+    checker.expect((2..=100_000).contains(&window), "guard.window", "must be from 2 to 100000", window);
+    GuardPlan { not_finite, spike, spike_z, window, max_trips, self_check }
 }
 
 fn log(checker: &mut Checker<'_>, raw: &RawLog) -> LogPlan {

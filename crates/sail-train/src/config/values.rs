@@ -150,6 +150,18 @@ pub enum ReduceDtype {
     Bf16,
 }
 
+/// What is done instead of a step that would do harm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuardAction {
+    /// The step passes without an update; its samples are not trained on.
+    Skip,
+    /// The run saves as it is before the step, and ends.
+    Stop,
+    /// Weights and moments become those of the newest checkpoint, and training goes on with the data that follows.
+    Rollback,
+}
+
 /// The curve of the learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

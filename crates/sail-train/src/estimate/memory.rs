@@ -6,11 +6,10 @@
 
 use super::graph::Live;
 use crate::config::{ReduceDtype, Strategy};
+use crate::optim::{UNDER_WAY, UNDER_WAY_ELEMENTS};
 
 /// Bytes of fp32.
 const FLOAT: u64 = 4;
-/// Buckets whose whole gradients exist at once under `zero2`: two that travel, and one that fills.
-const WHOLE_BUCKETS: usize = 3;
 
 /// What a rank holds, bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,12 +65,11 @@ impl Sizes {
         let mut gradients = FLOAT * if strategy == Strategy::Zero2 && world > 1 { part } else { trained };
         if world > 1 {
             let narrow = if reduce == ReduceDtype::Bf16 { 2 } else { 0 };
-            gradients += match strategy {
-                Strategy::Ddp | Strategy::Zero1 => narrow * self.largest(WHOLE_BUCKETS - 1),
-                Strategy::Zero2 => {
-                    FLOAT * self.largest(WHOLE_BUCKETS) + narrow * self.largest(WHOLE_BUCKETS - 1)
-                }
-            };
+            let under_way = self.largest(UNDER_WAY).max(trained.min(UNDER_WAY_ELEMENTS as u64));
+            // Under `zero2` the bucket that fills is whole as well.
+            let whole =
+                if strategy == Strategy::Zero2 { trained.min(under_way + self.largest(1)) } else { 0 };
+            gradients += FLOAT * whole + narrow * under_way;
         }
         Memory {
             parameters: compute_bytes * (self.frozen + trained),
@@ -123,10 +121,18 @@ mod tests {
         assert_eq!(ddp, expected);
         let zero1 = memory(Strategy::Zero1, ReduceDtype::Fp32, 4, 2);
         assert_eq!(zero1, Memory { masters: 2000, moments: 4000, ..ddp });
-        // A quarter, and three whole buckets.
+        // A quarter, and all buckets, since they are small.
         let zero2 = memory(Strategy::Zero2, ReduceDtype::Fp32, 4, 2);
-        assert_eq!(zero2, Memory { gradients: 2000 + 4 * 1600, ..zero1 });
-        assert_eq!(zero2.total(), 6000 + 2000 + 8400 + 4000 + 12);
+        assert_eq!(zero2, Memory { gradients: 2000 + 4 * 2000, ..zero1 });
+        assert_eq!(zero2.total(), 6000 + 2000 + 10_000 + 4000 + 12);
+        let large = Sizes { frozen: 0, buckets: vec![8 << 20; 100] };
+        let pass = Live::default();
+        let zero2 = large.memory((Strategy::Zero2, ReduceDtype::Fp32), 100, 2, pass);
+        assert_eq!(
+            zero2.gradients,
+            4 * ((8 + 32 + 8) << 20),
+            "a part, what is under way, and one that fills"
+        );
     }
 
     #[test]
@@ -141,7 +147,7 @@ mod tests {
     #[test]
     fn gradients_that_travel_in_bf16_are_copies() {
         let gradients = |strategy| memory(strategy, ReduceDtype::Bf16, 4, 2).gradients;
-        assert_eq!(Strategy::ALL.map(gradients), [8000 + 2 * 1200, 8000 + 2 * 1200, 8400 + 2 * 1200]);
+        assert_eq!(Strategy::ALL.map(gradients), [8000 + 2 * 2000, 8000 + 2 * 2000, 10_000 + 2 * 2000]);
     }
 
     const SHAPES: [(&str, [i64; 2]); 3] =

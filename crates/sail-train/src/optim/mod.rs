@@ -22,6 +22,8 @@ use tch::{Kind, Tensor, no_grad};
 use self::gathers::Gathers;
 use self::layout::{Entry, Layout};
 use self::reducer::{Reducer, Reduction, narrow};
+pub(crate) use self::reducer::{UNDER_WAY, UNDER_WAY_ELEMENTS};
+use crate::checkpoint::Updates;
 use crate::config::{ModulePlan, OptimizerPlan, ParallelPlan, TrainPlan};
 use crate::error::Result;
 use crate::stage::module_of;
@@ -38,7 +40,7 @@ pub struct Optimizer {
     blocks: Vec<String>,
     plan: OptimizerPlan,
     precision: Kind,
-    steps: u64,
+    updates: Updates,
 }
 
 /// Trained parameters that lie together.
@@ -138,7 +140,7 @@ impl Optimizer {
             blocks,
             plan,
             precision,
-            steps: 0,
+            updates: Updates::default(),
         };
         optimizer.take_over(params, &Params::new(), train)?;
         no_grad(|| {
@@ -162,6 +164,10 @@ impl Optimizer {
             if train.get(module_of(name)?).is_trained() {
                 fresh.push((name.as_str(), param.size()));
             }
+        }
+        if self.updates.all > 0 {
+            let never = fresh.iter().map(|(name, _)| ((*name).to_owned(), 0));
+            self.updates.later.extend(never);
         }
         let (_, world) = self.reduction.place();
         for layout in layout::cut(fresh, &self.blocks, self.bucket_elements, world)? {
@@ -302,7 +308,8 @@ impl Optimizer {
             }
         }
         self.reducer.clear();
-        self.steps += 1;
+        self.updates.all += 1;
+        self.updates.later.values_mut().for_each(|count| *count += 1);
         Ok(())
     }
 
@@ -332,6 +339,76 @@ impl Optimizer {
         bucket.refresh_compute()
     }
 
+    /// Forgets the gradients of a step that is not made.
+    pub fn discard(&self) {
+        self.reducer.clear();
+    }
+
+    /// Puts masters and moments back to what they were: `get` gives this rank's part of them, as [`Optimizer::state`]
+    /// gave it. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// What `get` reports, and those of the collectives.
+    pub fn put_back(
+        &mut self,
+        updates: Updates,
+        get: impl Fn(&str, StateKind, Range<i64>) -> Result<Tensor>,
+    ) -> Result<()> {
+        self.settle()?;
+        self.discard();
+        let (rank, world) = self.reduction.place();
+        no_grad(|| {
+            for bucket in &self.buckets {
+                let shard = bucket.layout.shard(rank, world);
+                for (index, range) in bucket.layout.pieces(&shard) {
+                    let entry = &bucket.layout.entries[index];
+                    for kind in StateKind::ALL {
+                        let value = get(&entry.name, kind, within(entry, &range))?;
+                        narrow(bucket.tensor(kind), &bucket.in_owned(&range))?.f_copy_(&value)?;
+                    }
+                }
+                for piece in &bucket.pieces {
+                    let count = updates.of(&bucket.layout.entries[piece.entry].name);
+                    let _ = piece.step.shallow_clone().fill_(count as f64);
+                }
+                if let Some(group) = self.reduction.group.as_ref().filter(|_| !self.reduction.is_sharded()) {
+                    for kind in StateKind::ALL {
+                        let whole = bucket.tensor(kind);
+                        group.all_gather(whole, &narrow(whole, &shard)?)?.wait()?;
+                    }
+                }
+                bucket.refresh_compute()?;
+                if let Some(group) = self.reduction.group.as_ref().filter(|_| self.reduction.is_sharded()) {
+                    group.all_gather(&bucket.compute, &narrow(&bucket.compute, &bucket.owned)?)?.wait()?;
+                }
+            }
+            Ok::<_, crate::Error>(())
+        })?;
+        self.updates = updates;
+        Ok(())
+    }
+
+    /// This rank's part of the gradients of the step, as [`Optimizer::state`] cuts them: full name, elements of the
+    /// flattened parameter, values.
+    ///
+    /// # Errors
+    /// Those of libtorch.
+    pub fn gradients(&self) -> Result<Vec<(&str, Range<i64>, Tensor)>> {
+        let (rank, world) = self.reduction.place();
+        let mut parts = Vec::new();
+        for bucket in &self.buckets {
+            let gradients = self.reducer.gradients(bucket.id)?;
+            // What is kept of them begins where this rank's part does, or where the bucket does.
+            let first = if self.reduction.is_sharded() { bucket.owned.start } else { 0 };
+            for (index, range) in bucket.layout.pieces(&bucket.layout.shard(rank, world)) {
+                let entry = &bucket.layout.entries[index];
+                let values = narrow(&gradients, &(range.start - first..range.end - first))?;
+                parts.push((entry.name.as_str(), within(entry, &range), values));
+            }
+        }
+        Ok(parts)
+    }
+
     /// Waits for updated parameters that are still under way.
     ///
     /// # Errors
@@ -340,9 +417,9 @@ impl Optimizer {
         self.gathers.settle()
     }
 
-    /// Updates so far.
-    pub fn steps(&self) -> u64 {
-        self.steps
+    /// How often parameters were updated so far.
+    pub fn updates(&self) -> &Updates {
+        &self.updates
     }
 
     /// Names of the trained parameters, in the order of the buckets.
@@ -401,32 +478,37 @@ impl Optimizer {
         Ok(pieces)
     }
 
-    /// Puts a checkpoint's moments in place of these. The parameters are the checkpoint's already; `get` gives a
-    /// range of elements of a flattened tensor by name and kind.
+    /// Puts other moments in place of these. The parameters are as they should be already; `get` gives a range of
+    /// elements of a flattened tensor by name and kind, and is not asked for what was never updated.
     ///
     /// # Errors
     /// What `get` reports.
     pub fn restore(
         &mut self,
-        steps: u64,
+        updates: Updates,
         get: impl Fn(&str, StateKind, Range<i64>) -> Result<Tensor>,
     ) -> Result<()> {
         no_grad(|| {
             for bucket in &mut self.buckets {
                 for piece in &bucket.pieces {
                     let entry = &bucket.layout.entries[piece.entry];
+                    let count = updates.of(&entry.name);
                     let moments =
                         [(StateKind::ExpAvg, &piece.exp_avg), (StateKind::ExpAvgSq, &piece.exp_avg_sq)];
                     for (kind, moment) in moments {
-                        let saved = get(&entry.name, kind, within(entry, &piece.range))?;
-                        moment.shallow_clone().f_copy_(&saved)?;
+                        let mut moment = moment.shallow_clone();
+                        if count == 0 {
+                            let _ = moment.f_zero_()?;
+                        } else {
+                            moment.f_copy_(&get(&entry.name, kind, within(entry, &piece.range))?)?;
+                        }
                     }
-                    let _ = piece.step.shallow_clone().fill_(steps as f64);
+                    let _ = piece.step.shallow_clone().fill_(count as f64);
                 }
             }
             Ok::<_, crate::Error>(())
         })?;
-        self.steps = steps;
+        self.updates = updates;
         Ok(())
     }
 

@@ -17,8 +17,10 @@ use super::layout::Layout;
 use crate::config::{ReduceDtype, Strategy};
 use crate::error::{Error, Result};
 
-/// Buckets that are under way at the same time, where they take memory of their own for it.
-const UNDER_WAY: usize = 2;
+/// Where buckets under way take memory of their own: these many may be at the same time, and more up to so many
+/// elements.
+pub(crate) const UNDER_WAY: usize = 2;
+pub(crate) const UNDER_WAY_ELEMENTS: i64 = 32 << 20;
 
 /// How gradients are summed over ranks.
 #[derive(Clone, Debug)]
@@ -244,10 +246,16 @@ impl Inner {
 
     /// Sends the next bucket, with zeros where nothing has come.
     fn send_next(&mut self) -> Result<()> {
-        while self.reduction.takes_memory() && self.under_way.len() >= UNDER_WAY {
-            self.settle_oldest()?;
-        }
         let bucket = self.order[self.left];
+        if self.reduction.takes_memory() {
+            let numel = |bucket: usize| self.buckets[bucket].layout.numel;
+            let mut elements =
+                numel(bucket) + self.under_way.iter().map(|(sent, _)| numel(*sent)).sum::<i64>();
+            while self.under_way.len() >= UNDER_WAY && elements > UNDER_WAY_ELEMENTS {
+                elements -= self.buckets[self.under_way[0].0].layout.numel;
+                self.settle_oldest()?;
+            }
+        }
         self.left += 1;
         let part = self.part_of(bucket);
         let inbox = &mut self.buckets[bucket];

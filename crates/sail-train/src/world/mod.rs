@@ -40,7 +40,7 @@ const SIMULATED_LINK: &str = "SAIL_SIMULATED_LINK_BYTES_PER_SEC";
 /// How much longer than its patience a rank waits until all have met, so that the main rank's answer comes first.
 const MARGIN: Duration = Duration::from_secs(5);
 
-/// How much later than the watch NCCL gives up.
+/// How much later than the watch NCCL gives up: it ends the process without a name, and the watch has one.
 const BACKSTOP: Duration = Duration::from_secs(30);
 
 /// The processes that train together.
@@ -54,8 +54,10 @@ struct Ranks {
     store: Arc<Store>,
     /// Numbers on the host, over Gloo.
     host: Arc<ProcessGroup>,
-    /// Tensors on the device: NCCL, or on the CPU the same as `host`.
+    /// Tensors on the device, over NCCL or Gloo: a group of its own, so that a word need not wait for gigabytes.
     device: Arc<ProcessGroup>,
+    /// How much later than the watch the device's group gives up.
+    backstop: Duration,
     watch: Watch,
     /// What [`World::newly_sent_bytes`] has told already.
     told_bytes: AtomicU64,
@@ -92,12 +94,22 @@ impl World {
         watch.beat(connect().map_err(at_store)?, &meeting, patience)?;
         // From here on the others learn what goes wrong.
         let groups = form_groups(&place, plan, &store, address, watch.begun());
-        let (host, device) = groups.map_err(|error| watch.explain(error))?;
+        let (host, device, backend) = groups.map_err(|error| watch.explain(error))?;
+        let backstop = if backend == Backend::Gloo { Duration::ZERO } else { BACKSTOP };
         // The first comparison was that of the program.
         let (told_bytes, agreements) = (AtomicU64::new(0), AtomicU64::new(1));
         Ok(Self {
             place,
-            ranks: Some(Ranks { store, host, device, watch, told_bytes, agreements, _server: server }),
+            ranks: Some(Ranks {
+                store,
+                host,
+                device,
+                backstop,
+                watch,
+                told_bytes,
+                agreements,
+                _server: server,
+            }),
         })
     }
 
@@ -150,10 +162,7 @@ impl World {
         let timeout = Duration::from_secs(secs);
         ranks.watch.set_limit(timeout);
         ranks.host.set_timeout(timeout)?;
-        if !Arc::ptr_eq(&ranks.host, &ranks.device) {
-            // NCCL ends the process without a name; the watch, which has one, comes first.
-            ranks.device.set_timeout(timeout + BACKSTOP)?;
-        }
+        ranks.device.set_timeout(timeout + ranks.backstop)?;
         Ok(())
     }
 
@@ -272,13 +281,13 @@ fn form_groups(
     store: &Store,
     address: Option<String>,
     begun: &Arc<AtomicU64>,
-) -> Result<(Arc<ProcessGroup>, Arc<ProcessGroup>)> {
+) -> Result<(Arc<ProcessGroup>, Arc<ProcessGroup>, Backend)> {
     agree::agree(store, place, 0, &Fields::from([("sail-train".to_owned(), agree::program()?)]))?;
     let device = take_device(plan.run.device, place)?;
     let address = reachable_address(address, store, place)?;
     let link = simulated_link()?;
     let timeout = Duration::from_secs(plan.parallel.first_step_timeout_secs);
-    let group = |name: &str, backend| {
+    let group = |name: &str, backend, link: Option<f64>| {
         let (name, address) = (name.to_owned(), address.clone());
         let options = GroupOptions { name, backend, rank: place.rank, size: place.size, timeout, address };
         let group = ProcessGroup::join(store, options)?.with_counter(Arc::clone(begun));
@@ -287,12 +296,8 @@ fn form_groups(
             None => group,
         }))
     };
-    let host = group("host", Backend::Gloo)?;
-    let device = match Backend::for_device(device) {
-        Backend::Gloo => Arc::clone(&host),
-        nccl @ Backend::Nccl(_) => group("device", nccl)?,
-    };
-    Ok((host, device))
+    let backend = Backend::for_device(device);
+    Ok((group("host", Backend::Gloo, None)?, group("device", backend, link)?, backend))
 }
 
 /// The address of this host from which it reaches another one.

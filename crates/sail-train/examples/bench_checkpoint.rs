@@ -1,0 +1,155 @@
+//! How fast checkpoints are written and read, beside `dd` and `cat` on the same disk.
+//!
+//! `cargo run --release -p sail-train --example bench_checkpoint -- --dir FOLDER`
+//!
+//! The state of so many trained parameters (12 bytes each) is saved three ways: waited for, behind other work, and
+//! as zeros by `dd`; then read after its pages were dropped from memory (needs root), as `cat` reads it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::Parser;
+use sail_data::Position;
+use sail_train::Error;
+use sail_train::checkpoint::{Piece, RunState, Saver, Snapshot, Totals, Updates, newest};
+use sail_train::config::{Config, load};
+use sail_train::guard::GuardState;
+use sail_train::optim::{StateKind, StatePiece};
+use sail_train::stage::Fingerprints;
+use sail_train::world::World;
+use tch::{Device, Kind, Tensor};
+
+#[derive(Parser)]
+struct Args {
+    /// Where to write
+    #[arg(long)]
+    dir: PathBuf,
+    #[arg(long, default_value_t = 500_000_000)]
+    parameters: i64,
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+}
+
+const TENSORS: i64 = 100;
+
+fn main() -> Result<(), Error> {
+    let args = Args::parse();
+    let Config::Stage(mut plan) = load("configs/tiny/stage3.yaml".as_ref(), &[])? else {
+        unreachable!("invariant: the file is a stage")
+    };
+    plan.run.dir = args.dir.join("bench-checkpoint");
+    plan.checkpoint.keep_last = 1;
+    fs::create_dir_all(&plan.run.dir).expect("the folder can be made");
+    let numel = args.parameters / TENSORS;
+    let state: Vec<(String, Vec<Tensor>)> = (0..TENSORS)
+        .map(|i| {
+            let tensors = StateKind::ALL.map(|_| Tensor::randn([numel], (Kind::Float, Device::Cpu)));
+            (format!("llm.layers.{i}.weight"), tensors.into())
+        })
+        .collect();
+    let world = Arc::new(World::alone());
+    let mut saver = Saver::new(plan.run.dir.clone(), plan.checkpoint.clone(), &world, None);
+    let mut step = 0;
+    let take = |step: u64, old: Vec<Piece>| -> Result<Snapshot, Error> {
+        let shape = [numel];
+        let pieces = state.iter().flat_map(|(name, tensors)| {
+            StateKind::ALL.into_iter().zip(tensors).map(|(kind, tensor)| StatePiece {
+                name,
+                kind,
+                shape: &shape,
+                elements: 0..numel,
+                tensor: tensor.shallow_clone(),
+            })
+        });
+        let nothing = sail_model::params::Params::new();
+        Ok(Snapshot {
+            state: RunState {
+                step,
+                totals: Totals::default(),
+                data: Position { next_stream: 0, streams: Vec::new() },
+                updates: Updates::default(),
+                held_out: None,
+                guard: GuardState::default(),
+                init: None,
+                plan: (*plan).clone(),
+            },
+            trained: Piece::copies(pieces.collect(), old)?,
+            frozen: Vec::new(),
+            untouched: BTreeMap::new(),
+            frozen_check: Arc::new(Fingerprints::new(&nothing)).frozen_check(&nothing, &plan.train)?,
+        })
+    };
+    println!(
+        "{:>12} {:>12} {:>12} {:>12} {:>12} {:>12}",
+        "blocked s", "waited s", "of it", "dd s", "read s", "cat s"
+    );
+    for _ in 0..args.rounds {
+        step += 1;
+        let begun = Instant::now();
+        saver.begin(step, |old| take(step, old))?;
+        let blocked = begun.elapsed().as_secs_f64();
+        saver.finish()?;
+        step += 1;
+        let begun = Instant::now();
+        saver.begin(step, |old| take(step, old))?;
+        saver.finish()?;
+        let waited = begun.elapsed().as_secs_f64();
+        let dd = dd(&args.dir, 12 * numel * TENSORS);
+
+        drop_pages();
+        let begun = Instant::now();
+        let checkpoint = newest(&plan.run.dir)?.expect("invariant: just written");
+        for (name, _) in &state {
+            for kind in StateKind::ALL {
+                assert_eq!(checkpoint.tensor(name, kind)?.numel() as i64, numel);
+            }
+        }
+        let read = begun.elapsed().as_secs_f64();
+        drop_pages();
+        let cat = cat(checkpoint.dir());
+        println!(
+            "{blocked:>12.2} {waited:>12.2} {:>11.1}% {dd:>12.2} {read:>12.2} {cat:>12.2}",
+            100.0 * blocked / waited
+        );
+    }
+    fs::remove_dir_all(&plan.run.dir).expect("the folder is ours");
+    Ok(())
+}
+
+fn dd(dir: &Path, bytes: i64) -> f64 {
+    let file = dir.join("bench-dd");
+    let begun = Instant::now();
+    let mut command = Command::new("dd");
+    command.args([
+        "if=/dev/zero",
+        &format!("of={}", file.display()),
+        "bs=4M",
+        "iflag=count_bytes",
+        "conv=fsync",
+    ]);
+    let status = command.arg(format!("count={bytes}")).stderr(Stdio::null()).status().expect("dd runs");
+    assert!(status.success());
+    let secs = begun.elapsed().as_secs_f64();
+    fs::remove_file(file).expect("the file is ours");
+    secs
+}
+
+fn cat(dir: &Path) -> f64 {
+    let begun = Instant::now();
+    let files = fs::read_dir(dir).expect("it exists").map(|entry| entry.expect("it can be read").path());
+    let status = Command::new("cat").args(files).stdout(Stdio::null()).status().expect("cat runs");
+    assert!(status.success());
+    begun.elapsed().as_secs_f64()
+}
+
+/// What is read next comes from the disk; without root it comes from memory.
+fn drop_pages() {
+    let synced = Command::new("sync").status().is_ok_and(|status| status.success());
+    if !synced || fs::write("/proc/sys/vm/drop_caches", "1").is_err() {
+        println!("pages stay in memory: what is read does not come from the disk");
+    }
+}

@@ -1,0 +1,314 @@
+//! Saving while training goes on: a snapshot is taken between two steps, threads write it, and all ranks learn
+//! together that it is done.
+//!
+//! A save has two parts: every rank writes its tensors, then the main rank makes the folder a checkpoint and removes
+//! older ones. Each part runs on a thread; the ranks go from one to the next together, at a step's one host read, so
+//! that no collective waits for a disk. Used by the train loop.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+use tracing::warn;
+
+use super::retention::retain;
+use super::snapshot::{Piece, Snapshot};
+use super::write::{Written, partial, prepare, remove_if_there, seal, write_pieces};
+use crate::config::CheckpointPlan;
+use crate::error::{Error, Result};
+use crate::world::World;
+
+/// Between two looks whether all ranks are done.
+const SHORT: Duration = Duration::from_millis(2);
+const LONG: Duration = Duration::from_millis(100);
+
+/// A checkpoint that was made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Save {
+    /// Its step.
+    pub step: u64,
+    /// How long training stood still for it on this rank.
+    pub blocked: Duration,
+    /// From the snapshot until it was a checkpoint.
+    pub took: Duration,
+    /// What this rank wrote of tensors.
+    pub bytes: u64,
+}
+
+/// The checkpoints of a running stage.
+pub struct Saver {
+    run_dir: PathBuf,
+    plan: CheckpointPlan,
+    world: Arc<World>,
+    newest: Option<Snapshot>,
+    under_way: Option<UnderWay>,
+    /// Saves that failed since one did not.
+    failures: u32,
+    /// The step of the newest checkpoint of this course.
+    saved: Option<u64>,
+    made: Vec<Save>,
+}
+
+struct UnderWay {
+    step: u64,
+    part: Part,
+    bytes: u64,
+    begun: Instant,
+    blocked: Duration,
+}
+
+/// Why a rank could not do its part; goes from rank to rank.
+#[derive(Serialize, Deserialize)]
+struct Failure {
+    reason: String,
+    /// Whether what was to be saved is not worth it, so that the run cannot go on.
+    spoilt: bool,
+}
+
+type Outcome<T> = std::result::Result<T, Failure>;
+
+enum Part {
+    /// This rank's tensors.
+    Tensors(JoinHandle<Result<Written>>),
+    /// The main rank makes it a checkpoint; the others have nothing to do.
+    Folder(Option<JoinHandle<Result<()>>>),
+}
+
+impl Part {
+    fn is_done(&self) -> bool {
+        match self {
+            Self::Tensors(thread) => thread.is_finished(),
+            Self::Folder(thread) => thread.as_ref().is_none_or(JoinHandle::is_finished),
+        }
+    }
+}
+
+impl Saver {
+    /// For a stage in `run_dir`, which resumed from the checkpoint of step `resumed`.
+    pub fn new(run_dir: PathBuf, plan: CheckpointPlan, world: &Arc<World>, resumed: Option<u64>) -> Self {
+        let world = Arc::clone(world);
+        Self {
+            run_dir,
+            plan,
+            world,
+            newest: None,
+            under_way: None,
+            failures: 0,
+            saved: resumed,
+            made: vec![],
+        }
+    }
+
+    /// The newest snapshot that was taken.
+    pub fn newest(&self) -> Option<&Snapshot> {
+        self.newest.as_ref()
+    }
+
+    /// Takes a snapshot without saving it. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub fn hold(&mut self, take: impl FnOnce(Vec<Piece>) -> Result<Snapshot>) -> Result<&Snapshot> {
+        // The older one's memory is used again; its writer has to be done with it.
+        let old = self.newest.take().map(|old| old.trained).unwrap_or_default();
+        Ok(self.newest.insert(take(old)?))
+    }
+
+    /// Begins to save the step that `take` makes a snapshot of, given memory for it; nothing when that is the
+    /// newest checkpoint already. The save before it is waited for. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of `take` and of c10d; a failed save when it is one too many.
+    pub fn begin(&mut self, step: u64, take: impl FnOnce(Vec<Piece>) -> Result<Snapshot>) -> Result<()> {
+        let begun = Instant::now();
+        self.finish()?;
+        if self.saved == Some(step) {
+            return Ok(());
+        }
+        let snapshot = self.hold(take)?;
+        let (pieces, frozen) = (snapshot.pieces(), snapshot.frozen_check.clone());
+        let bytes = pieces.iter().map(|piece| 4 * piece.tensor.numel() as u64).sum();
+        let run_dir = &self.run_dir;
+        if let Err(failure) = self.world.from_main(|| Ok(prepare(run_dir, step).map_err(Failure::from)))? {
+            return self.failed(step, failure);
+        }
+        let (dir, rank) = (partial(run_dir, step), self.world.rank());
+        let part = Part::Tensors(spawn(move || {
+            frozen.check()?;
+            check_finite(step, &pieces)?;
+            write_pieces(&dir, pieces, rank)
+        })?);
+        self.under_way = Some(UnderWay { step, part, bytes, begun, blocked: begun.elapsed() });
+        Ok(())
+    }
+
+    /// Saves a step where the run ends, and returns once it is a checkpoint. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of [`Saver::begin`]; when it could not be saved.
+    pub fn save_last(&mut self, step: u64, take: impl FnOnce(Vec<Piece>) -> Result<Snapshot>) -> Result<()> {
+        self.finish()?;
+        // There is no later one to rely on.
+        self.plan.max_failures = 0;
+        self.begin(step, take)?;
+        self.finish()
+    }
+
+    /// Checkpoints made since the last call.
+    pub fn made(&mut self) -> Vec<Save> {
+        std::mem::take(&mut self.made)
+    }
+
+    /// Whether this rank waits for nothing of its own: what the ranks tell each other in every step.
+    pub fn is_done(&self) -> bool {
+        self.under_way.as_ref().is_some_and(|save| save.part.is_done())
+    }
+
+    /// To be called when all ranks are done with a part: goes on to the next one. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of c10d; a failed save when it is one too many.
+    pub fn advance(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let Some(mut save) = self.under_way.take() else { return Ok(()) };
+        let result = match save.part {
+            Part::Tensors(thread) => match self.all_written(thread)? {
+                Ok(thread) => {
+                    save.part = Part::Folder(thread);
+                    save.blocked += started.elapsed();
+                    self.under_way = Some(save);
+                    return Ok(());
+                }
+                Err(failure) => Err(failure),
+            },
+            Part::Folder(thread) => self
+                .world
+                .from_main(|| Ok(thread.map_or(Ok(()), |thread| joined(thread).map_err(Failure::from))))?,
+        };
+        let UnderWay { step, bytes, begun, blocked, .. } = save;
+        match result {
+            Ok(()) => {
+                (self.failures, self.saved) = (0, Some(step));
+                let blocked = blocked + started.elapsed();
+                self.made.push(Save { step, blocked, took: begun.elapsed(), bytes });
+                Ok(())
+            }
+            Err(failure) => {
+                let partial = partial(&self.run_dir, step);
+                // What is left is removed by the next start; the first error is the one to tell.
+                if self.world.is_main() {
+                    drop(remove_if_there(&partial));
+                }
+                self.failed(step, failure)
+            }
+        }
+    }
+
+    /// Waits until nothing is under way. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of c10d; a failed save when it is one too many; one that takes longer than `checkpoint.timeout_secs`.
+    pub fn finish(&mut self) -> Result<()> {
+        let (mut pause, started) = (SHORT, Instant::now());
+        while let Some(save) = &self.under_way {
+            let (step, done) = (save.step, f64::from(self.is_done()));
+            self.world.doing(step, "waiting for a checkpoint to be written");
+            let all = self.world.gather_numbers(&[done])?;
+            let waiting = all.iter().enumerate().filter(|(_, done)| done[0] == 0.0);
+            let waiting: Vec<String> = waiting.map(|(rank, _)| rank.to_string()).collect();
+            if waiting.is_empty() {
+                self.advance()?;
+                continue;
+            }
+            // The main rank's clock decides for all.
+            let is_late = started.elapsed() > Duration::from_secs(self.plan.timeout_secs);
+            if self.world.from_main(|| Ok(is_late))? {
+                let secs = self.plan.timeout_secs;
+                let ranks = waiting.join(", ");
+                return Err(Error::usage(
+                    format!("the checkpoint of step {step} is not written after {secs} s, on rank {ranks}"),
+                    "look at the disk below `run.dir`, or raise `checkpoint.timeout_secs`; older checkpoints are intact",
+                ));
+            }
+            thread::sleep(pause);
+            pause = (2 * pause).min(LONG);
+        }
+        Ok(())
+    }
+
+    /// Every rank's tensors are written: the main rank goes on with the folder.
+    fn all_written(
+        &self,
+        thread: JoinHandle<Result<Written>>,
+    ) -> Result<Outcome<Option<JoinHandle<Result<()>>>>> {
+        let rank = self.world.rank();
+        let own = joined(thread).map_err(|error| {
+            let failure = Failure::from(error);
+            Failure { reason: format!("rank {rank}: {}", failure.reason), ..failure }
+        });
+        let written = match self.world.gather(&own)?.into_iter().collect::<Outcome<Vec<Written>>>() {
+            Ok(written) => written,
+            Err(failure) => return Ok(Err(failure)),
+        };
+        let Some(snapshot) = self.newest.as_ref().filter(|_| self.world.is_main()) else {
+            return Ok(Ok(None));
+        };
+        let (state, untouched) = (snapshot.state.clone(), snapshot.untouched.clone());
+        let (run_dir, plan) = (self.run_dir.clone(), self.plan.clone());
+        let thread = spawn(move || {
+            seal(&run_dir, &state, untouched, written)?;
+            if let Err(error) = retain(&run_dir, state.step, &plan) {
+                warn!("an older checkpoint could not be removed: {error}");
+            }
+            Ok(())
+        })?;
+        Ok(Ok(Some(thread)))
+    }
+
+    fn failed(&mut self, step: u64, Failure { reason, spoilt }: Failure) -> Result<()> {
+        if spoilt {
+            return Err(Error::checkpoint(&self.run_dir, reason));
+        }
+        self.failures += 1;
+        if self.failures > self.plan.max_failures {
+            let hint = "older checkpoints are intact; mend the cause, and the same command resumes";
+            let reason = format!("step {step} could not be saved: {reason}\n\nhint: {hint}");
+            return Err(Error::checkpoint(&self.run_dir, reason));
+        }
+        if self.world.is_main() {
+            let left = self.plan.max_failures - self.failures;
+            warn!(
+                "step {step} could not be saved: {reason}; older checkpoints are intact, and training goes on, also after {left} more such failures"
+            );
+        }
+        Ok(())
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let spoilt = matches!(error, Error::FreezePlan { .. } | Error::WeightsNotFinite { .. });
+        Self { reason: error.to_string(), spoilt }
+    }
+}
+
+/// Checks that every trained parameter and moment is a number.
+fn check_finite(step: u64, pieces: &[Piece]) -> Result<()> {
+    let tensors: Vec<Tensor> = pieces.iter().map(|piece| piece.tensor.shallow_clone()).collect();
+    // A rank may own nothing of a small model.
+    let is_finite = tensors.is_empty() || sail_torch::global_norm(&tensors)?.double_value(&[]).is_finite();
+    if is_finite { Ok(()) } else { Err(Error::WeightsNotFinite { step }) }
+}
+
+fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+    let thread = thread::Builder::new().name("sail-save".to_owned()).spawn(work);
+    thread.map_err(|source| Error::Io { path: "thread".into(), source })
+}
+
+fn joined<T>(thread: JoinHandle<Result<T>>) -> Result<T> {
+    let ended = || Error::Io { path: "thread".into(), source: std::io::Error::other("panicked") };
+    thread.join().unwrap_or_else(|_| Err(ended()))
+}

@@ -1,0 +1,194 @@
+//! Steps that would do harm: a loss or gradient that is not a number, a loss far above the last ones.
+//!
+//! Judged by the train loop before the update, from numbers that all ranks have alike, so that all decide the same.
+//! What was judged so far is part of a checkpoint: a resumed run judges as one that was not interrupted.
+
+use std::collections::VecDeque;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{GuardAction, GuardPlan};
+
+/// The median absolute deviation of normally distributed values, times this, is their standard deviation.
+const MAD_TO_SIGMA: f64 = 1.4826;
+/// Losses that hardly differ make no spike of one that differs a little: the least deviation, of the median.
+const LEAST_SIGMA: f64 = 1e-3;
+
+/// What the guard has seen.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GuardState {
+    /// Losses of the last steps that were good, oldest first.
+    losses: VecDeque<f64>,
+    /// Steps that were not good, counted from the start of the stage, those of a course that was left included.
+    trips: Vec<u64>,
+    /// Steps that were judged.
+    judged: u64,
+}
+
+/// Why a step is not made, and what is done instead.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Trip {
+    /// What is wrong.
+    pub reason: Reason,
+    /// What to do.
+    pub action: GuardAction,
+}
+
+/// What is wrong with a step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Reason {
+    /// Its loss or its gradient is not a number.
+    NotFinite,
+    /// Its loss is far above those before.
+    Spike {
+        /// How many robust standard deviations.
+        z: f64,
+        /// The median of the losses before.
+        median: f64,
+        /// How many these are.
+        window: usize,
+    },
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotFinite => f.write_str("not finite"),
+            Self::Spike { z, median, window } => write!(
+                f,
+                "a spike, {z:.1} robust standard deviations above the median {median:.4} of {window} steps"
+            ),
+        }
+    }
+}
+
+impl GuardState {
+    /// Judges a step by its mean loss and its gradient norm; nothing is wrong where this returns `None`. A trip
+    /// that is one too many in a window ends the run whatever the plan does otherwise.
+    pub fn judge(&mut self, plan: &GuardPlan, loss: f64, grad_norm: f64) -> Option<Trip> {
+        self.judged += 1;
+        let judged = self.judged;
+        let Some((reason, action)) = self.fault(plan, loss, grad_norm) else {
+            self.losses.push_back(loss);
+            while self.losses.len() > plan.window {
+                self.losses.pop_front();
+            }
+            return None;
+        };
+        self.trips.retain(|trip| trip + plan.window as u64 > judged);
+        self.trips.push(judged);
+        let too_many = self.trips.len() > plan.max_trips;
+        Some(Trip { reason, action: if too_many { GuardAction::Stop } else { action } })
+    }
+
+    /// The same where the run is put back to when it stood as `then`: what went wrong since is not forgotten.
+    #[must_use]
+    pub fn back_to(self, then: &Self) -> Self {
+        Self { losses: then.losses.clone(), ..self }
+    }
+
+    fn fault(&self, plan: &GuardPlan, loss: f64, grad_norm: f64) -> Option<(Reason, GuardAction)> {
+        if !(loss.is_finite() && grad_norm.is_finite()) {
+            return Some((Reason::NotFinite, plan.not_finite));
+        }
+        let action = plan.spike?;
+        let window = self.losses.len();
+        if window < plan.window.div_ceil(2) {
+            return None;
+        }
+        let median = median(self.losses.iter().copied());
+        let deviation = self::median(self.losses.iter().map(|loss| (loss - median).abs()));
+        let z = (loss - median) / (MAD_TO_SIGMA * deviation).max(LEAST_SIGMA * median.abs());
+        (z > plan.spike_z).then_some((Reason::Spike { z, median, window }, action))
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { f64::midpoint(sorted[middle - 1], sorted[middle]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAN: GuardPlan = GuardPlan {
+        not_finite: GuardAction::Skip,
+        spike: Some(GuardAction::Rollback),
+        spike_z: 6.0,
+        window: 10,
+        max_trips: 2,
+        self_check: true,
+    };
+
+    /// After 20 good steps whose losses fall from 3 to 2.
+    fn after_good_steps(plan: &GuardPlan) -> GuardState {
+        let mut guard = GuardState::default();
+        for i in 0..20 {
+            let loss = 3.0 - 0.05 * f64::from(i) + if i % 2 == 0 { 0.02 } else { -0.02 };
+            assert_eq!(guard.judge(plan, loss, 1.0), None, "step {i}");
+        }
+        guard
+    }
+
+    #[test]
+    fn what_is_not_a_number_or_far_above_is_found() {
+        let good = after_good_steps(&PLAN);
+        let judge = |loss, norm| good.clone().judge(&PLAN, loss, norm);
+        for (loss, norm) in [(f64::NAN, 1.0), (2.0, f64::INFINITY), (f64::NEG_INFINITY, f64::NAN)] {
+            assert_eq!(
+                judge(loss, norm),
+                Some(Trip { reason: Reason::NotFinite, action: GuardAction::Skip })
+            );
+        }
+        let Some(Trip { reason: Reason::Spike { z, median, window }, action }) = judge(5.0, 1.0) else {
+            panic!("a spike")
+        };
+        assert!(z > 6.0 && (2.2..2.3).contains(&median) && window == 10, "{z} {median} {window}");
+        assert_eq!(action, GuardAction::Rollback);
+        // Lower is no spike, and neither is a little higher or a large gradient.
+        assert_eq!([judge(0.1, 1.0), judge(2.6, 1.0), judge(2.0, 1e9)], [None, None, None]);
+    }
+
+    #[test]
+    fn equal_losses_and_few_ones_make_no_spike() {
+        let mut guard = GuardState::default();
+        for loss in [2.0, 9.0, 2.0, 2.0] {
+            assert_eq!(guard.judge(&PLAN, loss, 1.0), None);
+        }
+        let mut guard = GuardState::default();
+        for _ in 0..10 {
+            assert_eq!(guard.judge(&PLAN, 2.0, 1.0), None);
+        }
+        assert_eq!(guard.judge(&PLAN, 2.01, 1.0), None);
+        assert!(guard.judge(&PLAN, 2.1, 1.0).is_some());
+    }
+
+    #[test]
+    fn a_trip_too_many_in_a_window_ends_the_run() {
+        let mut guard = after_good_steps(&PLAN);
+        let mut actions = Vec::new();
+        for i in 0..30 {
+            let loss = if [0, 3, 20, 24, 26].contains(&i) { f64::NAN } else { 2.0 };
+            actions.extend(guard.judge(&PLAN, loss, 1.0).map(|trip| (i, trip.action)));
+        }
+        let (skip, stop) = (GuardAction::Skip, GuardAction::Stop);
+        assert_eq!(actions, [(0, skip), (3, skip), (20, skip), (24, skip), (26, stop)]);
+    }
+
+    #[test]
+    fn going_back_forgets_losses_and_remembers_trips() {
+        let then = after_good_steps(&PLAN);
+        let mut now = then.clone();
+        for loss in [1.9, 1.8, f64::NAN] {
+            now.judge(&PLAN, loss, 1.0);
+        }
+        let back = now.clone().back_to(&then);
+        assert_eq!(back.losses, then.losses);
+        assert_eq!((back.trips, back.judged), (now.trips, now.judged));
+    }
+}
