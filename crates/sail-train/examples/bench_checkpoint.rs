@@ -72,7 +72,6 @@ fn main() -> Result<(), Error> {
                 totals: Totals::default(),
                 data: Position { next_stream: 0, streams: Vec::new() },
                 updates: Updates::default(),
-                held_out: None,
                 guard: GuardState::default(),
                 init: None,
                 plan: (*plan).clone(),

@@ -209,6 +209,18 @@ impl Events {
         Ok(())
     }
 
+    /// The held-out losses of the run so far, by step; none on ranks that do not write.
+    pub fn held_out(&self) -> Result<BTreeMap<u64, f64>> {
+        if self.file.is_none() {
+            return Ok(BTreeMap::new());
+        }
+        let text = fs::read_to_string(&self.metrics).map_err(Error::io(&self.metrics))?;
+        let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let evaluations = lines.filter(|line| line["kind"] == "eval");
+        let loss = |line: Value| Some((line["step"].as_u64()?, line["report"]["total"]["loss"].as_f64()?));
+        Ok(evaluations.filter_map(loss).collect())
+    }
+
     /// The mean training loss over the last tenth of `steps`, and the evaluation before the first
     /// one, as the whole run recorded them.
     pub fn history(&self, steps: u64) -> Result<(Option<f64>, Option<EvalReport>)> {

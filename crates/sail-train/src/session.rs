@@ -62,8 +62,6 @@ pub struct Session {
     /// fp32 weights of frozen modules, where the model computes in another type.
     exact: Params,
     started_from: Arc<Fingerprints>,
-    /// Held-out loss after the newest step, where it was measured.
-    held_out: Option<f64>,
     /// What was judged of the steps so far.
     guard: GuardState,
     /// Where this rank's data stood before the step that is being made.
@@ -137,7 +135,6 @@ impl Session {
             untouched,
             exact,
             started_from: Arc::new(started_from),
-            held_out: None,
             guard,
             before,
         })
@@ -266,13 +263,11 @@ impl Session {
     ///
     /// # Errors
     /// Those of the model, of c10d, and [`Error::HeldOutNotFinite`].
-    pub fn evaluate(&mut self) -> Result<Option<EvalReport>> {
+    pub fn evaluate(&self) -> Result<Option<EvalReport>> {
         let Some(evaluator) = &self.evaluator else { return Ok(None) };
         self.world.doing(self.step, "evaluating");
         self.optimizer.settle()?;
-        let report = evaluator.run(&self.model, &self.encoder, self.device, &self.world)?;
-        self.held_out = Some(report.total.loss);
-        Ok(Some(report))
+        evaluator.run(&self.model, &self.encoder, self.device, &self.world).map(Some)
     }
 
     /// Takes note that the update for `step` was made.
@@ -305,7 +300,7 @@ impl Session {
         let state = &to.state;
         self.optimizer
             .put_back(state.updates.clone(), |name, kind, elements| to.elements(name, kind, elements))?;
-        (self.step, self.totals, self.held_out) = (state.step, state.totals, state.held_out);
+        (self.step, self.totals) = (state.step, state.totals);
         self.guard = std::mem::take(&mut self.guard).back_to(&state.guard);
         Ok(())
     }
@@ -319,7 +314,6 @@ impl Session {
 
     fn pass(&mut self) -> Result<()> {
         self.step += 1;
-        self.held_out = None;
         if !self.warm {
             self.warm = true;
             // Nothing may be under way while the time that it may take changes.
@@ -368,7 +362,6 @@ impl Session {
                 totals: self.totals,
                 data: Position::merge(positions)?,
                 updates: self.optimizer.updates().clone(),
-                held_out: self.held_out,
                 guard: self.guard.clone(),
                 init: self.init.clone(),
                 plan: self.plan.clone(),

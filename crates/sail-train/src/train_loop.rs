@@ -92,14 +92,10 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
     let mut events = Events::open(options.console.clone(), plan, session.step, world.is_main())?;
-    let resumed = resume.as_ref().map(|checkpoint| checkpoint.state().step);
-    let mut saver = Saver::new(plan.run.dir.clone(), plan.checkpoint.clone(), world, resumed);
+    let mut saver = saver_for(&session, &events, resume.as_deref())?;
     announce(&session, &events, resume.as_deref())?;
-    if plan.guard.rolls_back() {
-        saver.hold(|old| session.snapshot(old))?;
-    }
     if session.step == 0 {
-        evaluate(&mut session, &mut events)?;
+        evaluate(&session, &mut events)?;
     }
     while session.step < plan.schedule.steps {
         let started = Instant::now();
@@ -131,16 +127,14 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             stopped(&session, &events, asked.as_ref());
             return Ok(Outcome::Interrupted { step: session.step });
         }
-        if !done && plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step)) {
-            evaluate(&mut session, &mut events)?;
-        }
-        if !done && is_due(plan.checkpoint.every, session.step) {
-            saver.begin(session.step, |old| session.snapshot(old))?;
+        if !done {
+            save_if_due(&mut saver, &session)?;
+            evaluate_if_due(&session, &mut saver, &mut events)?;
         }
         events.saves(&saver.made())?;
     }
     save_last(&mut saver, &session, &mut events)?;
-    finish(&mut session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
+    finish(&session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
 }
 
 /// The data has a length and is used up before the schedule: the stage ends here.
@@ -148,6 +142,38 @@ fn data_ended(session: &Session, events: &Events) -> Result<()> {
     let (name, step, steps) = (&session.plan.run.name, session.step, session.plan.schedule.steps);
     events.note(format!("{name}: the data ends after step {step} of {steps}, and with it the stage"));
     if step == 0 { Err(Error::NoData { name: name.clone() }) } else { Ok(()) }
+}
+
+/// What writes the checkpoints of a stage.
+fn saver_for(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> Result<Saver> {
+    let Plan { run, checkpoint, guard, .. } = &session.plan;
+    let resumed = resume.map(|resume| resume.state().step);
+    let mut saver = Saver::new(run.dir.clone(), checkpoint.clone(), &session.world, resumed);
+    for (step, loss) in events.held_out()? {
+        saver.measured(step, loss);
+    }
+    if guard.rolls_back() {
+        saver.hold(|old| session.snapshot(old))?;
+    }
+    Ok(saver)
+}
+
+fn save_if_due(saver: &mut Saver, session: &Session) -> Result<()> {
+    if is_due(session.plan.checkpoint.every, session.step) {
+        saver.begin(session.step, |old| session.snapshot(old))?;
+    }
+    Ok(())
+}
+
+fn evaluate_if_due(session: &Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
+    if session.plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step)) {
+        // It takes its time: what is being saved should be safe before.
+        saver.finish()?;
+        if let Some(report) = evaluate(session, events)? {
+            saver.measured(session.step, report.total.loss);
+        }
+    }
+    Ok(())
 }
 
 fn save_last(saver: &mut Saver, session: &Session, events: &mut Events) -> Result<()> {
@@ -267,7 +293,7 @@ fn where_it_runs(session: &Session) -> String {
     }
 }
 
-fn evaluate(session: &mut Session, events: &mut Events) -> Result<Option<EvalReport>> {
+fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>> {
     if session.evaluator.is_some() {
         events.note(format!("{}: measuring the held-out loss", session.plan.run.name));
     }
@@ -279,7 +305,7 @@ fn evaluate(session: &mut Session, events: &mut Events) -> Result<Option<EvalRep
 }
 
 /// After the last step: evaluation, export and summary.
-fn finish(session: &mut Session, events: &mut Events) -> Result<StageSummary> {
+fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
     let after = evaluate(session, events)?;
     let (plan, world) = (&session.plan, &session.world);
     world.doing(session.step, "exporting");

@@ -19,8 +19,8 @@ use crate::params::CHUNK;
 /// Largest file of weights, bytes; what is more goes into several with an index, as transformers does.
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
-/// Bytes that are written at once.
-const WRITE: usize = 1 << 22;
+/// Bytes that are written at once: a chunk of the widest type.
+const WRITE: usize = 8 * CHUNK as usize;
 
 /// A model folder to be written.
 #[derive(Debug, Default)]
@@ -216,21 +216,22 @@ fn write_file(
     put(&(header.len() as u64).to_le_bytes())?;
     put(&header)?;
     // Many small tensors go to the disk together.
-    let mut bytes = Vec::new();
+    let mut bytes = vec![0; WRITE];
+    let mut used = 0;
     for (_, stored) in tensors {
         let kind = to.unwrap_or(stored.kind());
         for chunk in stored.parts.iter().flat_map(|part| part.split(CHUNK, 0)) {
             let chunk = chunk.f_to_kind(kind)?;
-            let start = bytes.len();
-            bytes.resize(start + chunk.numel() * kind.elt_size_in_bytes(), 0);
-            chunk.f_copy_data_u8(&mut bytes[start..], chunk.numel())?;
-            if bytes.len() >= WRITE {
-                put(&bytes)?;
-                bytes.clear();
+            let size = chunk.numel() * kind.elt_size_in_bytes();
+            if used + size > bytes.len() {
+                put(&bytes[..used])?;
+                used = 0;
             }
+            chunk.f_copy_data_u8(&mut bytes[used..used + size], chunk.numel())?;
+            used += size;
         }
     }
-    put(&bytes)?;
+    put(&bytes[..used])?;
     out.sync_all().map_err(file_error(path))
 }
 

@@ -51,9 +51,6 @@ pub struct RunState {
     pub data: sail_data::Position,
     /// Updates that the optimizer has made.
     pub updates: Updates,
-    /// Held-out loss after this very step, where it was measured.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub held_out: Option<f64>,
     /// What was judged of the steps so far.
     pub guard: GuardState,
     /// Which checkpoint the run started from, where it continues another one.

@@ -191,7 +191,7 @@ fn covers<'a>(pieces: impl Iterator<Item = &'a PieceRecord>) -> std::result::Res
     if end == numel { Ok(()) } else { Err(format!("its pieces hold {end} of {numel} elements")) }
 }
 
-pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read(path).map_err(Error::io(path))?;
     serde_json::from_slice(&text).map_err(|error| Error::checkpoint(path, error.to_string()))
 }

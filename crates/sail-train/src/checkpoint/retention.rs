@@ -1,13 +1,13 @@
 //! Which checkpoints of a run may go.
 
 use std::cmp::{Ordering, Reverse};
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use super::read::read_json;
-use super::{COMPLETE, RunState, STATE, folder_name, list};
+use super::{COMPLETE, folder_name, list};
 use crate::config::CheckpointPlan;
 use crate::error::{Error, Result};
 
@@ -21,18 +21,23 @@ struct Found {
 }
 
 /// After the checkpoint of `step` was written: removes what the plan does not keep, and checkpoints of later
-/// steps, which belong to a course that this run has left (it resumed before them).
+/// steps, which belong to a course that this run has left (it resumed before them). `held_out` has the losses that
+/// were measured, by step.
 ///
 /// # Errors
 /// When a folder cannot be removed.
-pub(super) fn retain(run_dir: &Path, step: u64, plan: &CheckpointPlan) -> Result<()> {
-    let mut found = Vec::new();
-    for (step, path) in list(run_dir)? {
-        // Only what the rule needs is read.
-        let state = plan.keep_best.and_then(|_| read_json::<RunState>(&path.join(STATE)).ok());
-        let complete = path.join(COMPLETE).exists();
-        found.push(Found { step, complete, held_out: state.and_then(|state| state.held_out) });
-    }
+pub(super) fn retain(
+    run_dir: &Path,
+    step: u64,
+    plan: &CheckpointPlan,
+    held_out: &BTreeMap<u64, f64>,
+) -> Result<()> {
+    let look = |(step, path): (u64, PathBuf)| Found {
+        step,
+        complete: path.join(COMPLETE).exists(),
+        held_out: held_out.get(&step).copied(),
+    };
+    let found: Vec<Found> = list(run_dir)?.into_iter().map(look).collect();
     let abandoned: Vec<u64> = found.iter().map(|found| found.step).filter(|found| *found > step).collect();
     if !abandoned.is_empty() {
         let names: Vec<String> = abandoned.iter().map(|step| folder_name(*step)).collect();

@@ -5,6 +5,7 @@
 //! older ones. Each part runs on a thread; the ranks go from one to the next together, at a step's one host read, so
 //! that no collective waits for a disk. Used by the train loop.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -50,6 +51,8 @@ pub struct Saver {
     /// The step of the newest checkpoint of this course.
     saved: Option<u64>,
     made: Vec<Save>,
+    /// Losses that were measured, by step.
+    held_out: BTreeMap<u64, f64>,
 }
 
 struct UnderWay {
@@ -98,8 +101,14 @@ impl Saver {
             under_way: None,
             failures: 0,
             saved: resumed,
-            made: vec![],
+            made: Vec::new(),
+            held_out: BTreeMap::new(),
         }
+    }
+
+    /// Takes note of a held-out loss after `step`, by which checkpoints are kept.
+    pub fn measured(&mut self, step: u64, loss: f64) {
+        self.held_out.insert(step, loss);
     }
 
     /// The newest snapshot that was taken.
@@ -257,10 +266,10 @@ impl Saver {
             return Ok(Ok(None));
         };
         let (state, untouched) = (snapshot.state.clone(), snapshot.untouched.clone());
-        let (run_dir, plan) = (self.run_dir.clone(), self.plan.clone());
+        let (run_dir, plan, held_out) = (self.run_dir.clone(), self.plan.clone(), self.held_out.clone());
         let thread = spawn(move || {
             seal(&run_dir, &state, untouched, written)?;
-            if let Err(error) = retain(&run_dir, state.step, &plan) {
+            if let Err(error) = retain(&run_dir, state.step, &plan, &held_out) {
                 warn!("an older checkpoint could not be removed: {error}");
             }
             Ok(())

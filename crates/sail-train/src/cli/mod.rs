@@ -113,13 +113,14 @@ pub fn main() -> ExitCode {
 }
 
 fn show(error: &Error, console: &Console) {
-    // A configuration's errors print themselves, one `error:` each.
     let prefix = match error {
-        Error::Config(_) => "",
         // The ranks of a host read the same file.
         Error::Config(_) if Place::from_env().is_ok_and(|place| place.local_rank > 0) => {
-            return console.alarm("error: the configuration has faults, which the first rank of this host lists");
+            return console
+                .alarm("error: the configuration has faults, which the first rank of this host lists");
         }
+        // They print themselves, one `error:` each.
+        Error::Config(_) => "",
         // Told by the rank itself.
         Error::Elsewhere { .. } => return console.alarm(format!("error: {}", first_line(error))),
         _ => "error: ",
