@@ -74,8 +74,17 @@ sail_error* sail_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads
 sail_error* sail_global_norm(at::Tensor* const* tensors, size_t n, at::Tensor** out) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    auto norms = at::_foreach_norm(list(tensors, n), 2, at::kFloat);
-    *out = new at::Tensor(at::linalg_vector_norm(at::stack(norms), 2));
+    std::vector<at::Tensor> parts;
+    for (const at::Tensor& tensor : list(tensors, n)) {
+      // A CPU's kernel adds floats one after the other, and over millions of them loses three digits and more.
+      if (tensor.is_cpu() && tensor.is_contiguous()) {
+        for (const at::Tensor& part : tensor.view({-1}).split(1 << 16)) parts.push_back(part);
+      } else {
+        parts.push_back(tensor);
+      }
+    }
+    auto norms = at::stack(at::_foreach_norm(parts, 2, at::kFloat));
+    *out = new at::Tensor(at::linalg_vector_norm(norms, 2, at::nullopt, false, at::kDouble).to(at::kFloat));
   });
 }
 

@@ -198,6 +198,15 @@ mod tests {
         assert!((global_norm(&tensors).unwrap().double_value(&[]) - 2.5).abs() < 1e-6);
     }
 
+    /// The norm of a large table was wrong by a thousandth, and with it the clipping of every step.
+    #[test]
+    fn the_norm_of_millions_is_exact() {
+        let table = Tensor::randn([1 << 24], (Kind::Float, tch::Device::Cpu));
+        let expected = table.to_kind(Kind::Double).norm().double_value(&[]);
+        let found = global_norm(&[table.view([1 << 12, 1 << 12]), table.narrow(0, 0, 1)]).unwrap();
+        assert!((found.double_value(&[]) / expected - 1.0).abs() < 1e-6, "{found} {expected}");
+    }
+
     #[test]
     fn exceptions_become_errors() {
         let string = Tensor::from_slice(&[1i64, 2]);
