@@ -2,8 +2,8 @@
 //!
 //! Each thread is interrupted by a signal and unwinds itself (`csrc/stacks.cpp`). What that does to it: a system call
 //! goes on where the system can restart it (`SA_RESTART`), and one that it never restarts (`poll`, `epoll_wait`,
-//! `nanosleep` and what waits for a socket with a timeout) ends with `EINTR`, for which Rust's library, Tokio, Gloo,
-//! NCCL and c10d's store all look. It costs a thread some 10 µs.
+//! `nanosleep` and what waits for a socket with a timeout) ends with `EINTR`, after which Rust's library, Gloo and c10d's
+//! store call it again, as the tests here show, and Tokio by its source. NCCL and CUDA have not been tried.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_void};
@@ -301,7 +301,9 @@ mod tests {
             let frames = found("blocked", "blocked_here_for_good");
             let with_line = frames.iter().find(|frame| frame.contains("blocked_here_for_good")).unwrap();
             assert!(with_line.contains("stacks.rs:"), "{frames:#?}");
-            assert!(!frames.iter().any(|frame| frame.contains("answer(int")), "the handler: {frames:#?}");
+            // Not what the question itself has put there.
+            let asking = |frame: &String| frame.contains("stacks.cpp") || frame.contains("backtrace");
+            assert!(!frames.iter().any(asking), "{frames:#?}");
             found("busy", "busy_here");
             drop(sender);
             over.store(true, Ordering::Relaxed);
@@ -366,7 +368,7 @@ mod tests {
                 while working() {
                     let texts: Vec<String> = (0..200).map(|number| number.to_string()).collect();
                     assert_eq!(texts.concat().len(), 490);
-                    assert_eq!(matrix.matmul(&matrix).sum(Kind::Float).double_value(&[]), 64.0 * 64.0 * 64.0);
+                    assert_eq!(matrix.matmul(&matrix).sum(Kind::Float).int64_value(&[]), 64 * 64 * 64);
                 }
             });
             let mut answers = 0;
@@ -395,7 +397,7 @@ mod tests {
             let flag = Tensor::from_slice(&[f32::from(u8::from(last))]);
             group.all_reduce(&tensor, ReduceOp::Sum).unwrap().wait().unwrap();
             group.all_reduce(&flag, ReduceOp::Sum).unwrap().wait().unwrap();
-            assert_eq!(tensor.sum(Kind::Double).double_value(&[]), 150_000.0);
+            assert_eq!(tensor.sum(Kind::Double).int64_value(&[]), 150_000);
             store.set(&format!("{round}/{rank}"), b"done").unwrap();
             store.wait(&format!("{round}/{}", 1 - rank), timeout).unwrap();
             rounds.fetch_add(1, Ordering::Relaxed);

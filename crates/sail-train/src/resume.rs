@@ -17,7 +17,7 @@ use crate::train_loop::{SUMMARY, StageSummary};
 use crate::world::World;
 
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 11] = [
+const HARMLESS: [&str; 12] = [
     "run.name",
     "run.dir",
     "data.threads",
@@ -27,6 +27,7 @@ const HARMLESS: [&str; 11] = [
     "parallel.timeout_secs",
     "parallel.first_step_timeout_secs",
     "log",
+    "watchdog",
     "checkpoint",
     "eval",
 ];

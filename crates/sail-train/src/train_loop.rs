@@ -22,6 +22,7 @@ use crate::schedule::{factor, is_due};
 use crate::session::{Session, Verdict};
 use crate::stage::FreezeTable;
 use crate::step::Step;
+use crate::watchdog::Watchdog;
 use crate::world::World;
 
 /// What a stage leaves in its folder when it has ended.
@@ -95,6 +96,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             return Ok(Outcome::Finished(summary));
         }
     };
+    let watchdog = Watchdog::start(&plan.watchdog, world, &options.console)?;
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
     let mut events = Events::open(options.console.clone(), plan, session.step, world.is_main())?;
@@ -114,6 +116,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
         let lr_factor = factor(&plan.schedule, session.step);
         session.update(lr_factor)?;
         session.advance(&step)?;
+        watchdog.step_done(session.step, started.elapsed());
         events.step(&report(&session, &step, &verdict, lr_factor, started)?)?;
 
         let done = session.step == plan.schedule.steps;

@@ -23,7 +23,7 @@ use crate::events::Console;
 use crate::launch::end_with_launcher;
 use crate::resume::Resume;
 use crate::train_loop::RunOptions;
-use crate::world::{Place, World, tell_of_panic};
+use crate::world::{Place, World, tell_of_end};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -152,7 +152,7 @@ fn exit_on_panic(console: Console) {
     std::panic::set_hook(Box::new(move |info| {
         let backtrace = std::backtrace::Backtrace::capture();
         console.alarm(format!("error: internal: {info}\n{backtrace}\n\nhint: the newest checkpoint is intact; please report this"));
-        tell_of_panic(&info.to_string());
+        tell_of_end(&info.to_string());
         end(1);
     }));
 }

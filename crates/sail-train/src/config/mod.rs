@@ -42,6 +42,7 @@ pub use path::{FieldPath, Step};
 pub use plan::{
     AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, InitPlan, LlmPlan, LogPlan,
     ModelPlan, OptimizerPlan, ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan, VisualShape,
+    WatchdogPlan,
 };
 pub use values::{
     DeviceChoice, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind, Strategy,
