@@ -36,6 +36,14 @@ pub enum Error {
         /// The exception's message.
         message: String,
     },
+    /// The operating system refused something.
+    #[error("{op}: {message}")]
+    System {
+        /// The function called.
+        op: &'static str,
+        /// What it said.
+        message: String,
+    },
 }
 
 impl Error {

@@ -82,6 +82,19 @@ unsafe extern "C" {
 
     pub(crate) fn sail_cpu_memory_begin(out: *mut *mut RawCpuMemory) -> *mut RawError;
     pub(crate) fn sail_cpu_memory_end(watching: *mut RawCpuMemory, current: *mut i64, peak: *mut i64);
+    pub(crate) fn sail_stacks_begin(out: *mut c_int) -> *mut RawError;
+    pub(crate) fn sail_stack_of(
+        signal: c_int,
+        tid: c_int,
+        patience_ms: i64,
+        addresses: *mut *mut c_void,
+        room: usize,
+        count: *mut usize,
+    ) -> *mut RawError;
+    pub(crate) fn sail_demangled(name: *const c_char) -> *mut c_char;
+    pub(crate) fn sail_text_free(text: *mut c_char);
+    pub(crate) fn sail_file_of(address: *const c_void) -> *const c_char;
+
     pub(crate) fn sail_set_device(device: c_int) -> *mut RawError;
     pub(crate) fn sail_has_context(device: c_int, there: *mut bool) -> *mut RawError;
     pub(crate) fn sail_memory_peak(device: c_int, allocated: *mut i64, reserved: *mut i64) -> *mut RawError;

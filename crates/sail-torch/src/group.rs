@@ -4,7 +4,7 @@
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
@@ -88,6 +88,7 @@ pub struct ProcessGroup {
     is_shut_down: AtomicBool,
     sent_bytes: AtomicU64,
     started: Arc<AtomicU64>,
+    waits: Arc<Waits>,
     link: Option<Link>,
 }
 
@@ -99,6 +100,19 @@ static QUEUEING: Mutex<()> = Mutex::new(());
 unsafe impl Send for ProcessGroup {}
 // SAFETY: the backends queue what they are given under locks of their own, but for what `QUEUEING` guards.
 unsafe impl Sync for ProcessGroup {}
+
+/// How long works were waited for, whatever the thread; time that two are waited for at once counts once.
+#[derive(Debug, Default)]
+struct Waits(Mutex<Waited>);
+
+#[derive(Debug, Default)]
+struct Waited {
+    /// Until no work was waited for.
+    ended: Duration,
+    /// Works that are waited for now, and since when there is one.
+    under_way: usize,
+    since: Option<Instant>,
+}
 
 /// A link that is slower than the real one, to study overlap on one machine: it carries one collective after
 /// the other, and each ends when its bytes would have gone through.
@@ -150,7 +164,8 @@ impl ProcessGroup {
         outcome(OP, error)?;
         let raw = NonNull::new(raw).expect("invariant: given without an error");
         let (is_shut_down, sent_bytes) = (AtomicBool::new(false), AtomicU64::new(0));
-        Ok(Self { raw, options, is_shut_down, sent_bytes, started: Arc::default(), link: None })
+        let (started, waits) = (Arc::default(), Arc::default());
+        Ok(Self { raw, options, is_shut_down, sent_bytes, started, waits, link: None })
     }
 
     /// Makes collectives take as long as over a link of this many bytes a second, one after the other.
@@ -186,6 +201,12 @@ impl ProcessGroup {
     /// all-reduce 2 (N-1)/N b, reduce-scatter and all-gather (N-1)/N b of the whole.
     pub fn sent_bytes(&self) -> u64 {
         self.sent_bytes.load(Ordering::Relaxed)
+    }
+
+    /// How long works were waited for so far, those included that are waited for now. On CUDA a wait lets the stream
+    /// wait, not the host, and takes next to no time.
+    pub fn waited(&self) -> Duration {
+        self.waits.so_far()
     }
 
     /// How long each further collective may take.
@@ -301,7 +322,7 @@ impl ProcessGroup {
         let mut raw = std::ptr::null_mut();
         let error = {
             let gloo = self.options.backend == Backend::Gloo;
-            let _queueing = gloo.then(|| QUEUEING.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+            let _queueing = gloo.then(|| QUEUEING.lock().unwrap_or_else(PoisonError::into_inner));
             call(&raw mut raw)
         };
         outcome(op, error)?;
@@ -312,6 +333,7 @@ impl ProcessGroup {
             raw: NonNull::new(raw).expect("invariant: given without an error"),
             tensors: tensors.map(Tensor::shallow_clone).into(),
             sum_into: None,
+            waits: Arc::clone(&self.waits),
             not_before: self.link.as_ref().map(|link| link.carry(bytes)),
         })
     }
@@ -353,10 +375,42 @@ impl Drop for ProcessGroup {
     }
 }
 
+impl Waits {
+    fn during<T>(&self, wait: impl FnOnce() -> T) -> T {
+        {
+            let mut waited = self.lock();
+            waited.under_way += 1;
+            waited.since.get_or_insert_with(Instant::now);
+        }
+        let result = wait();
+        let mut waited = self.lock();
+        waited.under_way -= 1;
+        if waited.under_way == 0 {
+            waited.ended = waited.so_far();
+            waited.since = None;
+        }
+        result
+    }
+
+    fn so_far(&self) -> Duration {
+        self.lock().so_far()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waited> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waited {
+    fn so_far(&self) -> Duration {
+        self.ended + self.since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+}
+
 impl Link {
     /// When the bytes will have gone through.
     fn carry(&self, bytes: u64) -> Instant {
-        let mut free_at = self.free_at.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
         let start = (*free_at).max(Instant::now());
         *free_at = start + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
         *free_at
@@ -373,6 +427,7 @@ pub struct Work {
     tensors: Vec<Tensor>,
     /// The rows of the first are summed into the second at the end.
     sum_into: Option<(Tensor, Tensor)>,
+    waits: Arc<Waits>,
     not_before: Option<Instant>,
 }
 
@@ -385,6 +440,11 @@ impl Work {
     /// # Errors
     /// [`Error::Timeout`] or [`Error::Network`] when another rank did not do its part.
     pub fn wait(mut self) -> Result<()> {
+        let waits = Arc::clone(&self.waits);
+        waits.during(|| self.finish())
+    }
+
+    fn finish(&mut self) -> Result<()> {
         // SAFETY: a live work.
         let error = unsafe { ffi::sail_work_wait(self.raw.as_ptr()) };
         outcome(self.op, error)?;
@@ -552,6 +612,37 @@ mod tests {
             let tensor = Tensor::zeros([4], (Kind::Float, Device::Cpu));
             let error = group.all_reduce(&tensor, ReduceOp::Sum).unwrap().wait().unwrap_err();
             assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+        });
+    }
+
+    #[test]
+    fn the_time_waited_counts_from_its_beginning_and_once() {
+        ranks(2, |group| {
+            assert_eq!(group.waited(), Duration::ZERO);
+            let tensors = [0, 1].map(|_| Tensor::zeros([4], (Kind::Float, Device::Cpu)));
+            if group.rank() == 1 {
+                std::thread::sleep(Duration::from_millis(600));
+                for tensor in &tensors {
+                    group.all_reduce(tensor, ReduceOp::Sum).unwrap().wait().unwrap();
+                }
+                return;
+            }
+            let started = Instant::now();
+            let works = tensors.map(|tensor| group.all_reduce(&tensor, ReduceOp::Sum).unwrap());
+            let during = std::thread::scope(|scope| {
+                for work in works {
+                    scope.spawn(|| work.wait().unwrap());
+                }
+                std::thread::sleep(Duration::from_millis(300));
+                group.waited().as_secs_f64()
+            });
+            let (after, took) = (group.waited(), started.elapsed());
+            assert!((0.1..0.5).contains(&during), "{during} s in the middle of 0.6 s");
+            assert!(
+                Duration::from_millis(300) < after && after <= took,
+                "{after:?} of {took:?}, on two threads"
+            );
+            assert_eq!(group.waited(), after);
         });
     }
 

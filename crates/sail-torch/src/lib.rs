@@ -10,6 +10,7 @@
 //! | [`on_accumulated`], [`take_grad`] | gradients as they arrive in a backward pass |
 //! | [`cpu_memory::measure`] | what libtorch takes on the CPU while something runs |
 //! | [`set_device`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
+//! | [`thread_stacks`] | what every thread of this process is in |
 //! | [`Store`], [`ProcessGroup`] | rendezvous and collectives (c10d with Gloo or NCCL) |
 
 mod attention;
@@ -21,6 +22,7 @@ mod error;
 mod ffi;
 mod group;
 mod optim;
+mod stacks;
 mod store;
 
 pub use attention::{has_varlen_attention, varlen_attention};
@@ -29,4 +31,5 @@ pub use device::{MemoryPeak, has_context, memory_peak, set_device};
 pub use error::{Error, Result};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work};
 pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm};
+pub use stacks::{ThreadStack, thread_stacks};
 pub use store::Store;

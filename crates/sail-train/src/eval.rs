@@ -87,18 +87,18 @@ struct Sum {
 }
 
 /// Who of the ranks does what: each piece of work is the next one's.
-struct Turns {
-    rank: usize,
-    size: usize,
+struct Turns<'a> {
+    world: &'a World,
     next: usize,
 }
 
-impl Turns {
+impl Turns<'_> {
     /// Whether the next piece of work is this rank's.
     fn is_mine(&mut self) -> bool {
+        self.world.goes_on();
         let turn = self.next;
         self.next += 1;
-        turn % self.size == self.rank
+        turn % self.world.size() == self.world.rank()
     }
 }
 
@@ -142,7 +142,7 @@ impl Evaluator {
         device: Device,
         world: &World,
     ) -> Result<EvalReport> {
-        let mut turns = Turns { rank: world.rank(), size: world.size(), next: 0 };
+        let mut turns = Turns { world, next: 0 };
         let mut sums = Vec::new();
         let mut answers = BTreeMap::new();
         no_grad(|| {
@@ -202,7 +202,7 @@ impl Evaluator {
         model: &Vlm,
         samples: impl Iterator<Item = &'a Sample>,
         device: Device,
-        turns: &mut Turns,
+        turns: &mut Turns<'_>,
     ) -> Result<Sum> {
         let mut sum = Sum::default();
         let mut pack: Vec<&Sample> = Vec::new();

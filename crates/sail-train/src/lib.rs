@@ -10,6 +10,7 @@
 //! | where a stage's weights come from | `origin` |
 //! | the processes that train together | [`world`] |
 //! | freezing and its proof | [`stage`], [`optim`] |
+//! | what is said of a step that takes too long | `watchdog` |
 //! | how a stage begins or goes on | [`resume`] |
 //! | what a checkpoint is | [`checkpoint`] |
 //! | who may stop a run | [`stopping`] |
@@ -49,6 +50,7 @@ pub mod step;
 pub mod stopping;
 pub mod train_loop;
 pub mod trained;
+mod watchdog;
 pub mod world;
 
 pub use error::{Error, Result};

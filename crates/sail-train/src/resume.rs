@@ -17,7 +17,7 @@ use crate::train_loop::{RunOptions, SUMMARY, StageSummary};
 use crate::world::World;
 
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 14] = [
+const HARMLESS: [&str; 15] = [
     "run.name",
     "run.dir",
     "run.time_limit_secs",
@@ -29,6 +29,7 @@ const HARMLESS: [&str; 14] = [
     "parallel.timeout_secs",
     "parallel.first_step_timeout_secs",
     "log",
+    "watchdog",
     "checkpoint",
     "guard",
     "eval",

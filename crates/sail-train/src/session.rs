@@ -157,6 +157,7 @@ impl Session {
             // A rank whose streams have ended takes its turns as well, so that all stand at the same one.
             for _ in 0..passes {
                 packs.extend(self.loader.next_pack()?.pack);
+                self.world.goes_on();
             }
             self.world.doing(self.step + 1, "waiting for the data of the others");
             let share = Share {
@@ -181,6 +182,7 @@ impl Session {
         self.world.doing(self.step + 1, "computing gradients");
         let mut total = Tensor::zeros([], (Kind::Float, self.device));
         for pass in 0..step.passes {
+            self.world.goes_on();
             self.optimizer.begin_pass(pass, step.passes);
             if let Some(pack) = step.packs.get(pass) {
                 let Loss { sum, balance } = self.model.loss(&to_batch(pack, self.device))?;

@@ -23,6 +23,7 @@ use crate::session::{Session, Verdict};
 use crate::stage::FreezeTable;
 use crate::step::Step;
 use crate::stopping::{Reason, Stopping};
+use crate::watchdog::Watchdog;
 use crate::world::World;
 
 /// What a stage leaves in its folder when it has ended.
@@ -89,6 +90,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             return Ok(Outcome::Finished(summary));
         }
     };
+    let watchdog = Watchdog::start(&plan.watchdog, world, &options.console)?;
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
     let mut events = Events::open(options.console.clone(), plan, session.step, world.is_main())?;
@@ -120,6 +122,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             session.advance(&step)?;
             events.step(&report(&session, &step, &verdict, lr_factor, started)?)?;
         }
+        watchdog.step_done(session.step, started.elapsed());
 
         let done = session.step == plan.schedule.steps;
         if verdict.stop && !done {

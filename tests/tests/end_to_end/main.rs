@@ -15,6 +15,7 @@ mod rank_faults;
 mod resume;
 mod shard_server;
 mod usage;
+mod watchdog;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -24,7 +24,7 @@ use crate::launch::end_with_launcher;
 use crate::resume::Resume;
 use crate::stopping::Stopping;
 use crate::train_loop::RunOptions;
-use crate::world::{Place, World, tell_of_panic};
+use crate::world::{Place, World, tell_of_end};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -162,7 +162,7 @@ fn exit_on_panic(console: Console) {
     std::panic::set_hook(Box::new(move |info| {
         let backtrace = std::backtrace::Backtrace::capture();
         console.alarm(format!("error: internal: {info}\n{backtrace}\n\nhint: the newest checkpoint is intact; please report this"));
-        tell_of_panic(&info.to_string());
+        tell_of_end(&info.to_string());
         end(1);
     }));
 }

@@ -42,7 +42,7 @@ pub use path::{FieldPath, Step};
 pub use plan::{
     AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, GuardPlan, InitPlan,
     LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan,
-    VisionPlan, VisualShape,
+    VisionPlan, VisualShape, WatchdogPlan,
 };
 pub use values::{
     DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind,

@@ -48,6 +48,8 @@ pub struct Plan {
     pub guard: GuardPlan,
     /// When a step is reported.
     pub log: LogPlan,
+    /// When a process says what it is in, and when it ends because nothing goes on.
+    pub watchdog: WatchdogPlan,
     /// Held-out evaluation, where wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval: Option<EvalPlan>,
@@ -340,6 +342,17 @@ impl GuardPlan {
 pub struct LogPlan {
     /// Steps between reports, at least 1.
     pub every: u64,
+}
+
+/// When a process says what it is in, and when it ends because nothing goes on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WatchdogPlan {
+    /// How many times the usual time of a step is far too long, at least 1.
+    pub factor: f64,
+    /// What is not too long whatever is usual, seconds, at least 1.
+    pub least_secs: u64,
+    /// How long nothing may go on, seconds, more than `least_secs`.
+    pub limit_secs: u64,
 }
 
 /// Held-out evaluation. It always runs before the first and after the last step.

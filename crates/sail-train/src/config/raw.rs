@@ -44,6 +44,8 @@ pub(super) struct RawRun {
     pub(super) guard: RawGuard,
     /// When a step is reported.
     pub(super) log: RawLog,
+    /// When a process says what it is in, and when it ends because nothing goes on.
+    pub(super) watchdog: RawWatchdog,
     /// Held-out evaluation. Default: none.
     pub(super) eval: Option<RawEval>,
     /// What is exported at the end. Default: nothing.
@@ -338,6 +340,26 @@ pub(super) struct RawLog {
 impl Default for RawLog {
     fn default() -> Self {
         Self { every: 10 }
+    }
+}
+
+/// `watchdog`. A step that takes far longer than usual is logged with its times and the stacks of all threads, again
+/// each time that it has taken twice as long; a process in which nothing goes on ends with exit code 1.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawWatchdog {
+    /// A step is far longer than usual from this many times the median of the 50 before it, at least 1. Default: 10.
+    pub(super) factor: f64,
+    /// And from this many seconds; until 5 steps are made, from `factor` times as many. Default: 60.
+    pub(super) least_secs: u64,
+    /// After this long within one micro-batch, one pack of an evaluation, one save, one export or the start, the process
+    /// ends, seconds; more than `least_secs`. Default: 3600.
+    pub(super) limit_secs: u64,
+}
+
+impl Default for RawWatchdog {
+    fn default() -> Self {
+        Self { factor: 10.0, least_secs: 60, limit_secs: 3600 }
     }
 }
 

@@ -15,11 +15,11 @@ use super::error::{ConfigError, Problem};
 use super::path::FieldPath;
 use super::plan::{
     BatchPlan, CheckpointPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan,
-    ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan,
+    ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan, WatchdogPlan,
 };
 use super::raw::{
     RawBatch, RawCheckpoint, RawExport, RawGuard, RawInit, RawLlm, RawLog, RawModel, RawOptimizer,
-    RawParallel, RawProjector, RawRun, RawRunSection, RawSchedule, RawTrain, RawVision,
+    RawParallel, RawProjector, RawRun, RawRunSection, RawSchedule, RawTrain, RawVision, RawWatchdog,
 };
 use super::raw_values::{RawModule, RawWarmup};
 use super::resolve_data;
@@ -56,6 +56,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
     let checkpoint = checkpoint(checker, &raw.checkpoint);
     let guard = guard(checker, &raw.guard);
     let log = log(checker, &raw.log);
+    let watchdog = watchdog(checker, &raw.watchdog);
     let eval = raw.eval.map(|eval| resolve_data::eval(checker, eval));
     let export = raw.export.map(|export| self::export(checker, &export));
 
@@ -72,6 +73,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
         checkpoint,
         guard,
         log,
+        watchdog,
         eval: wanted(eval)?,
         export: wanted(export)?,
     };
@@ -376,6 +378,18 @@ fn guard(checker: &mut Checker<'_>, raw: &RawGuard) -> GuardPlan {
 fn log(checker: &mut Checker<'_>, raw: &RawLog) -> LogPlan {
     checker.expect(raw.every >= 1, "log.every", "must be at least 1", raw.every);
     LogPlan { every: raw.every }
+}
+
+fn watchdog(checker: &mut Checker<'_>, raw: &RawWatchdog) -> WatchdogPlan {
+    let RawWatchdog { factor, least_secs, limit_secs } = *raw;
+    let must = "must be from 1 to 1000000";
+    checker.expect((1.0..=1e6).contains(&factor), "watchdog.factor", must, factor);
+    for (path, secs) in [("watchdog.least_secs", least_secs), ("watchdog.limit_secs", limit_secs)] {
+        checker.expect((1..=604_800).contains(&secs), path, "must be from 1 to 604800, a week", secs);
+    }
+    let must = format!("must be more than `watchdog.least_secs`, {least_secs}");
+    checker.expect(limit_secs == 0 || limit_secs > least_secs, "watchdog.limit_secs", &must, limit_secs);
+    WatchdogPlan { factor, least_secs, limit_secs }
 }
 
 fn export(checker: &mut Checker<'_>, raw: &RawExport) -> Option<ExportPlan> {

@@ -268,6 +268,6 @@ fn read<T: serde::de::DeserializeOwned>(store: &Store, key: &str) -> Result<T> {
     serde_json::from_slice(&store.get(key)?).map_err(Error::exchange)
 }
 
-pub(super) fn host_name() -> String {
+pub(crate) fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

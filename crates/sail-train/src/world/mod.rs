@@ -2,12 +2,14 @@
 //!
 //! A [`World`] lives as long as the process trains. It has a store for words (`agree`), a group for numbers on
 //! the host, a group for gradients on the device, and a watch over the other ranks (`watch`), which ends the
-//! process when one of them is gone. A process alone is a world of one, in which nothing is sent. Where a process
-//! stands is read from its environment (`place`, `slurm`).
+//! process when one of them is gone. What this process does is kept (`progress`) for those who look from outside. A
+//! process alone is a world of one, in which nothing is sent. Where a process stands is read from its environment
+//! (`place`, `slurm`).
 
 mod agree;
 mod beats;
 mod place;
+mod progress;
 mod slurm;
 mod watch;
 
@@ -29,10 +31,11 @@ use crate::events::Console;
 use crate::launch::resolve;
 
 pub use agree::Fields;
-pub(crate) use agree::within;
+pub(crate) use agree::{host_name, within};
 pub use place::{Place, Rendezvous, Server, Starter};
+pub(crate) use progress::{Doing, Progress};
 use watch::Watch;
-pub(crate) use watch::tell_of_panic;
+pub(crate) use watch::tell_of_end;
 
 /// Slows collectives down to a link of this many bytes a second, to study overlap on one machine.
 const SIMULATED_LINK: &str = "SAIL_SIMULATED_LINK_BYTES_PER_SEC";
@@ -46,6 +49,7 @@ const BACKSTOP: Duration = Duration::from_secs(30);
 /// The processes that train together.
 pub struct World {
     place: Place,
+    progress: Arc<Progress>,
     ranks: Option<Ranks>,
 }
 
@@ -70,7 +74,7 @@ struct Ranks {
 impl World {
     /// A process alone.
     pub fn alone() -> Self {
-        Self { place: Place::SINGLE, ranks: None }
+        Self { place: Place::SINGLE, progress: Arc::default(), ranks: None }
     }
 
     /// Meets the other processes. Returns once all are there and agree on how many they are.
@@ -78,11 +82,14 @@ impl World {
     /// # Errors
     /// [`Error::Ranks`] when one does not come in time or was started otherwise; those of c10d.
     pub fn join(place: Place, plan: &Plan, console: &Console) -> Result<Self> {
-        let Some(meeting) = place.rendezvous.clone() else { return Ok(Self { place, ranks: None }) };
+        let progress = Arc::default();
+        let Some(meeting) = place.rendezvous.clone() else {
+            return Ok(Self { place, progress, ranks: None });
+        };
         let patience = Duration::from_secs(plan.parallel.first_step_timeout_secs);
         info!("rank {} of {} meets the others at {}:{}", place.rank, place.size, meeting.host, meeting.port);
         resolve(&meeting.host, "`MASTER_ADDR`, or the first of Slurm's node list,")?;
-        let mut watch = Watch::start(&place, &meeting, patience + MARGIN, console)?;
+        let mut watch = Watch::start(&place, &meeting, patience + MARGIN, console, &progress)?;
         let at_store = |error| Error::meeting(&meeting.host, meeting.port, error);
         let serve = || Store::serve(meeting.port, patience).map_err(at_store);
         let server = place.serves_store().then(serve).transpose()?;
@@ -100,6 +107,7 @@ impl World {
         let (told_bytes, agreements) = (AtomicU64::new(0), AtomicU64::new(1));
         Ok(Self {
             place,
+            progress,
             ranks: Some(Ranks {
                 store,
                 host,
@@ -146,11 +154,32 @@ impl World {
         })
     }
 
-    /// Says what this process does, for the others to read when it does not come.
+    /// Says what this process does, for the others to read when it does not come, and for the watchdog.
     pub fn doing(&self, step: u64, what: &'static str) {
-        if let Some(ranks) = &self.ranks {
-            ranks.watch.doing(step, what);
-        }
+        self.progress.begin(step, what, self.waited());
+    }
+
+    /// Says that this process has done a part of what it does, which may take long.
+    pub fn goes_on(&self) {
+        self.progress.go_on();
+    }
+
+    /// What this process does now.
+    pub(crate) fn progress(&self) -> Doing {
+        self.progress.now()
+    }
+
+    /// Which other rank keeps this one waiting, as far as is known.
+    pub(crate) fn who_is_late(&self) -> Option<String> {
+        self.ranks.as_ref().and_then(|ranks| ranks.watch.reason())
+    }
+
+    /// How long the host has waited for works of the groups so far.
+    pub(crate) fn waited(&self) -> Duration {
+        self.ranks.as_ref().map_or(Duration::ZERO, |ranks| {
+            let shared = Arc::ptr_eq(&ranks.host, &ranks.device);
+            ranks.host.waited() + if shared { Duration::ZERO } else { ranks.device.waited() }
+        })
     }
 
     /// How long the others may be behind from now on.

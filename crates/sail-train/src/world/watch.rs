@@ -15,6 +15,7 @@ use sail_torch::Store;
 use super::agree::{host_name, host_of};
 use super::beats::{self, Beat};
 use super::place::{Place, Rendezvous, Server};
+use super::progress::{Doing, Progress};
 use crate::error::{Error, Result};
 use crate::events::Console;
 
@@ -29,11 +30,11 @@ const TO_BE_READ: Duration = Duration::from_secs(1);
 /// How long it may take to find out who is the reason of an error.
 const EXPLAIN: Duration = Duration::from_secs(5);
 
-/// For a panic, which may come in any thread.
+/// For an end that may come in any thread.
 static OF_PROCESS: OnceLock<(Arc<Shared>, Arc<Store>)> = OnceLock::new();
 
-/// Tells the others, where there are any, that this process ends with a panic; in bounded time.
-pub(crate) fn tell_of_panic(text: &str) {
+/// Tells the others, where there are any, that this process ends at once and why; in bounded time.
+pub(crate) fn tell_of_end(text: &str) {
     let Some((shared, store)) = OF_PROCESS.get() else { return };
     let told =
         format!("rank {} on {}: {}", shared.rank, host_name(), text.lines().next().unwrap_or_default());
@@ -58,7 +59,7 @@ struct Shared {
     serves_store: bool,
     /// How long a rank may be silent, milliseconds.
     limit_ms: AtomicU64,
-    doing: Mutex<(u64, &'static str)>,
+    progress: Arc<Progress>,
     /// What this rank has begun together with the others.
     begun: Arc<AtomicU64>,
     state: Mutex<State>,
@@ -95,6 +96,7 @@ impl Watch {
         meeting: &Rendezvous,
         limit: Duration,
         console: &Console,
+        progress: &Arc<Progress>,
     ) -> Result<Self> {
         let state = State {
             phase: Phase::Working,
@@ -108,7 +110,7 @@ impl Watch {
             size: place.size,
             serves_store: place.serves_store(),
             limit_ms: AtomicU64::new(limit.as_millis() as u64),
-            doing: Mutex::new((0, "starting")),
+            progress: Arc::clone(progress),
             begun: Arc::default(),
             state: Mutex::new(state),
             console: console.clone(),
@@ -139,10 +141,6 @@ impl Watch {
     /// The store has answered.
     pub(super) fn heard(&self) {
         self.shared.state().answered = Instant::now();
-    }
-
-    pub(super) fn doing(&self, step: u64, what: &'static str) {
-        *lock(&self.shared.doing) = (step, what);
     }
 
     /// Counts what this rank begins together with the others.
@@ -190,7 +188,7 @@ impl Watch {
     }
 
     /// Who keeps the others waiting, as far as is known.
-    fn reason(&self) -> Option<String> {
+    pub(super) fn reason(&self) -> Option<String> {
         let shared = &self.shared;
         if !shared.answers() {
             // Unless this process was stopped itself and goes on just now.
@@ -218,9 +216,9 @@ impl Drop for Watch {
 
 impl Shared {
     fn beat(&self, store: &Store, count: u64) -> Result<()> {
-        let (step, doing) = *lock(&self.doing);
+        let doing = self.progress.now();
         let begun = self.begun.load(Ordering::Relaxed);
-        Beat { count, step, doing: doing.to_owned(), begun }.write(store, self.rank)
+        Beat { count, step: doing.step, doing: doing.what.to_owned(), begun }.write(store, self.rank)
     }
 
     fn keep_beating(&self, store: &Store) {
@@ -324,7 +322,7 @@ impl Shared {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn failure(&self) -> Option<String> {
@@ -355,7 +353,7 @@ impl Shared {
     /// Ends the process at once: its main thread may wait for a rank that will never come.
     fn give_up(&self, why: &str) {
         if self.is_working() {
-            let (step, doing) = *lock(&self.doing);
+            let Doing { step, what: doing, .. } = self.progress.now();
             let rank = self.rank;
             let hint = "the newest checkpoint is intact; the same command resumes";
             self.end_process(&format!("{why}; rank {rank} ends at step {step}, {doing}\n\nhint: {hint}"), 1);
@@ -383,10 +381,6 @@ fn server(meeting: &Rendezvous, main: &str) -> String {
         Server::Agent => "the launcher or the agent of `torchrun`",
     };
     format!("{who}, which serves the ranks' store at {}:{},", meeting.host, meeting.port)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {

@@ -374,6 +374,39 @@ fn values_that_make_no_sense() {
 }
 
 #[test]
+fn a_watchdog_that_would_end_every_run() {
+    let edits =
+        [("{ steps: 60 }", "{ steps: 60 }\nwatchdog:\n  factor: 0.5\n  least_secs: 0\n  limit_secs: 700000")];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `watchdog.factor`: must be from 1 to 1000000, found 0.5
+      --> stage.yaml:11
+
+    error: `watchdog.least_secs`: must be from 1 to 604800, a week, found 0
+      --> stage.yaml:12
+
+    error: `watchdog.limit_secs`: must be from 1 to 604800, a week, found 700000
+      --> stage.yaml:13
+    ");
+    let edits = [("{ steps: 60 }", "{ steps: 60 }\nwatchdog: { least_secs: 60, limit_secs: 60, every: 5 }")];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `watchdog.every`: unknown field
+      --> stage.yaml:10
+      hint: known here: `factor`, `least_secs`, `limit_secs`
+
+    error: `watchdog.limit_secs`: must be more than `watchdog.least_secs`, 60, found 60
+      --> stage.yaml:10
+    ");
+    let edits = [("{ steps: 60 }", "{ steps: 60 }\nwatchdog: { factor: 1e7, limit_secs: 0 }")];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `watchdog.factor`: must be from 1 to 1000000, found 10000000
+      --> stage.yaml:10
+
+    error: `watchdog.limit_secs`: must be from 1 to 604800, a week, found 0
+      --> stage.yaml:10
+    ");
+}
+
+#[test]
 fn model_sources() {
     let edits = [("from: weights/vit", "from: weights/vit, random: {}"), ("{ from: weights/llm }", "{}")];
     insta::assert_snapshot!(faults(&edits), @r"
