@@ -83,6 +83,11 @@ impl GuardState {
         Some(Trip { reason, action: if too_many { GuardAction::Stop } else { action } })
     }
 
+    /// How many steps were judged so far. Unlike the number of the step, it never goes back while a run goes on.
+    pub fn judged(&self) -> u64 {
+        self.judged
+    }
+
     /// The same where the run is put back to when it stood as `then`: what went wrong since is not forgotten.
     #[must_use]
     pub fn back_to(self, then: &Self) -> Self {

@@ -242,12 +242,19 @@ impl Session {
     pub fn record(&self, trip: &Trip, step: &Step, verdict: &Verdict) -> Result<Value> {
         let samples: Vec<Vec<String>> = self.world.gather(&step.samples())?;
         let position = Position::merge(self.world.gather(&self.before)?)?;
+        // Where the run ends with it, the step counts as judged when it goes on.
+        let judged = self.guard.judged() + u64::from(trip.action == GuardAction::Stop);
         Ok(json!({
-            "kind": "trip", "step": self.step + 1, "reason": trip.reason, "action": trip.action,
+            "kind": "trip", "step": self.step + 1, "judged": judged, "reason": trip.reason, "action": trip.action,
             "loss": verdict.loss, "grad_norm": verdict.grad_norm, "size": step.all.size,
             "packing": step.all.packing(self.plan.batch.tokens_per_pack),
             "samples": samples, "position": position,
         }))
+    }
+
+    /// Steps that are done, and steps that were judged on the way.
+    pub fn place(&self) -> (u64, u64) {
+        (self.step, self.guard.judged())
     }
 
     /// Makes the update; that of a stage's first step is checked parameter by parameter.

@@ -91,7 +91,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     };
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
-    let mut events = Events::open(options.console.clone(), plan, session.step, world.is_main())?;
+    let mut events = Events::open(options.console.clone(), plan, session.place(), world.is_main())?;
     let resumed = resume.as_ref().map(|checkpoint| checkpoint.state().step);
     let mut saver = Saver::new(plan.run.dir.clone(), plan.checkpoint.clone(), world, resumed);
     announce(&session, &events, resume.as_deref())?;
@@ -204,6 +204,7 @@ fn tripped(
                 "{name}: {what}; back to step {to}, with the data that follows; `{replay}` shows more"
             );
             session.roll_back(snapshot)?;
+            saver.left();
             events.trip(&record, said)?;
             events.back_to(to)?;
             Ok(true)
