@@ -51,6 +51,12 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
     let trips = trips(run_dir)?;
     let trip = trips.iter().find(|trip| trip["step"].as_u64() == Some(step));
     let checkpoint = match checkpoint {
+        Some(path) if !path.exists() => {
+            return Err(Error::usage(
+                format!("`--checkpoint`: `{}` does not exist", path.display()),
+                format!("name a `step-…` folder of `{}`, or leave it out", run_dir.display()),
+            ));
+        }
         Some(path) => before(Checkpoint::open(path)?, step)?,
         None => find(run_dir, step, trip)?,
     };

@@ -227,7 +227,7 @@ impl Session {
     /// What is wrong with the step that the verdict is of, if anything. All ranks find the same.
     pub fn judge(&mut self, verdict: &Verdict) -> Option<Trip> {
         let mut guard = self.guard.clone();
-        let trip = guard.judge(&self.plan.guard, verdict.loss, verdict.grad_norm);
+        let trip = guard.judge(&self.plan.guard, self.step + 1, verdict.loss, verdict.grad_norm);
         // A run that ends here judges the same step again when it goes on.
         if trip.as_ref().is_none_or(|trip| trip.action != GuardAction::Stop) {
             self.guard = guard;

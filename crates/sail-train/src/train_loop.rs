@@ -180,7 +180,12 @@ fn tripped(
     let record = session.record(trip, step, verdict)?;
     let Verdict { loss, grad_norm, .. } = *verdict;
     let (name, dir) = (&session.plan.run.name, session.plan.run.dir.display());
-    let what = format!("step {number}: loss {loss}, gradient norm {grad_norm}: {}", trip.reason);
+    let mut what = format!("step {number}: loss {loss}, gradient norm {grad_norm}: {}", trip.reason);
+    if trip.too_many {
+        let guard = &session.plan.guard;
+        what +=
+            &format!("; more than {} such steps in {} (`guard.max_trips`)", guard.max_trips, guard.window);
+    }
     let replay = format!("sail-train replay --run {dir} --step {number}");
     match trip.action {
         GuardAction::Stop => {
@@ -198,13 +203,13 @@ fn tripped(
             Ok(false)
         }
         GuardAction::Rollback => {
+            saver.leave()?;
             let snapshot = saver.newest().expect("invariant: one is taken before the first step");
             let to = snapshot.state.step;
             let said = format!(
                 "{name}: {what}; back to step {to}, with the data that follows; `{replay}` shows more"
             );
             session.roll_back(snapshot)?;
-            saver.left();
             events.trip(&record, said)?;
             events.back_to(to)?;
             Ok(true)

@@ -22,12 +22,12 @@ const GARBAGE: (usize, u64) = (24, 13);
 /// sample and a step two packs, each of its own stream: sample n is in step n / 2 + 1.
 fn job(garbage: &[usize], sets: &[&str]) -> Job {
     let mut job = Job::new(&[
-        "train={vision: frozen, projector: frozen, llm: {lr: 2e-3}}",
+        "train={vision: frozen, projector: frozen, llm: {lr: 5e-4}}",
         "batch={tokens_per_pack: 50, packs_per_step: 2}",
         "schedule={kind: constant, warmup: 0}",
         &format!("schedule.steps={STEPS}"),
         "checkpoint={every: 5, keep_last: 9}",
-        "guard.window=6",
+        "guard={window: 6, spike_z: 4}",
         "data.shuffle_buffer=1",
         "data.pack_buffer=1",
         "parallel.timeout_secs=60",
@@ -84,7 +84,7 @@ fn assert_tripped(job: &Job, action: &str) {
     assert_eq!(trip_list(job), [(GARBAGE.1, action.to_owned())]);
     let trip = &trips(job)[0];
     assert_eq!(trip["reason"]["kind"], "spike", "{trip}");
-    assert!(trip["reason"]["z"].as_f64().unwrap() > 8.0, "{trip}");
+    assert!(trip["reason"]["z"].as_f64().unwrap() > 4.0, "{trip}");
     let mut samples: Vec<String> =
         serde_json::from_value::<Vec<Vec<String>>>(trip["samples"].clone()).unwrap().concat();
     samples.sort();
@@ -139,8 +139,11 @@ fn a_spike_sends_the_run_back() {
     assert_tripped(&back, "rollback");
     assert_eq!(steps_made(&back), (1..=STEPS).collect::<Vec<_>>(), "each step is there once");
     // Steps 11 and 12 were made twice, and the garbage is left out.
-    let seen = steps(&back.run_dir()).pop().unwrap()["coverage"]["text"]["seen"].as_u64();
-    assert_eq!(seen, Some(2 * (STEPS + 3)));
+    let seen: Vec<u64> = steps(&back.run_dir())
+        .iter()
+        .map(|line| line["coverage"]["text"]["seen"].as_u64().unwrap())
+        .collect();
+    assert_eq!(seen[seen.len() - 1] - seen[0], 2 * (STEPS + 3 - 1));
     for strategy in ["ddp", "zero1"] {
         let two = job(&[GARBAGE.0], &[&sets[..], &[&format!("parallel.strategy={strategy}")]].concat());
         two.run(two.launch(2), 0);
@@ -294,7 +297,7 @@ fn assert_shows_garbage(what: &str, said: &str) {
     packs.sort_by(|a, b| a.0.total_cmp(&b.0));
     let [(easy_loss, easy), (loss, garbage)] = &packs[..] else { panic!("{what}: two packs: {said}") };
     assert!(easy.ends_with("easy-25") && garbage.ends_with("garbage-24"), "{what}: {said}");
-    assert!(*loss > 4.0 * easy_loss, "{what}: {said}");
+    assert!(*loss > 3.0 * easy_loss, "{what}: {said}");
     assert!(said.contains("gradient norm llm "), "{what}: {said}");
 }
 

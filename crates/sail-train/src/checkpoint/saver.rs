@@ -118,9 +118,14 @@ impl Saver {
     }
 
     /// Takes note that the run has left the course of its newest checkpoint: it may stand at the same step again
-    /// with other data before it.
-    pub fn left(&mut self) {
+    /// with other data before it. What is under way is waited for. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of [`Saver::finish`].
+    pub fn leave(&mut self) -> Result<()> {
+        self.finish()?;
         self.saved = None;
+        Ok(())
     }
 
     /// Begins to save the step that `take` makes a snapshot of, given memory for it; nothing when that is the
