@@ -14,8 +14,8 @@ fn job(sets: &[&str]) -> Job {
     job
 }
 
-fn passes(sets: &[&str]) {
-    for ranks in [1, 2] {
+fn passes(sets: &[&str], ranks: &[usize]) {
+    for &ranks in ranks {
         let job = job(sets);
         job.run(if ranks == 1 { job.alone() } else { job.launch(ranks) }, 0);
         assert_eq!(steps(&job.run_dir()).len(), 1);
@@ -42,20 +42,22 @@ fn every_family_passes() {
         format!("model_type: qwen3, tie_word_embeddings: true, head_dim: 16, {llm}"),
         format!("model_type: qwen3_moe, {experts}, {llm}"),
     ];
-    for (encoder, decoder) in encoders.iter().zip(&decoders) {
-        passes(&[&format!("model.vision.random={{{encoder}}}"), &format!("model.llm.random={{{decoder}}}")]);
+    for (index, (encoder, decoder)) in encoders.iter().zip(&decoders).enumerate() {
+        // Parts of parameters, where there are the most kinds of them.
+        let ranks: &[usize] = if index == 3 { &[1, 2] } else { &[1] };
+        let sets = [format!("model.vision.random={{{encoder}}}"), format!("model.llm.random={{{decoder}}}")];
+        passes(&[&sets[0][..], &sets[1]], ranks);
     }
 }
 
 /// Text reaches no encoder, and a rank may have nothing else; the rate at the head of a long warm-up changes little.
 #[test]
 fn what_a_batch_does_not_reach_is_no_fault() {
-    passes(&[r#"data.sources=[{name: text, shards: "data/demo/text-train-*.tar"}]"#]);
+    passes(&[r#"data.sources=[{name: text, shards: "data/demo/text-train-*.tar"}]"#], &[1, 2]);
 
     let sources = r#"data.sources=[{name: caption, shards: "data/demo/caption-train-*.tar"},
         {name: text, shards: "data/demo/text-train-*.tar", weight: 2.0}]"#;
     let sets = [sources, "data.balance=off", "batch.tokens_per_pack=64", "run.seed=5"];
-    passes(&sets);
     let one = job(&sets);
     one.run(one.launch(2), 0);
     let packing = &steps(&one.run_dir())[0]["packing"];

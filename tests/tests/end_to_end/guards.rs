@@ -61,12 +61,21 @@ fn stop_at(mut command: Command, step: u64) -> Command {
     command
 }
 
-fn trips_text(job: &Job) -> String {
-    fs::read_to_string(job.run_dir().join("trips.jsonl")).unwrap_or_default()
+fn trips(job: &Job) -> Vec<Value> {
+    let text = fs::read_to_string(job.run_dir().join("trips.jsonl")).unwrap_or_default();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-fn trips(job: &Job) -> Vec<Value> {
-    trips_text(job).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+/// The trips of two runs are the same, but for what names the folder that their shard is in.
+fn assert_same_trips(a: &Job, b: &Job) {
+    let told = |job: &Job| {
+        let mut trips = trips(job);
+        for stream in trips.iter_mut().flat_map(|trip| trip["position"]["streams"].as_array_mut().unwrap()) {
+            assert!(stream.as_object_mut().unwrap().remove("fingerprint").is_some());
+        }
+        trips
+    };
+    assert_eq!(told(a), told(b));
 }
 
 /// Step and action of each trip.
@@ -127,7 +136,7 @@ fn a_spike_is_skipped() {
     }
     resumed.run(resumed.alone(), 0);
     assert_same("stopped, stopped and killed", &resumed, &skipped);
-    assert_eq!(trips_text(&resumed), trips_text(&skipped));
+    assert_same_trips(&resumed, &skipped);
 }
 
 #[test]
@@ -160,7 +169,7 @@ fn a_spike_sends_the_run_back() {
     assert_tripped(&stopped, "rollback");
     stopped.run(stopped.alone(), 0);
     assert_same("stopped while it went back", &stopped, &back);
-    assert_eq!(trips_text(&stopped), trips_text(&back));
+    assert_same_trips(&stopped, &back);
 
     // A process goes back no further than to where it began.
     let later = job(&[GARBAGE.0], &sets);
@@ -196,7 +205,7 @@ fn a_spike_ends_the_run_before_it_does_harm() {
     stopped.run(stopped.alone(), 0);
     let skipped = alone(&[GARBAGE.0], &["guard.spike=skip"]);
     assert_same("gone on with by skipping", &stopped, &skipped);
-    assert_eq!(trips_text(&stopped), trips_text(&skipped));
+    assert_same_trips(&stopped, &skipped);
 }
 
 #[test]
@@ -216,14 +225,8 @@ fn a_spike_too_many_ends_the_run() {
 #[test]
 fn what_is_not_finite_ends_in_an_error_and_no_checkpoint() {
     let sets = ["train.llm.lr=1e30", "checkpoint.every=null"];
-    for (action, ranks, expected) in [
-        ("stop", 1, 1),
-        ("skip", 1, 4),
-        ("rollback", 1, 4),
-        ("stop", 2, 1),
-        ("skip", 2, 4),
-        ("rollback", 2, 4),
-    ] {
+    for (action, ranks, expected) in [("stop", 1, 1), ("skip", 1, 4), ("rollback", 1, 4), ("rollback", 2, 4)]
+    {
         let job = job(&[], &[&sets[..], &[&format!("guard.not_finite={action}")]].concat());
         let said = job.run(if ranks == 1 { job.alone() } else { job.launch(ranks) }, 1);
         assert!(said.contains("step 2: loss") && said.contains("not finite"), "{said}");
@@ -236,7 +239,7 @@ fn what_is_not_finite_ends_in_an_error_and_no_checkpoint() {
         assert_eq!(complete(&job.run_dir()), Vec::<String>::new(), "{action}");
     }
     // With checkpoints on the way.
-    for action in ["stop", "skip", "rollback"] {
+    for action in ["skip", "rollback"] {
         let sets = ["train.llm.lr=1e30", "checkpoint.every=1", &format!("guard.not_finite={action}")];
         let job = job(&[], &sets);
         let said = job.run(job.alone(), 1);
