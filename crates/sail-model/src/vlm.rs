@@ -172,6 +172,13 @@ impl Vlm {
         Ok(params.filter_map(|(name, param)| Some((local(name)?, param.shallow_clone()))).collect())
     }
 
+    /// Full names of the parameters that a pack may leave without a gradient whatever it holds: those that nothing
+    /// depends on.
+    pub fn without_gradient(&self) -> Vec<String> {
+        let names = self.config.vision.without_gradient().iter();
+        names.map(|name| format!("vision.{name}")).collect()
+    }
+
     /// The vision transformer.
     pub fn vision(&self) -> &Vision {
         &self.vision

@@ -11,6 +11,7 @@ use crate::config::{ModulePlan, Plan};
 use crate::error::Result;
 use crate::session::preflight;
 use crate::stage::FreezeTable;
+use crate::stopping::Stopping;
 use crate::train_loop::{Outcome, RunOptions, StageSummary, run_stage};
 use crate::world::World;
 
@@ -27,10 +28,15 @@ pub fn run(plans: &[&Plan], world: &Arc<World>, options: &RunOptions) -> Result<
         preflight(plan)?;
     }
     let mut stages = Vec::new();
-    for plan in plans {
+    for (index, plan) in plans.iter().enumerate() {
         match run_stage(plan, world, options)? {
             Outcome::Finished(summary) => stages.push(*summary),
             Outcome::Interrupted { .. } => return Ok(None),
+        }
+        // Written while its last step was made, or later.
+        if world.from_main(|| Ok(Stopping::takes_file(plan)))? && index + 1 < plans.len() {
+            options.console.line(format!("{}: finished; a file asked to stop there", plan.run.name));
+            return Ok(None);
         }
     }
     Ok(Some(Summary(stages)))

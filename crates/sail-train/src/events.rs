@@ -128,15 +128,17 @@ pub struct Events {
 
 impl Events {
     /// Opens `metrics.jsonl`: anew for a run that starts, without what was written after `step` for
-    /// one that resumes there. `writes` says whether this rank is the one that does.
-    pub fn open(console: Console, plan: &Plan, step: u64, writes: bool) -> Result<Self> {
+    /// one that resumes there; and `trips.jsonl` without what was written after `judged` steps were.
+    /// `writes` says whether this rank is the one that does.
+    pub fn open(console: Console, plan: &Plan, (step, judged): (u64, u64), writes: bool) -> Result<Self> {
         let metrics = plan.run.dir.join(METRICS);
         let mut file = None;
         if writes {
             if step == 0 {
                 File::create(&metrics).map_err(Error::io(&metrics))?;
             }
-            keep_until(&plan.run.dir.join(TRIPS), step)?;
+            // A step that the run has left by going back is no later one.
+            keep_until(&plan.run.dir.join(TRIPS), "judged", judged)?;
             file = Some(reopen(&metrics, step)?);
         }
         let bar = console.shows_bars().then(|| {
@@ -292,23 +294,23 @@ fn rate(plan: &ModulePlan, factor: f64) -> Option<Value> {
 
 /// A metrics file to write to, without the lines after `step`.
 fn reopen(path: &Path, step: u64) -> Result<File> {
-    keep_until(path, step)?;
+    keep_until(path, "step", step)?;
     OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))
 }
 
-/// The record in a run's `trips.jsonl` of what was not made at `step`; the newest where there are several.
-pub(crate) fn trip_of(run_dir: &Path, step: u64) -> Result<Option<Value>> {
+/// The records in a run's `trips.jsonl`, newest first.
+pub(crate) fn trips(run_dir: &Path) -> Result<Vec<Value>> {
     let path = run_dir.join(TRIPS);
     if !path.exists() {
-        return Ok(None);
+        return Ok(Vec::new());
     }
     let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
-    let mut lines = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    Ok(lines.find(|line| line["step"].as_u64() == Some(step)))
+    // The last one may be cut off.
+    Ok(text.lines().rev().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
-/// Rewrites a metrics file without the lines of later steps, and without a line cut off in writing.
-fn keep_until(path: &Path, step: u64) -> Result<()> {
+/// Rewrites a metrics file without the lines whose `field` is above `last`, and without a line cut off in writing.
+fn keep_until(path: &Path, field: &str, last: u64) -> Result<()> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -317,8 +319,8 @@ fn keep_until(path: &Path, step: u64) -> Result<()> {
     let mut kept = String::new();
     for line in BufReader::new(file).lines() {
         let line = line.map_err(Error::io(path))?;
-        let known = serde_json::from_str::<Value>(&line).ok().and_then(|value| value["step"].as_u64());
-        if known.is_some_and(|known| known <= step) {
+        let known = serde_json::from_str::<Value>(&line).ok().and_then(|value| value[field].as_u64());
+        if known.is_some_and(|known| known <= last) {
             kept.push_str(&line);
             kept.push('\n');
         }
@@ -336,8 +338,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(METRICS);
         fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"st").unwrap();
-        keep_until(&path, 2).unwrap();
+        keep_until(&path, "step", 2).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
-        keep_until(&dir.path().join("absent"), 2).unwrap();
+        keep_until(&dir.path().join("absent"), "step", 2).unwrap();
     }
 }

@@ -73,11 +73,12 @@ impl FirstStep {
             all.entry(name).or_default().add(&seen);
         }
         let eps = session.plan.optimizer.eps;
+        let unused = session.model.without_gradient();
         let mut faults = Vec::new();
         for (name, seen) in &all {
             let module = module_of(name)?;
             let ModulePlan::Train { lr, .. } = *session.plan.train.get(module) else { continue };
-            let reached = is_reached(name, module, step);
+            let reached = is_reached(name, module, step) && !unused.contains(name);
             faults.extend(seen.fault(reached, lr * lr_factor, eps).map(|fault| (name, fault)));
         }
         if faults.is_empty() { Ok(()) } else { Err(Error::SelfCheck { table: table(&faults) }) }

@@ -20,9 +20,9 @@ const LEAST_SIGMA: f64 = 1e-3;
 pub struct GuardState {
     /// Losses of the last steps that were good, oldest first.
     losses: VecDeque<f64>,
-    /// Steps that were not good, counted from the start of the stage, those of a course that was left included.
+    /// The last steps that were not good; those that the run went back from included.
     trips: Vec<u64>,
-    /// Steps that were judged.
+    /// How many steps were judged.
     judged: u64,
 }
 
@@ -33,6 +33,8 @@ pub struct Trip {
     pub reason: Reason,
     /// What to do.
     pub action: GuardAction,
+    /// Whether the run ends because it is one too many.
+    pub too_many: bool,
 }
 
 /// What is wrong with a step.
@@ -65,11 +67,10 @@ impl fmt::Display for Reason {
 }
 
 impl GuardState {
-    /// Judges a step by its mean loss and its gradient norm; nothing is wrong where this returns `None`. A trip
-    /// that is one too many in a window ends the run whatever the plan does otherwise.
-    pub fn judge(&mut self, plan: &GuardPlan, loss: f64, grad_norm: f64) -> Option<Trip> {
+    /// Judges the step of this number by its mean loss and its gradient norm; nothing is wrong where this returns
+    /// `None`. A trip that is one too many in a window ends the run whatever the plan does otherwise.
+    pub fn judge(&mut self, plan: &GuardPlan, step: u64, loss: f64, grad_norm: f64) -> Option<Trip> {
         self.judged += 1;
-        let judged = self.judged;
         let Some((reason, action)) = self.fault(plan, loss, grad_norm) else {
             self.losses.push_back(loss);
             while self.losses.len() > plan.window {
@@ -77,10 +78,16 @@ impl GuardState {
             }
             return None;
         };
-        self.trips.retain(|trip| trip + plan.window as u64 > judged);
-        self.trips.push(judged);
-        let too_many = self.trips.len() > plan.max_trips;
-        Some(Trip { reason, action: if too_many { GuardAction::Stop } else { action } })
+        // By the number of the step: a run that goes back again and again gets no further, and comes to its end.
+        self.trips.retain(|trip| trip + plan.window as u64 > step);
+        self.trips.push(step);
+        let too_many = action != GuardAction::Stop && self.trips.len() > plan.max_trips;
+        Some(Trip { reason, action: if too_many { GuardAction::Stop } else { action }, too_many })
+    }
+
+    /// How many steps were judged so far. Unlike the number of the step, it never goes back while a run goes on.
+    pub fn judged(&self) -> u64 {
+        self.judged
     }
 
     /// The same where the run is put back to when it stood as `then`: what went wrong since is not forgotten.
@@ -130,7 +137,7 @@ mod tests {
         let mut guard = GuardState::default();
         for i in 0..20 {
             let loss = 3.0 - 0.05 * f64::from(i) + if i % 2 == 0 { 0.02 } else { -0.02 };
-            assert_eq!(guard.judge(plan, loss, 1.0), None, "step {i}");
+            assert_eq!(guard.judge(plan, 1 + i as u64, loss, 1.0), None, "step {i}");
         }
         guard
     }
@@ -138,14 +145,14 @@ mod tests {
     #[test]
     fn what_is_not_a_number_or_far_above_is_found() {
         let good = after_good_steps(&PLAN);
-        let judge = |loss, norm| good.clone().judge(&PLAN, loss, norm);
+        let judge = |loss, norm| good.clone().judge(&PLAN, 21, loss, norm);
         for (loss, norm) in [(f64::NAN, 1.0), (2.0, f64::INFINITY), (f64::NEG_INFINITY, f64::NAN)] {
             assert_eq!(
                 judge(loss, norm),
-                Some(Trip { reason: Reason::NotFinite, action: GuardAction::Skip })
+                Some(Trip { reason: Reason::NotFinite, action: GuardAction::Skip, too_many: false })
             );
         }
-        let Some(Trip { reason: Reason::Spike { z, median, window }, action }) = judge(5.0, 1.0) else {
+        let Some(Trip { reason: Reason::Spike { z, median, window }, action, .. }) = judge(5.0, 1.0) else {
             panic!("a spike")
         };
         assert!(z > 6.0 && (2.2..2.3).contains(&median) && window == 10, "{z} {median} {window}");
@@ -157,15 +164,15 @@ mod tests {
     #[test]
     fn equal_losses_and_few_ones_make_no_spike() {
         let mut guard = GuardState::default();
-        for loss in [2.0, 9.0, 2.0, 2.0] {
-            assert_eq!(guard.judge(&PLAN, loss, 1.0), None);
+        for (step, loss) in (1..).zip([2.0, 9.0, 2.0, 2.0]) {
+            assert_eq!(guard.judge(&PLAN, step, loss, 1.0), None);
         }
         let mut guard = GuardState::default();
-        for _ in 0..10 {
-            assert_eq!(guard.judge(&PLAN, 2.0, 1.0), None);
+        for step in 1..=10 {
+            assert_eq!(guard.judge(&PLAN, step, 2.0, 1.0), None);
         }
-        assert_eq!(guard.judge(&PLAN, 2.01, 1.0), None);
-        assert!(guard.judge(&PLAN, 2.1, 1.0).is_some());
+        assert_eq!(guard.judge(&PLAN, 11, 2.01, 1.0), None);
+        assert!(guard.judge(&PLAN, 12, 2.1, 1.0).is_some());
     }
 
     #[test]
@@ -174,18 +181,34 @@ mod tests {
         let mut actions = Vec::new();
         for i in 0..30 {
             let loss = if [0, 3, 20, 24, 26].contains(&i) { f64::NAN } else { 2.0 };
-            actions.extend(guard.judge(&PLAN, loss, 1.0).map(|trip| (i, trip.action)));
+            actions.extend(guard.judge(&PLAN, 21 + i, loss, 1.0).map(|trip| (i, trip.action)));
         }
         let (skip, stop) = (GuardAction::Skip, GuardAction::Stop);
         assert_eq!(actions, [(0, skip), (3, skip), (20, skip), (24, skip), (26, stop)]);
+    }
+
+    /// However far apart the steps are that a run goes back from: where it gets no further, it ends.
+    #[test]
+    fn a_run_does_not_go_back_for_ever() {
+        let plan = GuardPlan { not_finite: GuardAction::Rollback, ..PLAN };
+        let mut guard = GuardState::default();
+        for round in 0..=PLAN.max_trips {
+            for step in 1..50 {
+                assert_eq!(guard.judge(&plan, step, 2.0, 1.0), None);
+            }
+            let trip = guard.judge(&plan, 50, f64::NAN, 1.0).unwrap();
+            let is_last = round == PLAN.max_trips;
+            assert_eq!(trip.too_many, is_last);
+            assert_eq!(trip.action, if is_last { GuardAction::Stop } else { GuardAction::Rollback });
+        }
     }
 
     #[test]
     fn going_back_forgets_losses_and_remembers_trips() {
         let then = after_good_steps(&PLAN);
         let mut now = then.clone();
-        for loss in [1.9, 1.8, f64::NAN] {
-            now.judge(&PLAN, loss, 1.0);
+        for (step, loss) in (21..).zip([1.9, 1.8, f64::NAN]) {
+            now.judge(&PLAN, step, loss, 1.0);
         }
         let back = now.clone().back_to(&then);
         assert_eq!(back.losses, then.losses);

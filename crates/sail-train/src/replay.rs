@@ -6,12 +6,13 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use serde_json::Value;
 use tch::Kind;
 
 use crate::checkpoint::{Checkpoint, newest_before};
-use crate::config::{GuardAction, Module};
+use crate::config::Module;
 use crate::error::{Error, Result};
-use crate::events::{Console, trip_of};
+use crate::events::{Console, trips};
 use crate::schedule::factor;
 use crate::session::Session;
 use crate::stage::module_of;
@@ -47,16 +48,18 @@ pub struct PackReport {
 /// # Errors
 /// [`Error::Usage`] when there is no checkpoint before it, or the run went another way; those of training.
 pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Console) -> Result<Replayed> {
-    let found = match checkpoint {
-        Some(path) => Some(Checkpoint::open(path)?).filter(|checkpoint| checkpoint.state().step < step),
-        None => newest_before(run_dir, step)?,
+    let trips = trips(run_dir)?;
+    let trip = trips.iter().find(|trip| trip["step"].as_u64() == Some(step));
+    let checkpoint = match checkpoint {
+        Some(path) if !path.exists() => {
+            return Err(Error::usage(
+                format!("`--checkpoint`: `{}` does not exist", path.display()),
+                format!("name a `step-…` folder of `{}`, or leave it out", run_dir.display()),
+            ));
+        }
+        Some(path) => before(Checkpoint::open(path)?, step)?,
+        None => find(run_dir, step, trip)?,
     };
-    let checkpoint = found.ok_or_else(|| {
-        Error::usage(
-            format!("`{}` has no checkpoint before step {step}", run_dir.display()),
-            "a step is made again from a checkpoint: keep more of them with `checkpoint.every` and `keep_last`",
-        )
-    })?;
     let mut plan = checkpoint.state().plan.clone();
     plan.eval = None;
     let world = Arc::new(World::alone());
@@ -67,26 +70,11 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
         step - 1 - session.step
     ));
     while session.step + 1 < step {
-        let before = next(&mut session)?;
-        let loss = session.accumulate(&before)?;
-        let verdict = session.agree(&loss, false, false)?;
-        match session.judge(&verdict).map(|trip| trip.action) {
-            None => {
-                session.update(&before, factor(&plan.schedule, session.step))?;
-                session.advance(&before)?;
-            }
-            Some(GuardAction::Skip) => session.skip()?,
-            Some(GuardAction::Rollback | GuardAction::Stop) => {
-                return Err(Error::usage(
-                    format!("the run went back at step {}, before step {step}", session.step + 1),
-                    "name a checkpoint made after that with `--checkpoint`",
-                ));
-            }
-        }
+        make_again(&mut session, &trips, step)?;
     }
-    let wanted = next(&mut session)?;
-    let recorded = trip_of(run_dir, step)?.map(|record| record["samples"].clone());
+    let wanted = next(&mut session, step)?;
     let mut own = wanted.samples();
+    let recorded = trip.map(|trip| trip["samples"].clone());
     let as_recorded = recorded.and_then(|ranks| serde_json::from_value::<Vec<Vec<String>>>(ranks).ok());
     // Each rank lists its own, so the order is another one.
     own.sort_unstable();
@@ -99,9 +87,67 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
     Ok(Replayed { step, packs, as_recorded })
 }
 
-fn next(session: &mut Session) -> Result<Step> {
-    let name = session.plan.run.name.clone();
-    session.next_step()?.ok_or(Error::NoData { name })
+/// The checkpoint to begin from: the newest before the step, on the course of the run that the step's trip was on
+/// where one is left of it.
+fn find(run_dir: &Path, step: u64, trip: Option<&Value>) -> Result<Checkpoint> {
+    let newest = newest_before(run_dir, step)?.ok_or_else(|| {
+        Error::usage(
+            format!("`{}` has no checkpoint before step {step}", run_dir.display()),
+            "a step is made again from a checkpoint: keep more of them with `checkpoint.every` and `keep_last`",
+        )
+    })?;
+    let Some(judged) = trip.and_then(|trip| trip["judged"].as_u64()) else { return Ok(newest) };
+    let is_before = |checkpoint: &Checkpoint| checkpoint.state().guard.judged() < judged;
+    let mut below = step;
+    while let Some(checkpoint) = newest_before(run_dir, below)? {
+        if is_before(&checkpoint) {
+            return Ok(checkpoint);
+        }
+        below = checkpoint.state().step;
+    }
+    Ok(newest)
+}
+
+fn before(checkpoint: Checkpoint, step: u64) -> Result<Checkpoint> {
+    let then = checkpoint.state().step;
+    if then < step {
+        return Ok(checkpoint);
+    }
+    Err(Error::usage(
+        format!(
+            "`{}` was made after step {then}, which is not before step {step}",
+            checkpoint.dir().display()
+        ),
+        "name an older one, or leave out `--checkpoint`",
+    ))
+}
+
+/// Makes a step as the run did, going by what is recorded of it.
+fn make_again(session: &mut Session, trips: &[Value], wanted: u64) -> Result<()> {
+    let (done, judged) = session.place();
+    let trip = trips.iter().find(|trip| trip["judged"].as_u64() == Some(judged + 1));
+    let step = next(session, wanted)?;
+    let loss = session.accumulate(&step)?;
+    let verdict = session.agree(&loss, false, false)?;
+    session.judge(&verdict);
+    match trip.map(|trip| trip["action"].as_str()) {
+        None => {
+            session.update(&step, factor(&session.plan.schedule, done))?;
+            session.advance(&step)
+        }
+        Some(Some("skip")) => session.skip(),
+        Some(_) => Err(Error::usage(
+            format!("the run went back or ended at step {}, before it came to step {wanted}", done + 1),
+            "name a checkpoint made after that with `--checkpoint`",
+        )),
+    }
+}
+
+fn next(session: &mut Session, wanted: u64) -> Result<Step> {
+    let done = session.step;
+    session.next_step()?.ok_or_else(|| {
+        Error::usage(format!("the data ends after step {done}, before step {wanted}"), "name an earlier step")
+    })
 }
 
 /// One pack by itself: its loss, its gradients.

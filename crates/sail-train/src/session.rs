@@ -226,7 +226,7 @@ impl Session {
     /// What is wrong with the step that the verdict is of, if anything. All ranks find the same.
     pub fn judge(&mut self, verdict: &Verdict) -> Option<Trip> {
         let mut guard = self.guard.clone();
-        let trip = guard.judge(&self.plan.guard, verdict.loss, verdict.grad_norm);
+        let trip = guard.judge(&self.plan.guard, self.step + 1, verdict.loss, verdict.grad_norm);
         // A run that ends here judges the same step again when it goes on.
         if trip.as_ref().is_none_or(|trip| trip.action != GuardAction::Stop) {
             self.guard = guard;
@@ -241,12 +241,19 @@ impl Session {
     pub fn record(&self, trip: &Trip, step: &Step, verdict: &Verdict) -> Result<Value> {
         let samples: Vec<Vec<String>> = self.world.gather(&step.samples())?;
         let position = Position::merge(self.world.gather(&self.before)?)?;
+        // Where the run ends with it, the step counts as judged when it goes on.
+        let judged = self.guard.judged() + u64::from(trip.action == GuardAction::Stop);
         Ok(json!({
-            "kind": "trip", "step": self.step + 1, "reason": trip.reason, "action": trip.action,
+            "kind": "trip", "step": self.step + 1, "judged": judged, "reason": trip.reason, "action": trip.action,
             "loss": verdict.loss, "grad_norm": verdict.grad_norm, "size": step.all.size,
             "packing": step.all.packing(self.plan.batch.tokens_per_pack),
             "samples": samples, "position": position,
         }))
+    }
+
+    /// Steps that are done, and steps that were judged on the way.
+    pub fn place(&self) -> (u64, u64) {
+        (self.step, self.guard.judged())
     }
 
     /// Makes the update; that of a stage's first step is checked parameter by parameter.

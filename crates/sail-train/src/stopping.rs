@@ -78,6 +78,16 @@ impl Stopping {
         }
     }
 
+    /// Whether a file in the folder of a stage that has ended asks for a stop; it is removed.
+    pub(crate) fn takes_file(plan: &Plan) -> bool {
+        let file = plan.run.dir.join(FILE);
+        let is_there = file.exists();
+        if is_there {
+            Reason::File(file).done();
+        }
+        is_there
+    }
+
     /// What is left of the process's time, once that is too little to go on.
     fn time_left(&self, plan: &Plan) -> Option<Duration> {
         let own = plan.run.time_limit_secs.map(|secs| self.started + Duration::from_secs(secs));

@@ -93,7 +93,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let watchdog = Watchdog::start(&plan.watchdog, world, &options.console)?;
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
-    let mut events = Events::open(options.console.clone(), plan, session.step, world.is_main())?;
+    let mut events = Events::open(options.console.clone(), plan, session.place(), world.is_main())?;
     let mut saver = saver_for(&session, &events, resume.as_deref())?;
     announce(&session, &events, resume.as_deref())?;
     if session.step == 0 {
@@ -209,7 +209,12 @@ fn tripped(
     let record = session.record(trip, step, verdict)?;
     let Verdict { loss, grad_norm, .. } = *verdict;
     let (name, dir) = (&session.plan.run.name, session.plan.run.dir.display());
-    let what = format!("step {number}: loss {loss}, gradient norm {grad_norm}: {}", trip.reason);
+    let mut what = format!("step {number}: loss {loss}, gradient norm {grad_norm}: {}", trip.reason);
+    if trip.too_many {
+        let guard = &session.plan.guard;
+        what +=
+            &format!("; more than {} such steps in {} (`guard.max_trips`)", guard.max_trips, guard.window);
+    }
     let replay = format!("sail-train replay --run {dir} --step {number}");
     match trip.action {
         GuardAction::Stop => {
@@ -227,6 +232,7 @@ fn tripped(
             Ok(false)
         }
         GuardAction::Rollback => {
+            saver.leave()?;
             let snapshot = saver.newest().expect("invariant: one is taken before the first step");
             let to = snapshot.state.step;
             let said = format!(

@@ -2,10 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
 
+mod changes;
 mod curriculum;
 mod data;
 mod exports;
 mod faults;
+mod first_step;
+mod guards;
 mod hub;
 mod launch;
 mod networks;
@@ -14,6 +17,7 @@ mod processes;
 mod rank_faults;
 mod resume;
 mod shard_server;
+mod stopping;
 mod usage;
 mod watchdog;
 

@@ -126,6 +126,17 @@ impl Saver {
         Ok(self.newest.insert(take(old)?))
     }
 
+    /// Takes note that the run has left the course of its newest checkpoint: it may stand at the same step again
+    /// with other data before it. What is under way is waited for. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// Those of [`Saver::finish`].
+    pub fn leave(&mut self) -> Result<()> {
+        self.finish()?;
+        self.saved = None;
+        Ok(())
+    }
+
     /// Begins to save the step that `take` makes a snapshot of, given memory for it; nothing when that is the
     /// newest checkpoint already. The save before it is waited for. Every rank makes the same call.
     ///

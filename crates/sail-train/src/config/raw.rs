@@ -309,7 +309,8 @@ pub(super) struct RawGuard {
     pub(super) spike_z: f64,
     /// Of how many steps before, at least 2; there is no spike before half of them are made. Default: 100.
     pub(super) window: usize,
-    /// So many steps in a window may be skipped or rolled back; one more ends the run as `stop` does. Default: 3.
+    /// So many steps may be skipped or rolled back in a window; one more ends the run as `stop` does. A step counts
+    /// until the run is a window beyond it, so that no run goes back for ever. Default: 3.
     pub(super) max_trips: usize,
     /// After the first step of a stage, ends the run with a table where a trained parameter has no gradient or did not
     /// change, or a frozen one did. Default: true.

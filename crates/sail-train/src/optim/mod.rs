@@ -341,7 +341,7 @@ impl Optimizer {
 
     /// Forgets the gradients of a step that is not made.
     pub fn discard(&self) {
-        self.reducer.clear();
+        self.reducer.discard();
     }
 
     /// Puts masters and moments back to what they were: `get` gives this rank's part of them, as [`Optimizer::state`]

@@ -208,6 +208,15 @@ impl Reducer {
         }
     }
 
+    /// Forgets the gradients of a step that is not made, and their memory with what is between parameters: a factor
+    /// that is not a number has made that no number either, and no gradient ever comes over it.
+    pub(super) fn discard(&self) {
+        self.clear();
+        for inbox in &mut self.lock().buckets {
+            inbox.whole = None;
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

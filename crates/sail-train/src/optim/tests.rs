@@ -6,6 +6,7 @@ use sail_torch::{Backend, GroupOptions, Store};
 use tch::{Device, Reduction as Mean};
 
 use super::*;
+use crate::checkpoint::Piece;
 use crate::config::{ReduceDtype, Strategy};
 
 const TRAIN: TrainPlan = TrainPlan {
@@ -195,6 +196,34 @@ impl Run {
         Arc::new(ProcessGroup::join(&store, options).unwrap())
     }
 
+    /// All of a step but the update: its loss, and the norm of its gradients, which are clipped. The norm tells a sum
+    /// from a mean, which AdamW's update does not.
+    fn accumulate(
+        &self,
+        optimizer: &Optimizer,
+        params: &Params,
+        (step, rank): (usize, usize),
+        on_block: &dyn Fn(&str),
+    ) -> [f64; 2] {
+        let world = self.world.max(1);
+        let passes = BATCHES / world;
+        let total = Tensor::zeros([2], (Kind::Double, Device::Cpu));
+        for pass in 0..passes {
+            optimizer.begin_pass(pass, passes);
+            let i = step * BATCHES + pass * world + rank;
+            let loss = loss_of(params, i, on_block) / BATCHES as f64;
+            loss.backward();
+            let _ = total.get(0).g_add_(&loss.detach());
+            optimizer.end_pass().unwrap();
+        }
+        let _ = total.get(1).g_add_(&optimizer.squared_norm().unwrap());
+        if let Some(group) = &optimizer.reduction.group {
+            group.all_reduce(&total, sail_torch::ReduceOp::Sum).unwrap().wait().unwrap();
+        }
+        optimizer.clip(&total.get(1).sqrt()).unwrap();
+        [total.double_value(&[0]), total.double_value(&[1]).sqrt()]
+    }
+
     fn rank(&self, rank: usize, port: Option<u16>) -> (Vec<f64>, Params) {
         let group = port.map(|port| self.join(rank, port));
         let (params, blocks) = small_model();
@@ -202,31 +231,13 @@ impl Run {
         let mut train = TrainPlan { vision: ModulePlan::Frozen, projector: frozen, llm: ALL };
         let plan = OptimizerPlan { clip_norm: Some(0.5), ..PLAN };
         let mut optimizer =
-            Optimizer::new(&params, blocks, &train, plan, &self.parallel, self.precision, group.clone())
-                .unwrap();
+            Optimizer::new(&params, blocks, &train, plan, &self.parallel, self.precision, group).unwrap();
         // Small enough for several buckets.
         assert!(optimizer.buckets.len() >= 2);
         let on_block = optimizer.on_block();
         let mut losses = Vec::new();
         for step in 0..STEPS {
-            let world = self.world.max(1);
-            let passes = BATCHES / world;
-            let total = Tensor::zeros([2], (Kind::Double, Device::Cpu));
-            for pass in 0..passes {
-                optimizer.begin_pass(pass, passes);
-                let i = step * BATCHES + pass * world + rank;
-                let loss = loss_of(&params, i, &on_block) / BATCHES as f64;
-                loss.backward();
-                let _ = total.get(0).g_add_(&loss.detach());
-                optimizer.end_pass().unwrap();
-            }
-            let _ = total.get(1).g_add_(&optimizer.squared_norm().unwrap());
-            if let Some(group) = &group {
-                group.all_reduce(&total, sail_torch::ReduceOp::Sum).unwrap().wait().unwrap();
-            }
-            optimizer.clip(&total.get(1).sqrt()).unwrap();
-            // The norm tells a sum from a mean, which AdamW's update does not.
-            losses.extend([total.double_value(&[0]), total.double_value(&[1]).sqrt()]);
+            losses.extend(self.accumulate(&optimizer, &params, (step, rank), &on_block));
             optimizer.step(1.0).unwrap();
             if self.unlock == Some(step) {
                 train.projector = ALL;
@@ -364,4 +375,89 @@ fn masters_of_bf16_are_shared_as_well() {
         let run = Run { world: 2, parallel, precision: Kind::BFloat16, unlock: None };
         assert_close(&run.go(), &expected, 2e-2, &format!("{strategy:?}"));
     }
+}
+
+/// Bits of everything that an update changes on this rank, and what the model computes with.
+fn state_of(
+    optimizer: &Optimizer,
+    params: &Params,
+) -> (Updates, Vec<(String, StateKind, Tensor)>, Vec<Tensor>) {
+    optimizer.settle().unwrap();
+    let piece = |piece: StatePiece<'_>| (piece.name.to_owned(), piece.kind, piece.tensor.copy());
+    let state = optimizer.state().unwrap().into_iter().map(piece).collect();
+    (optimizer.updates().clone(), state, params.values().map(|param| param.detach().copy()).collect())
+}
+
+/// Put back to a snapshot after steps that broke everything, weights, moments and counts are what they were, and the
+/// same steps lead to the same state, bit for bit; also where a module was unlocked on the way.
+#[test]
+fn what_is_put_back_is_as_it_was() {
+    for precision in [Kind::Float, Kind::BFloat16] {
+        for (world, strategy) in
+            [(0, Strategy::Zero1), (2, Strategy::Ddp), (2, Strategy::Zero1), (2, Strategy::Zero2)]
+        {
+            let parallel = ParallelPlan { strategy, ..PARALLEL };
+            let run = Run { world, parallel, precision, unlock: Some(1) };
+            let server = Store::serve(0, Duration::from_secs(30)).unwrap();
+            let port = server.port();
+            std::thread::scope(|scope| {
+                for rank in 0..world.max(1) {
+                    let run = &run;
+                    scope.spawn(move || put_back_on(run, rank, (world > 0).then_some(port)));
+                }
+            });
+        }
+    }
+}
+
+fn put_back_on(run: &Run, rank: usize, port: Option<u16>) {
+    let what = format!("{:?} {:?}, rank {rank} of {}", run.parallel.strategy, run.precision, run.world);
+    let (params, blocks) = small_model();
+    let mut train = TrainPlan { vision: ModulePlan::Frozen, projector: ModulePlan::Frozen, llm: ALL };
+    let plan = OptimizerPlan { clip_norm: Some(0.5), ..PLAN };
+    let group = port.map(|port| run.join(rank, port));
+    let mut optimizer =
+        Optimizer::new(&params, blocks, &train, plan, &run.parallel, run.precision, group).unwrap();
+    let on_block = optimizer.on_block();
+    let go = |optimizer: &mut Optimizer, steps: Range<usize>, lr_factor: f64| {
+        for step in steps {
+            run.accumulate(optimizer, &params, (step, rank), &on_block);
+            optimizer.step(lr_factor).unwrap();
+        }
+    };
+    go(&mut optimizer, 0..2, 1.0);
+    train.projector = ALL;
+    optimizer.take_over(&params, &Params::new(), &train).unwrap();
+    go(&mut optimizer, 2..4, 1.0);
+    optimizer.settle().unwrap();
+    let pieces = Piece::copies(optimizer.state().unwrap(), Vec::new()).unwrap();
+    let then = state_of(&optimizer, &params);
+    assert_eq!((then.0.all, then.0.of("projector.w")), (4, 2), "{what}");
+    go(&mut optimizer, 4..6, 1.0);
+    let later = state_of(&optimizer, &params);
+    assert_ne!(later, then, "{what}");
+
+    go(&mut optimizer, 6..8, 1e38);
+    // A step that is not made, and is forgotten with the others.
+    let [_, norm] = run.accumulate(&optimizer, &params, (8, rank), &on_block);
+    assert!(norm.is_nan(), "{what}: the weights are broken");
+    let get = |name: &str, kind, elements: Range<i64>| {
+        let holds = |piece: &&Piece| {
+            piece.name == name
+                && piece.kind == kind
+                && piece.elements.start <= elements.start
+                && elements.end <= piece.elements.end
+        };
+        let piece = pieces.iter().find(holds).expect("a rank asks for its own part");
+        let start = elements.start - piece.elements.start;
+        Ok(piece.tensor.narrow(0, start, elements.end - elements.start))
+    };
+    optimizer.put_back(then.0.clone(), get).unwrap();
+    assert_eq!(state_of(&optimizer, &params), then, "{what}");
+    // Nor one whose loss is not a number, which leaves no trace.
+    pass(&optimizer, (0, 1), || Some(loss_of(&params, 1, &on_block) * f64::NAN));
+    optimizer.clip(&Tensor::from(f64::NAN)).unwrap();
+    optimizer.discard();
+    go(&mut optimizer, 4..6, 1.0);
+    assert_eq!(state_of(&optimizer, &params), later, "{what}");
 }

@@ -599,3 +599,88 @@ fn curriculum() {
       --> all.yaml:2
     ");
 }
+
+#[test]
+fn guards_and_times_that_make_no_sense() {
+    let edits = [
+        ("name: demo,", "name: demo, time_limit_secs: 300,"),
+        (
+            "{ steps: 60 }",
+            "{ steps: 60 }\nguard: { spike_z: 0, window: 1 }\n\
+             checkpoint: { keep_every: 0, keep_best: 0, timeout_secs: 0 }\neval: { every: 5, sources: [] }",
+        ),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r#"
+    error: `run.time_limit_secs`: must be more than `run.time_margin_secs`, 300, found 300
+      --> stage.yaml:1
+
+    error: `guard.spike_z`: must be above 0, found 0
+      --> stage.yaml:10
+
+    error: `guard.window`: must be from 2 to 100000, found 1
+      --> stage.yaml:10
+
+    error: `checkpoint.keep_every`: must be at least 1, found 0
+      --> stage.yaml:11
+      hint: leave it out to keep none for their step
+
+    error: `checkpoint.keep_best`: must be at least 1, found 0
+      --> stage.yaml:11
+
+    error: `checkpoint.timeout_secs`: must be at least 1, found 0
+      --> stage.yaml:11
+
+    error: `eval.sources`: is empty
+      --> stage.yaml:12
+      hint: add a source: `- { name: NAME, shards: "PATH-*.tar" }`
+    "#);
+    let edits = [
+        ("name: demo,", "name: demo, time_limit_secs: soon, time_margin_secs: -1,"),
+        (
+            "{ steps: 60 }",
+            "{ steps: 60 }\nguard: { not_finite: skipp, spike: ignore, max_trips: -1, self_check: 1, windw: 5 }\n\
+             checkpoint: { keep_every: often, max_failures: 1.5 }",
+        ),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `run.time_limit_secs`: expected a whole number from 0, found `soon`
+      --> stage.yaml:1
+
+    error: `run.time_margin_secs`: expected a whole number from 0, found the number `-1`
+      --> stage.yaml:1
+
+    error: `guard.not_finite`: unknown value `skipp`
+      --> stage.yaml:10
+      hint: did you mean `skip`?
+
+    error: `guard.spike`: unknown value `ignore`
+      --> stage.yaml:10
+      hint: expected `skip`, `stop`, `rollback`
+
+    error: `guard.max_trips`: expected a whole number from 0, found the number `-1`
+      --> stage.yaml:10
+
+    error: `guard.self_check`: expected `true` or `false`, found the number `1`
+      --> stage.yaml:10
+
+    error: `guard.windw`: unknown field
+      --> stage.yaml:10
+      hint: did you mean `window`?
+
+    error: `checkpoint.keep_every`: expected a whole number from 0, found `often`
+      --> stage.yaml:11
+
+    error: `checkpoint.max_failures`: expected a whole number from 0, found the number `1.5`
+      --> stage.yaml:11
+    ");
+}
+
+/// The best are kept by held-out losses, of which a run without evaluations has none.
+#[test]
+fn the_best_of_what_is_not_measured() {
+    insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60 }\ncheckpoint: { keep_best: 2 }")]), @r"
+    error: `checkpoint.keep_best`: needs held-out losses of steps that are saved
+      --> stage.yaml:10
+      hint: give `eval.every`, best a multiple or a divisor of `checkpoint.every`
+    ");
+}
