@@ -134,7 +134,7 @@ impl fmt::Display for Replayed {
         match self.as_recorded {
             Some(true) => writeln!(f, "its samples are those of `trips.jsonl`")?,
             Some(false) => {
-                writeln!(f, "its samples are NOT those of `trips.jsonl`: another course of the run")?
+                writeln!(f, "its samples are NOT those of `trips.jsonl`: another course of the run")?;
             }
             None => {}
         }

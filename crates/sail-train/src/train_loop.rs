@@ -82,7 +82,7 @@ pub struct StageSummary {
 /// # Errors
 /// Anything that keeps it from going on; the newest complete checkpoint stays.
 pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Result<Outcome> {
-    let (_lock, resume) = match begin(plan, world, options)? {
+    let (lock, resume) = match begin(plan, world, options)? {
         Beginning::From(lock, resume) => (lock, resume),
         Beginning::Finished(summary) => {
             options.console.line(format!("{}: already finished", plan.run.name));
@@ -93,7 +93,8 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
     let mut events = Events::open(options.console.clone(), plan, session.step, world.is_main())?;
     let resumed = resume.as_ref().map(|checkpoint| checkpoint.state().step);
-    let mut saver = Saver::new(plan.run.dir.clone(), plan.checkpoint.clone(), world, resumed);
+    let saver = Saver::new(plan.run.dir.clone(), plan.checkpoint.clone(), world, resumed);
+    let mut saver = saver.with_lock(lock);
     announce(&session, &events, resume.as_deref())?;
     if plan.guard.rolls_back() {
         saver.hold(|old| session.snapshot(old))?;
@@ -122,7 +123,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             let lr_factor = factor(&plan.schedule, session.step);
             session.update(&step, lr_factor)?;
             session.advance(&step)?;
-            events.step(&report(&session, &step, &verdict, lr_factor, started)?)?;
+            events.step(&report(&session, &step, &verdict, lr_factor, started)?);
         }
 
         let done = session.step == plan.schedule.steps;
@@ -137,7 +138,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
         if !done && is_due(plan.checkpoint.every, session.step) {
             saver.begin(session.step, |old| session.snapshot(old))?;
         }
-        events.saves(&saver.made())?;
+        events.saves(&saver.made());
     }
     save_last(&mut saver, &session, &mut events)?;
     finish(&mut session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
@@ -153,7 +154,8 @@ fn data_ended(session: &Session, events: &Events) -> Result<()> {
 fn save_last(saver: &mut Saver, session: &Session, events: &mut Events) -> Result<()> {
     session.world.doing(session.step, "saving");
     saver.save_last(session.step, |old| session.snapshot(old))?;
-    events.saves(&saver.made())
+    events.saves(&saver.made());
+    Ok(())
 }
 
 fn stopped(session: &Session, events: &Events, asked: Option<&Reason>) {
@@ -187,7 +189,7 @@ fn tripped(
             events.trip(&record, format!("{name}: {what}; saving as it was before"))?;
             session.optimizer.discard();
             saver.save_last(session.step, |old| session.give_back(session.snapshot(old)?))?;
-            events.saves(&saver.made())?;
+            events.saves(&saver.made());
             events.close();
             let samples = session.world.gather(&step.samples())?.concat().join(" ");
             Err(Error::Tripped { what, samples, replay })
@@ -273,7 +275,7 @@ fn evaluate(session: &mut Session, events: &mut Events) -> Result<Option<EvalRep
     }
     let report = session.evaluate()?;
     if let Some(report) = &report {
-        events.evaluation(session.step, report)?;
+        events.evaluation(session.step, report);
     }
     Ok(report)
 }

@@ -68,7 +68,7 @@ fn differences(a: &Job, b: &Job) -> (f64, f64) {
     (loss, largest(&mut b.names().map(difference)))
 }
 
-fn assert_close(what: &str, a: &Job, b: &Job) {
+pub(crate) fn assert_close(what: &str, a: &Job, b: &Job) {
     let (loss, weights) = differences(a, b);
     println!("{what}: losses differ by {loss:.1e}, weights by {weights:.1e}");
     assert!(loss < TOLERANCE && weights < TOLERANCE, "{what}: losses {loss:e}, weights {weights:e}");
