@@ -11,11 +11,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
+use Course::{Ends, GoesOn};
+
 use super::{assert_nothing_lost, job};
 use crate::processes::{Job, Process, all_end, until};
 
 const WITHIN: Duration = Duration::from_secs(60);
-const STEPS: &str = "schedule.steps=40";
+const STEPS: &str = "schedule.steps=32";
+
+/// What a training is to do about a fault.
+#[derive(Clone, Copy, PartialEq)]
+enum Course {
+    GoesOn,
+    Ends,
+}
 
 /// How to make a fault while a training runs; it ends when what is returned is dropped.
 type Begin = fn(&Job, &Process) -> Option<Box<dyn Any>>;
@@ -25,68 +34,81 @@ type Prepare = fn(&Job) -> Option<Box<dyn Any>>;
 
 #[test]
 fn a_full_disk() {
-    let prepare = |job: &Job| boxed(Mount::tmpfs(&job.run_dir(), "size=70m"));
-    let fill = |job: &Job, _: &Process| boxed(Some(FullDisk::new(&job.run_dir())));
-    survives("a full disk", 1, "No space left on device", prepare, fill);
+    full_disk(GoesOn);
 }
 
 #[test]
-fn a_read_only_folder() {
+fn a_write_that_fails() {
+    failing_write(Ends);
+}
+
+#[test]
+#[ignore = "minutes; run by scripts/test.sh --extended"]
+fn every_fault_of_a_disk() {
+    for course in [GoesOn, Ends] {
+        full_disk(course);
+        read_only_folder(course);
+        failing_write(course);
+    }
+}
+
+fn full_disk(course: Course) {
+    let prepare = |job: &Job| boxed(Mount::tmpfs(&job.run_dir(), "size=70m"));
+    let fill = |job: &Job, _: &Process| boxed(Some(FullDisk::new(&job.run_dir())));
+    survives("a full disk", course, 1, "No space left on device", prepare, fill);
+}
+
+fn read_only_folder(course: Course) {
     let begin = |job: &Job, _: &Process| boxed(Mount::read_only(&job.run_dir()));
-    survives("a read-only folder", 1, "Read-only file system", |_| Some(Box::new(())), begin);
+    survives("a read-only folder", course, 1, "Read-only file system", |_| Some(Box::new(())), begin);
 }
 
 /// On one of two ranks.
-#[test]
-fn a_write_that_fails() {
+fn failing_write(course: Course) {
     let begin = |_: &Job, launcher: &Process| boxed(FileLimit::new(launcher.pid_of_rank(1).unwrap()));
-    survives("a write that fails", 2, "rank 1: ", |_| Some(Box::new(())), begin);
+    survives("a write that fails", course, 2, "rank 1: ", |_| Some(Box::new(())), begin);
 }
 
 fn boxed<T: 'static>(value: Option<T>) -> Option<Box<dyn Any>> {
     value.map(|value| Box::new(value) as Box<dyn Any>)
 }
 
-/// A training goes on through the fault; one that may not fail ends with its words, and resumes after it.
-fn survives(what: &str, ranks: usize, words: &str, prepare: Prepare, begin: Begin) {
-    let sets = [STEPS, "parallel.strategy=zero1"];
+/// A training goes on through the fault, or, if it may not fail, ends with its words and resumes after it.
+fn survives(what: &str, course: Course, ranks: usize, words: &str, prepare: Prepare, begin: Begin) {
+    let failures = format!("checkpoint.max_failures={}", if course == GoesOn { 100 } else { 1 });
+    let sets = [STEPS, "parallel.strategy=zero1", &failures];
     let command = |job: &Job| without_signal(&if ranks == 1 { job.alone() } else { job.launch(ranks) });
-    let straight = job(&sets);
+    let (straight, faulty) = (job(&sets), job(&sets));
+    let Some(place) = prepare(&faulty) else { return };
     straight.run(command(&straight), 0);
 
-    let goes_on = job(&[&sets[..], &["checkpoint.max_failures=100"]].concat());
-    let Some(place) = prepare(&goes_on) else { return };
-    let mut process = [goes_on.start("run", command(&goes_on))];
-    goes_on.wait_for_step(3, &mut process);
-    let Some(fault) = begin(&goes_on, &process[0]) else { return };
-    until("a save fails", || {
+    let mut process = [faulty.start("run", command(&faulty))];
+    faulty.wait_for_step(3, &mut process);
+    let Some(fault) = begin(&faulty, &process[0]) else { return };
+    if course == GoesOn {
+        until("saves fail", || {
+            let said = process[0].said();
+            assert!(!process[0].has_ended(), "{what}: {said}");
+            // So many that `metrics.jsonl` has to grow meanwhile.
+            said.contains(words) && said.matches("could not be saved").count() >= 8
+        });
+    } else {
+        all_end(&mut process, Instant::now(), WITHIN);
         let said = process[0].said();
-        assert!(!process[0].has_ended(), "{what}: {said}");
-        // So many that `metrics.jsonl` has to grow meanwhile.
-        said.contains(words) && said.matches("could not be saved").count() >= 8
-    });
-    let step = goes_on.newest().state().step;
+        assert_eq!(process[0].code(), 1, "{what}: {said}");
+        assert!(said.contains("older checkpoints are intact") && said.contains(words), "{what}: {said}");
+    }
+    let step = faulty.newest().state().step;
+    println!("{what}: while it lasted, the checkpoint of step {step} was usable");
     drop(fault);
-    all_end(&mut process, Instant::now(), WITHIN);
-    assert_eq!(process[0].code(), 0, "{what}: {}", process[0].said());
-    println!("{what}: while it lasted, step {step} was usable");
-    assert_nothing_lost(what, &goes_on, &straight);
-    drop(place);
-
-    let ends = job(&[&sets[..], &["checkpoint.max_failures=1"]].concat());
-    let Some(place) = prepare(&ends) else { return };
-    let mut process = [ends.start("run", command(&ends))];
-    ends.wait_for_step(3, &mut process);
-    let fault = begin(&ends, &process[0]);
-    all_end(&mut process, Instant::now(), WITHIN);
-    let said = process[0].said();
-    assert_eq!(process[0].code(), 1, "{what}: {said}");
-    assert!(said.contains("older checkpoints are intact") && said.contains(words), "{what}: {said}");
-    let step = ends.newest().state().step;
-    drop(fault);
-    let said = ends.run(command(&ends), 0);
-    assert!(said.contains(&format!("resumes after step {step}")), "{what}: {said}");
-    assert_nothing_lost(what, &ends, &straight);
+    if course == GoesOn {
+        all_end(&mut process, Instant::now(), WITHIN);
+        assert_eq!(process[0].code(), 0, "{what}: {}", process[0].said());
+    } else {
+        let said = faulty.run(command(&faulty), 0);
+        assert!(said.contains(&format!("resumes after step {step}")), "{what}: {said}");
+    }
+    assert_nothing_lost(what, &faulty, &straight);
     drop(place);
 }
 
@@ -112,16 +134,16 @@ impl Mount {
     /// A disk of its own, of this size.
     fn tmpfs(at: &Path, size: &str) -> Option<Self> {
         std::fs::create_dir_all(at).unwrap();
-        Self::mount(at, &[&["-t", "tmpfs", "-o", size, "tmpfs"]])
+        Self::over(at, &[&["-t", "tmpfs", "-o", size, "tmpfs"]])
     }
 
     /// The folder itself, in which nothing can be changed; files that are open can be.
     fn read_only(at: &Path) -> Option<Self> {
-        Self::mount(at, &[&["--bind", at.to_str().unwrap()], &["-o", "remount,ro,bind"]])
+        Self::over(at, &[&["--bind", at.to_str().unwrap()], &["-o", "remount,ro,bind"]])
     }
 
     /// Nothing, and a line that says why, where that is not permitted.
-    fn mount(at: &Path, commands: &[&[&str]]) -> Option<Self> {
+    fn over(at: &Path, commands: &[&[&str]]) -> Option<Self> {
         let mut mounted = None;
         for args in commands {
             let output = Command::new("mount").args(*args).arg(at).output().unwrap();

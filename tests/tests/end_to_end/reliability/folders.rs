@@ -8,10 +8,11 @@ use super::{assert_nothing_lost, job};
 use crate::processes::{Job, all_end, signal};
 
 const WITHIN: Duration = Duration::from_secs(60);
+const STEPS: &str = "schedule.steps=24";
 
 #[test]
 fn a_second_process_is_refused_and_the_first_one_goes_on() {
-    let sets = ["schedule.steps=40"];
+    let sets = [STEPS];
     let (straight, first) = (job(&sets), job(&sets));
     straight.run(straight.alone(), 0);
     let mut process = [first.start("first", first.alone())];
@@ -61,7 +62,7 @@ fn a_run_whose_folder_is_removed_ends_and_makes_no_new_one() {
 /// What starts anew in the place of a removed folder is not disturbed by the run that was there.
 #[test]
 fn a_run_whose_folder_is_replaced_leaves_the_new_one_alone() {
-    let sets = ["schedule.steps=40"];
+    let sets = [STEPS];
     let (straight, new) = (job(&sets), job(&sets));
     straight.run(straight.alone(), 0);
     let mut old = [new.start("old", new.alone())];

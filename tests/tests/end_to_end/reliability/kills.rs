@@ -22,7 +22,7 @@ const SAVING: Moment = Moment::Saving(Duration::from_millis(30));
 
 #[test]
 fn one_process_is_killed() {
-    kill_repeatedly("one process", 1, 3, 10, Moment::Any);
+    kill_repeatedly("one process", 1, 2, 8, Moment::Any);
 }
 
 #[test]
@@ -32,7 +32,7 @@ fn ranks_are_killed() {
 
 #[test]
 fn killed_while_saving() {
-    kill_repeatedly("while saving", 1, 3, 8, SAVING);
+    kill_repeatedly("while saving", 1, 2, 8, SAVING);
 }
 
 #[test]

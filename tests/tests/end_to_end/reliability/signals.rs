@@ -11,7 +11,7 @@ const ENDLESS: &str = "schedule.steps=100000";
 
 #[test]
 fn terminated_at_random_moments() {
-    terminate_repeatedly(3);
+    terminate_repeatedly(2);
 }
 
 #[test]
