@@ -15,8 +15,8 @@ use sail_train::world::World;
 fn loss_and_norm(session: &mut Session, packs: &[&[Sample]]) -> (f64, f64) {
     let step = Step::alone(packs.iter().map(|samples| Pack::collate(samples)).collect());
     let loss = session.accumulate(&step).unwrap();
-    let verdict = session.agree(&loss, false).unwrap();
-    session.update(0.0).unwrap();
+    let verdict = session.agree(&loss, false, false).unwrap();
+    session.optimizer.discard();
     (verdict.loss, verdict.grad_norm)
 }
 

@@ -63,6 +63,15 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A run's folder is not the one any more that the run has begun in.
+    #[error(
+        "`{}` was removed or replaced while a run trained in it\n\nhint: if it was moved, bring it back, and the same \
+         command resumes; what was trained since its newest checkpoint is lost", path.display()
+    )]
+    FolderGone {
+        /// The run's folder.
+        path: PathBuf,
+    },
     /// The guard has ended the run before a step that would do harm; what was before is saved.
     #[error(
         "{what}\n\nsamples: {samples}\n\nhint: the run is saved as it was before; `{replay}` looks at the step; lower \

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sail_data::Tally;
 use serde::Serialize;
 use serde_json::{Value, json};
+use tracing::warn;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::checkpoint::{Save, Totals};
@@ -121,6 +122,8 @@ pub struct Events {
     metrics: PathBuf,
     /// Where this rank is the one that writes it.
     file: Option<File>,
+    /// What could not be written to it yet.
+    unwritten: Vec<u8>,
     plan: Plan,
     started: Instant,
     first_step: u64,
@@ -151,7 +154,16 @@ impl Events {
             console.bars.add(bar)
         });
         let started = Instant::now();
-        Ok(Self { console, bar, metrics, file, plan: plan.clone(), started, first_step: step })
+        Ok(Self {
+            console,
+            bar,
+            metrics,
+            file,
+            unwritten: vec![],
+            plan: plan.clone(),
+            started,
+            first_step: step,
+        })
     }
 
     /// Prints a message.
@@ -160,7 +172,7 @@ impl Events {
     }
 
     /// Records a step; shows it when it is due.
-    pub fn step(&mut self, report: &StepReport) -> Result<()> {
+    pub fn step(&mut self, report: &StepReport) {
         let tokens_per_sec = report.size.tokens as f64 / report.step_secs;
         let rates: serde_json::Map<String, Value> = (self.plan.train.iter())
             .filter_map(|(module, plan)| Some((module.name().to_owned(), rate(plan, report.lr_factor)?)))
@@ -172,7 +184,7 @@ impl Events {
             "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
             "sent_bytes": report.sent_bytes, "packing": report.packing,
             "peak_memory_bytes": report.peak_memory_bytes, "coverage": report.coverage,
-        }))?;
+        }));
         let (steps, wait) = (self.plan.schedule.steps, 100.0 * report.data_wait_secs / report.step_secs);
         let figures = format!(
             "loss {:.4} grad {:.2} lr x{:.2} {tokens_per_sec:.0} tok/s wait {wait:.0}%",
@@ -190,25 +202,22 @@ impl Events {
             }
             None => {}
         }
-        Ok(())
     }
 
     /// Records and shows an evaluation.
-    pub fn evaluation(&mut self, step: u64, report: &EvalReport) -> Result<()> {
-        self.write(&json!({"kind": "eval", "step": step, "report": report}))?;
+    pub fn evaluation(&mut self, step: u64, report: &EvalReport) {
+        self.write(&json!({"kind": "eval", "step": step, "report": report}));
         self.note(format!("\n{} after step {step}\n{report}", self.plan.run.name));
-        Ok(())
     }
 
     /// Records checkpoints that were made.
-    pub fn saves(&mut self, made: &[Save]) -> Result<()> {
+    pub fn saves(&mut self, made: &[Save]) {
         for Save { step, blocked, took, bytes } in made {
             let (blocked, took) = (blocked.as_secs_f64(), took.as_secs_f64());
             self.write(&json!({
                 "kind": "checkpoint", "step": step, "blocked_secs": blocked, "secs": took, "bytes": bytes,
-            }))?;
+            }));
         }
-        Ok(())
     }
 
     /// The held-out losses of the run so far, by step; none on ranks that do not write.
@@ -225,7 +234,8 @@ impl Events {
 
     /// The mean training loss over the last tenth of `steps`, and the evaluation before the first
     /// one, as the whole run recorded them.
-    pub fn history(&self, steps: u64) -> Result<(Option<f64>, Option<EvalReport>)> {
+    pub fn history(&mut self, steps: u64) -> Result<(Option<f64>, Option<EvalReport>)> {
+        self.catch_up()?;
         let text = fs::read_to_string(&self.metrics).map_err(Error::io(&self.metrics))?;
         let from = steps - steps.div_ceil(10);
         let (mut losses, mut before) = (Vec::new(), None);
@@ -258,6 +268,7 @@ impl Events {
 
     /// Forgets the steps after `step`, to which the run was put back.
     pub fn back_to(&mut self, step: u64) -> Result<()> {
+        self.catch_up()?;
         if self.file.take().is_some() {
             self.file = Some(reopen(&self.metrics, step)?);
         }
@@ -279,10 +290,37 @@ impl Events {
         self.started.elapsed().mul_f64((self.plan.schedule.steps - step) as f64 / done)
     }
 
-    fn write(&mut self, line: &Value) -> Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
-        writeln!(file, "{line}").map_err(Error::io(&self.metrics))
+    /// A disk that is full now may not be so later: the run goes on, and its lines are kept until then.
+    fn write(&mut self, line: &Value) {
+        if self.file.is_none() {
+            return;
+        }
+        let was_behind = !self.unwritten.is_empty();
+        self.unwritten.extend(format!("{line}\n").bytes());
+        if let Err(error) = self.catch_up()
+            && !was_behind
+        {
+            warn!("{error}; its lines are kept in memory until they can be written");
+        }
     }
+
+    fn catch_up(&mut self) -> Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        write_what_fits(file, &mut self.unwritten).map_err(Error::io(&self.metrics))
+    }
+}
+
+/// Writes, and takes away, as many bytes as the system takes.
+fn write_what_fits(file: &mut impl Write, bytes: &mut Vec<u8>) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match file.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(written) => drop(bytes.drain(..written)),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn rate(plan: &ModulePlan, factor: f64) -> Option<Value> {
@@ -316,17 +354,22 @@ fn keep_until(path: &Path, field: &str, last: u64) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Error::io(path)(error)),
     };
-    let mut kept = String::new();
-    for line in BufReader::new(file).lines() {
+    let mut kept = Vec::new();
+    // Bytes: a line may be cut within a character.
+    for line in BufReader::new(file).split(b'\n') {
         let line = line.map_err(Error::io(path))?;
-        let known = serde_json::from_str::<Value>(&line).ok().and_then(|value| value[field].as_u64());
+        let known = serde_json::from_slice::<Value>(&line).ok().and_then(|value| value[field].as_u64());
         if known.is_some_and(|known| known <= last) {
-            kept.push_str(&line);
-            kept.push('\n');
+            kept.extend(line);
+            kept.push(b'\n');
         }
     }
     let temporary = path.with_extension("tmp");
-    fs::write(&temporary, kept).and_then(|()| fs::rename(&temporary, path)).map_err(Error::io(path))
+    let written = File::create(&temporary).and_then(|mut file| {
+        file.write_all(&kept)?;
+        file.sync_all()
+    });
+    written.and_then(|()| fs::rename(&temporary, path)).map_err(Error::io(path))
 }
 
 #[cfg(test)]
@@ -341,5 +384,36 @@ mod tests {
         keep_until(&path, "step", 2).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
         keep_until(&dir.path().join("absent"), "step", 2).unwrap();
+
+        // Within a character, as a kill or a full disk cuts it.
+        let whole = "{\"step\":1,\"source\":\"\u{e9}\"}\n";
+        fs::write(&path, [whole.as_bytes(), &whole.as_bytes()[..21]].concat()).unwrap();
+        assert!(fs::read_to_string(&path).is_err(), "it is cut within the letter");
+        keep_until(&path, "step", 2).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), whole);
+    }
+
+    #[test]
+    fn what_a_full_disk_does_not_take_is_written_later() {
+        /// Takes as many bytes as there is room for.
+        struct Disk(Vec<u8>, usize);
+        impl Write for Disk {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                let fits = bytes.len().min(self.1 - self.0.len());
+                self.0.extend(&bytes[..fits]);
+                if fits == 0 { Err(ErrorKind::StorageFull.into()) } else { Ok(fits) }
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let (mut disk, mut lines) = (Disk(vec![], 5), b"one\ntwo\n".to_vec());
+        assert!(write_what_fits(&mut disk, &mut lines).is_err());
+        assert_eq!(lines, b"wo\n");
+        lines.extend(b"three\n");
+        disk.1 = 100;
+        write_what_fits(&mut disk, &mut lines).unwrap();
+        assert!(lines.is_empty());
+        assert_eq!(disk.0, b"one\ntwo\nthree\n");
     }
 }

@@ -37,6 +37,7 @@ mod first_step;
 pub mod generate;
 pub mod guard;
 pub mod launch;
+pub mod lock;
 pub mod optim;
 mod origin;
 pub mod output;

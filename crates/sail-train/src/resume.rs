@@ -2,7 +2,7 @@
 //!
 //! The main rank looks at the run's folder and decides for all. Called by the train loop.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -12,6 +12,7 @@ use tracing::warn;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::Plan;
 use crate::error::{Error, Result};
+use crate::lock::RunLock;
 use crate::origin::check_lineage;
 use crate::train_loop::{RunOptions, SUMMARY, StageSummary};
 use crate::world::World;
@@ -35,6 +36,9 @@ const HARMLESS: [&str; 15] = [
     "eval",
 ];
 
+/// How the names begin of files that show that a folder is shared.
+const MARK: &str = ".shared-";
+
 /// Where a run continues.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resume {
@@ -51,7 +55,7 @@ pub(crate) enum Beginning {
     /// It has ended before.
     Finished(Box<StageSummary>),
     /// From a checkpoint, or anew; no other process may train in its folder meanwhile.
-    From(Option<File>, Option<Box<Checkpoint>>),
+    From(Option<RunLock>, Option<Box<Checkpoint>>),
 }
 
 /// What the main rank has found, for all.
@@ -67,8 +71,9 @@ pub(crate) fn begin(plan: &Plan, world: &World, options: &RunOptions) -> Result<
     world.agree(|| plan.fields())?;
     let (mut held, mut opened) = (None, None);
     let found = world.from_main(|| {
-        held = Some(lock(&plan.run.dir)?);
+        held = Some(RunLock::take(&plan.run.dir)?);
         checkpoint::remove_partial(&plan.run.dir)?;
+        remove_marks(&plan.run.dir)?;
         opened = find_resume(&plan.run.dir, &options.resume)?;
         let changed = match &opened {
             Some(checkpoint) => check_config(plan, checkpoint, options)?,
@@ -148,7 +153,7 @@ fn check_shared(run_dir: &Path, world: &World) -> Result<()> {
     // A name that nobody has looked for: file systems over a network remember what was not there.
     let mark = world.from_main(|| {
         let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let mark = run_dir.join(format!(".shared-{}-{}", std::process::id(), started.as_nanos()));
+        let mark = run_dir.join(format!("{MARK}{}-{}", std::process::id(), started.as_nanos()));
         fs::write(&mark, "").map_err(Error::io(&mark))?;
         Ok(mark)
     })?;
@@ -168,6 +173,17 @@ fn check_shared(run_dir: &Path, world: &World) -> Result<()> {
     ))
 }
 
+/// Removes what runs that were killed while they checked this have left.
+fn remove_marks(run_dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(run_dir).map_err(Error::io(run_dir))? {
+        let entry = entry.map_err(Error::io(run_dir))?;
+        if entry.file_name().to_string_lossy().starts_with(MARK) {
+            fs::remove_file(entry.path()).map_err(Error::io(&entry.path()))?;
+        }
+    }
+    Ok(())
+}
+
 /// The summary of a run that has nothing left to do.
 fn finished(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Option<StageSummary>> {
     let path = plan.run.dir.join(SUMMARY);
@@ -183,19 +199,4 @@ fn finished(plan: &Plan, resume: Option<&Checkpoint>) -> Result<Option<StageSumm
     }
     let export_is_there = summary.export.as_ref().is_none_or(|export| export.exists());
     Ok((export_is_there && plan.export.is_some() == summary.export.is_some()).then_some(summary))
-}
-
-/// Refuses a second process on one run folder for as long as the returned file lives.
-fn lock(run_dir: &Path) -> Result<File> {
-    fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
-    let path = run_dir.join(".lock");
-    let file = File::create(&path).map_err(Error::io(&path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(Error::usage(
-            format!("another process is training in `{}`", run_dir.display()),
-            "wait for it, stop it, or choose another `run.dir`",
-        )),
-        Err(fs::TryLockError::Error(error)) => Err(Error::io(&path)(error)),
-    }
 }

@@ -83,7 +83,7 @@ pub struct StageSummary {
 /// # Errors
 /// Anything that keeps it from going on; the newest complete checkpoint stays.
 pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Result<Outcome> {
-    let (_lock, resume) = match begin(plan, world, options)? {
+    let (lock, resume) = match begin(plan, world, options)? {
         Beginning::From(lock, resume) => (lock, resume),
         Beginning::Finished(summary) => {
             options.console.line(format!("{}: already finished", plan.run.name));
@@ -94,7 +94,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
     let mut events = Events::open(options.console.clone(), plan, session.place(), world.is_main())?;
-    let mut saver = saver_for(&session, &events, resume.as_deref())?;
+    let mut saver = saver_for(&session, &events, resume.as_deref())?.with_lock(lock);
     announce(&session, &events, resume.as_deref())?;
     if session.step == 0 {
         evaluate(&session, &mut events)?;
@@ -120,7 +120,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             let lr_factor = factor(&plan.schedule, session.step);
             session.update(&step, lr_factor)?;
             session.advance(&step)?;
-            events.step(&report(&session, &step, &verdict, lr_factor, started)?)?;
+            events.step(&report(&session, &step, &verdict, lr_factor, started)?);
         }
         watchdog.step_done(session.step, started.elapsed());
 
@@ -134,7 +134,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             save_if_due(&mut saver, &session)?;
             evaluate_if_due(&session, &mut saver, &mut events)?;
         }
-        events.saves(&saver.made())?;
+        events.saves(&saver.made());
     }
     save_last(&mut saver, &session, &mut events)?;
     finish(&session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
@@ -182,7 +182,8 @@ fn evaluate_if_due(session: &Session, saver: &mut Saver, events: &mut Events) ->
 fn save_last(saver: &mut Saver, session: &Session, events: &mut Events) -> Result<()> {
     session.world.doing(session.step, "saving");
     saver.save_last(session.step, |old| session.snapshot(old))?;
-    events.saves(&saver.made())
+    events.saves(&saver.made());
+    Ok(())
 }
 
 fn stopped(session: &Session, events: &Events, asked: Option<&Reason>) {
@@ -212,8 +213,10 @@ fn tripped(
     let mut what = format!("step {number}: loss {loss}, gradient norm {grad_norm}: {}", trip.reason);
     if trip.too_many {
         let guard = &session.plan.guard;
-        what +=
-            &format!("; more than {} such steps in {} (`guard.max_trips`)", guard.max_trips, guard.window);
+        what = format!(
+            "{what}; more than {} such steps in {} (`guard.max_trips`)",
+            guard.max_trips, guard.window
+        );
     }
     let replay = format!("sail-train replay --run {dir} --step {number}");
     match trip.action {
@@ -221,7 +224,7 @@ fn tripped(
             events.trip(&record, format!("{name}: {what}; saving as it was before"))?;
             session.optimizer.discard();
             saver.save_last(session.step, |old| session.give_back(session.snapshot(old)?))?;
-            events.saves(&saver.made())?;
+            events.saves(&saver.made());
             events.close();
             let samples = session.world.gather(&step.samples())?.concat().join(" ");
             Err(Error::Tripped { what, samples, replay })
@@ -308,7 +311,7 @@ fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>
     }
     let report = session.evaluate()?;
     if let Some(report) = &report {
-        events.evaluation(session.step, report)?;
+        events.evaluation(session.step, report);
     }
     Ok(report)
 }

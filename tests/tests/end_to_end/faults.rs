@@ -1,7 +1,6 @@
-//! Damaged checkpoints and bad data.
+//! Checkpoints that cannot be used, and bad data; single damages are in reliability/damage.rs.
 
 use std::fs;
-use std::path::Path;
 
 use crate::{run, stderr, under};
 
@@ -12,26 +11,6 @@ fn stage1<'a>(set: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     args.extend(["--set", "schedule.warmup=1"]);
     args.extend(more);
     args
-}
-
-#[test]
-fn damaged_checkpoints_are_passed_over_with_a_reason() {
-    let dir = tempfile::tempdir().unwrap();
-    let set = under(dir.path());
-    run(&stage1(&set, &["--stop-at", "4"]), 3);
-    let step = |n: u64| dir.path().join(format!("runs/tiny/stage1/step-{n:08}"));
-    assert!(!step(1).exists() && step(2).exists(), "keep_last: 3");
-
-    fs::remove_file(step(4).join("COMPLETE")).unwrap();
-    flip_a_byte(&step(3).join("rank-00000.safetensors"));
-    let error = stderr(&run(&stage1(&set, &["--stop-at", "3"]), 3));
-    assert!(error.contains("step-00000004: not a complete checkpoint"), "{error}");
-    assert!(error.contains("step-00000003: `rank-00000.safetensors` is damaged"), "{error}");
-    assert!(error.contains("resumes after step 2"), "{error}");
-
-    flip_a_byte(&step(3).join("manifest.json"));
-    let error = stderr(&run(&stage1(&set, &[]), 0));
-    assert!(error.contains("`manifest.json` does not match"), "{error}");
 }
 
 /// Where there were checkpoints and none can be used, nothing is trained anew over them.
@@ -103,13 +82,6 @@ fn a_stage_notices_that_its_predecessor_was_trained_anew() {
     run(&[&first[..], &["--set", "train.projector.lr=2e-3"]].concat(), 0);
     let error = stderr(&run(&second, 2));
     assert!(error.contains("started from other weights") && error.contains("hint: remove"), "{error}");
-}
-
-fn flip_a_byte(path: &Path) {
-    let mut bytes = fs::read(path).unwrap();
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-    fs::write(path, bytes).unwrap();
 }
 
 #[test]

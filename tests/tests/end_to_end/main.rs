@@ -15,6 +15,7 @@ mod networks;
 mod parallel;
 mod processes;
 mod rank_faults;
+mod reliability;
 mod resume;
 mod shard_server;
 mod stopping;

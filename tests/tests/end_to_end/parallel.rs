@@ -4,14 +4,13 @@
 use std::fs;
 use std::net::TcpListener;
 use std::process::Command;
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use sail_train::optim::StateKind;
 use serde_json::Value;
 use tch::Tensor;
 
-use crate::processes::{Job, Process, all_end, assert_same, signal, steps, until};
+use crate::processes::{Job, Process, all_end, assert_same, steps};
 use crate::root;
 
 /// Relative difference of losses, and of each tensor in the 2-norm.
@@ -86,22 +85,13 @@ fn ranks_train_what_one_process_trains() {
     }
     assert_close("4 ranks, zero2", &trained(&all, 4, "zero2"), &one);
 
-    // Stopped and gone on with as it was, and with other numbers of ranks and strategies.
-    let stop_at = |mut command: Command, step: &str| {
-        command.args(["--stop-at", step]);
-        command
-    };
+    // Stopped and gone on with; with other numbers of ranks and strategies in reliability/elastic.rs.
     let same = job(&[&all[..], &["parallel.strategy=zero1"]].concat());
-    same.run(stop_at(same.launch(2), "3"), 3);
+    let mut stopped = same.launch(2);
+    stopped.args(["--stop-at", "3"]);
+    same.run(stopped, 3);
     same.run(same.launch(2), 0);
     assert_same("stopped at step 3", &same, &two[1]);
-
-    let mut other = job(&[&all[..], &["parallel.strategy=zero1"]].concat());
-    other.run(stop_at(other.launch(2), "3"), 3);
-    other.set(&["parallel.strategy=zero2"]);
-    other.run(stop_at(other.launch(4), "5"), 3);
-    other.run(other.alone(), 0);
-    assert_close("on 2 ranks, 4 ranks and alone", &other, &one);
 }
 
 /// Frozen tensors are what they were, and have no moments; a stage that trains nothing which text reaches goes on.
@@ -234,42 +224,6 @@ fn assert_same_files(what: &str, a: &Job, b: &Job) {
         let [a, b] = [a, b].map(|job| fs::read(job.newest().dir().join(rank)).unwrap());
         assert!(a == b, "{what}: {rank}");
     }
-}
-
-#[test]
-fn killed_at_any_moment() {
-    kill_repeatedly(4, 6);
-}
-
-#[test]
-#[ignore = "minutes; run by scripts/test.sh --extended"]
-fn killed_at_any_moment_many_times() {
-    kill_repeatedly(40, 60);
-}
-
-/// A rank, or the launcher, is killed again and again; the same command goes on.
-fn kill_repeatedly(kills: u64, steps: u64) {
-    let steps = format!("schedule.steps={steps}");
-    let sets = [STAGE_3, "parallel.strategy=zero2", "checkpoint.every=1", &steps];
-    let straight = job(&sets);
-    straight.run(straight.launch(2), 0);
-    let killed = job(&sets);
-    for i in 0..kills {
-        let mut launcher = [killed.start(&format!("launch-{i}"), killed.launch(2))];
-        // Spread over start-up, steps, saving and the end.
-        sleep(Duration::from_millis(300 + (i * 617) % 2500));
-        let victim = match i % 3 {
-            2 => Some(launcher[0].pid()),
-            rank => launcher[0].pid_of_rank(rank as usize),
-        };
-        if let Some(pid) = victim.filter(|_| !launcher[0].has_ended()) {
-            signal("KILL", pid);
-        }
-        all_end(&mut launcher, Instant::now(), Duration::from_secs(60));
-        until("the ranks end", || killed.left().is_empty());
-    }
-    killed.run(killed.launch(2), 0);
-    assert_same("killed again and again", &killed, &straight);
 }
 
 #[test]

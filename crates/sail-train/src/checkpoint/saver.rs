@@ -20,6 +20,7 @@ use super::snapshot::{Piece, Snapshot};
 use super::write::{Written, partial, prepare, remove_if_there, seal, write_pieces};
 use crate::config::CheckpointPlan;
 use crate::error::{Error, Result};
+use crate::lock::RunLock;
 use crate::world::World;
 
 /// Between two looks whether all ranks are done.
@@ -44,6 +45,8 @@ pub struct Saver {
     run_dir: PathBuf,
     plan: CheckpointPlan,
     world: Arc<World>,
+    /// Of the folder, on the main rank.
+    lock: Option<Arc<RunLock>>,
     newest: Option<Snapshot>,
     under_way: Option<UnderWay>,
     /// Saves that failed since one did not.
@@ -67,7 +70,7 @@ struct UnderWay {
 #[derive(Serialize, Deserialize)]
 struct Failure {
     reason: String,
-    /// Whether what was to be saved is not worth it, so that the run cannot go on.
+    /// Whether it is not worth saving, or nowhere to be saved, so that the run cannot go on.
     spoilt: bool,
 }
 
@@ -97,6 +100,7 @@ impl Saver {
             run_dir,
             plan,
             world,
+            lock: None,
             newest: None,
             under_way: None,
             failures: 0,
@@ -109,6 +113,12 @@ impl Saver {
     /// Takes note of a held-out loss after `step`, by which checkpoints are kept.
     pub fn measured(&mut self, step: u64, loss: f64) {
         self.held_out.insert(step, loss);
+    }
+
+    /// The same in a folder that the main rank has taken: nothing is saved into one that took its place.
+    #[must_use]
+    pub fn with_lock(self, lock: Option<RunLock>) -> Self {
+        Self { lock: lock.map(Arc::new), ..self }
     }
 
     /// The newest snapshot that was taken.
@@ -151,11 +161,11 @@ impl Saver {
         let snapshot = self.hold(take)?;
         let (pieces, frozen) = (snapshot.pieces(), snapshot.frozen_check.clone());
         let bytes = pieces.iter().map(|piece| 4 * piece.tensor.numel() as u64).sum();
-        let run_dir = &self.run_dir;
-        if let Err(failure) = self.world.from_main(|| Ok(prepare(run_dir, step).map_err(Failure::from)))? {
+        let prepared = || check(self.lock.as_deref()).and_then(|()| prepare(&self.run_dir, step));
+        if let Err(failure) = self.world.from_main(|| Ok(prepared().map_err(Failure::from)))? {
             return self.failed(step, failure);
         }
-        let (dir, rank) = (partial(run_dir, step), self.world.rank());
+        let (dir, rank) = (partial(&self.run_dir, step), self.world.rank());
         let part = Part::Tensors(spawn(move || {
             frozen.check()?;
             check_finite(step, &pieces)?;
@@ -174,7 +184,9 @@ impl Saver {
         // There is no later one to rely on.
         self.plan.max_failures = 0;
         self.begin(step, take)?;
-        self.finish()
+        self.finish()?;
+        // Also where there was nothing to save, since what follows writes into the folder.
+        self.world.from_main(|| check(self.lock.as_deref()))
     }
 
     /// Checkpoints made since the last call.
@@ -248,10 +260,10 @@ impl Saver {
             if self.world.from_main(|| Ok(is_late))? {
                 let secs = self.plan.timeout_secs;
                 let ranks = waiting.join(", ");
-                return Err(Error::usage(
-                    format!("the checkpoint of step {step} is not written after {secs} s, on rank {ranks}"),
-                    "look at the disk below `run.dir`, or raise `checkpoint.timeout_secs`; older checkpoints are intact",
-                ));
+                let hint = "look at the disk below `run.dir`, or raise `checkpoint.timeout_secs`; older checkpoints are intact";
+                let reason =
+                    format!("step {step} is not saved after {secs} s, on rank {ranks}\n\nhint: {hint}");
+                return Err(Error::checkpoint(&self.run_dir, reason));
             }
             thread::sleep(pause);
             pause = (2 * pause).min(LONG);
@@ -278,7 +290,9 @@ impl Saver {
         };
         let (state, untouched) = (snapshot.state.clone(), snapshot.untouched.clone());
         let (run_dir, plan, held_out) = (self.run_dir.clone(), self.plan.clone(), self.held_out.clone());
+        let lock = self.lock.clone();
         let thread = spawn(move || {
+            check(lock.as_deref())?;
             seal(&run_dir, &state, untouched, written)?;
             if let Err(error) = retain(&run_dir, state.step, &plan, &held_out) {
                 warn!("an older checkpoint could not be removed: {error}");
@@ -288,7 +302,10 @@ impl Saver {
         Ok(Ok(Some(thread)))
     }
 
-    fn failed(&mut self, step: u64, Failure { reason, spoilt }: Failure) -> Result<()> {
+    fn failed(&mut self, step: u64, failure: Failure) -> Result<()> {
+        // A folder that is gone is the reason for whatever failed in it.
+        let gone = self.world.from_main(|| Ok(check(self.lock.as_deref()).map_err(Failure::from)))?;
+        let Failure { reason, spoilt } = gone.err().filter(|gone| gone.spoilt).unwrap_or(failure);
         if spoilt {
             return Err(Error::checkpoint(&self.run_dir, reason));
         }
@@ -310,9 +327,16 @@ impl Saver {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        let spoilt = matches!(error, Error::FreezePlan { .. } | Error::WeightsNotFinite { .. });
+        let spoilt = matches!(
+            error,
+            Error::FreezePlan { .. } | Error::WeightsNotFinite { .. } | Error::FolderGone { .. }
+        );
         Self { reason: error.to_string(), spoilt }
     }
+}
+
+fn check(lock: Option<&RunLock>) -> Result<()> {
+    lock.map_or(Ok(()), RunLock::check)
 }
 
 /// Checks that every trained parameter and moment is a number.

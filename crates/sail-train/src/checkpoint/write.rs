@@ -32,10 +32,10 @@ pub(super) fn partial(run_dir: &Path, step: u64) -> PathBuf {
     run_dir.join(format!("{PARTIAL}{step:08}"))
 }
 
-/// Makes the folder that the ranks fill.
+/// Makes the folder that the ranks fill. What is left of a save that failed goes: one is under way at most.
 pub(super) fn prepare(run_dir: &Path, step: u64) -> Result<()> {
+    remove_partial(run_dir)?;
     let partial = partial(run_dir, step);
-    remove_if_there(&partial)?;
     fs::create_dir(&partial).map_err(Error::io(&partial))
 }
 
