@@ -89,12 +89,12 @@ fn ask_all() -> Result<Vec<(Task, Answer)>> {
     tids.retain(|tid| Some(*tid) != own);
     tids.sort_by_key(|tid| (*tid != main, *tid));
     let tasks = tids.into_iter().filter_map(Task::read);
-    let mut asked = Vec::new();
-    for task in tasks {
-        let answer = ask(signal, &task)?;
-        asked.push((task, answer));
-    }
-    Ok(asked)
+    // One that cannot be asked is no reason to tell nothing of the others.
+    let asked = tasks.map(|task| {
+        let answer = ask(signal, &task).unwrap_or_else(|error| Err(error.to_string()));
+        (task, answer)
+    });
+    Ok(asked.collect())
 }
 
 /// Addresses that are one beyond an instruction of each function, innermost first, or why there are none.

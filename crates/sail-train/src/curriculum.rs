@@ -11,7 +11,7 @@ use crate::config::{ModulePlan, Plan};
 use crate::error::Result;
 use crate::session::preflight;
 use crate::stage::FreezeTable;
-use crate::stopping::Stopping;
+use crate::stopping::remove_file;
 use crate::train_loop::{Outcome, RunOptions, StageSummary, run_stage};
 use crate::world::World;
 
@@ -33,9 +33,16 @@ pub fn run(plans: &[&Plan], world: &Arc<World>, options: &RunOptions) -> Result<
             Outcome::Finished(summary) => stages.push(*summary),
             Outcome::Interrupted { .. } => return Ok(None),
         }
-        // Written while its last step was made, or later.
-        if world.from_main(|| Ok(Stopping::takes_file(plan)))? && index + 1 < plans.len() {
-            options.console.line(format!("{}: finished; a file asked to stop there", plan.run.name));
+        let asked = options.stopping.reason_between(plan, world.is_main());
+        world.on_main(|| {
+            remove_file(plan);
+            Ok(())
+        })?;
+        // Asked for while the last step was made, or later.
+        let is_asked = world.gather(&asked.is_some())?.contains(&true);
+        if is_asked && index + 1 < plans.len() {
+            let reason = asked.map_or("another rank was asked to".to_owned(), |reason| reason.to_string());
+            options.console.line(format!("{}: finished, and stopped there, since {reason}", plan.run.name));
             return Ok(None);
         }
     }

@@ -119,11 +119,8 @@ pub struct StepReport {
 pub struct Events {
     console: Console,
     bar: Option<ProgressBar>,
-    metrics: PathBuf,
-    /// Where this rank is the one that writes it.
-    file: Option<File>,
-    /// What could not be written to it yet.
-    unwritten: Vec<u8>,
+    /// Where this rank is the one that writes.
+    files: Option<Files>,
     plan: Plan,
     started: Instant,
     first_step: u64,
@@ -134,16 +131,16 @@ impl Events {
     /// one that resumes there; and `trips.jsonl` without what was written after `judged` steps were.
     /// `writes` says whether this rank is the one that does.
     pub fn open(console: Console, plan: &Plan, (step, judged): (u64, u64), writes: bool) -> Result<Self> {
-        let metrics = plan.run.dir.join(METRICS);
-        let mut file = None;
-        if writes {
+        let open = || {
+            let [metrics, trips] = [METRICS, TRIPS].map(|name| plan.run.dir.join(name));
             if step == 0 {
                 File::create(&metrics).map_err(Error::io(&metrics))?;
             }
             // A step that the run has left by going back is no later one.
-            keep_until(&plan.run.dir.join(TRIPS), "judged", judged)?;
-            file = Some(reopen(&metrics, step)?);
-        }
+            let trips = Lines::open(trips, "judged", judged)?;
+            Ok::<_, Error>(Files { metrics: Lines::open(metrics, "step", step)?, trips })
+        };
+        let files = writes.then(open).transpose()?;
         let bar = console.shows_bars().then(|| {
             let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} eta {eta}");
             let bar = ProgressBar::new(plan.schedule.steps)
@@ -154,16 +151,7 @@ impl Events {
             console.bars.add(bar)
         });
         let started = Instant::now();
-        Ok(Self {
-            console,
-            bar,
-            metrics,
-            file,
-            unwritten: vec![],
-            plan: plan.clone(),
-            started,
-            first_step: step,
-        })
+        Ok(Self { console, bar, files, plan: plan.clone(), started, first_step: step })
     }
 
     /// Prints a message.
@@ -222,10 +210,8 @@ impl Events {
 
     /// The held-out losses of the run so far, by step; none on ranks that do not write.
     pub fn held_out(&self) -> Result<BTreeMap<u64, f64>> {
-        if self.file.is_none() {
-            return Ok(BTreeMap::new());
-        }
-        let text = fs::read_to_string(&self.metrics).map_err(Error::io(&self.metrics))?;
+        let Some(Files { metrics, .. }) = &self.files else { return Ok(BTreeMap::new()) };
+        let text = fs::read_to_string(&metrics.path).map_err(Error::io(&metrics.path))?;
         let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let evaluations = lines.filter(|line| line["kind"] == "eval");
         let loss = |line: Value| Some((line["step"].as_u64()?, line["report"]["total"]["loss"].as_f64()?));
@@ -233,14 +219,16 @@ impl Events {
     }
 
     /// The mean training loss over the last tenth of `steps`, and the evaluation before the first
-    /// one, as the whole run recorded them.
+    /// one, as the whole run recorded them; nothing on ranks that do not write.
     pub fn history(&mut self, steps: u64) -> Result<(Option<f64>, Option<EvalReport>)> {
-        self.catch_up()?;
-        let text = fs::read_to_string(&self.metrics).map_err(Error::io(&self.metrics))?;
+        let Some(Files { metrics, .. }) = &mut self.files else { return Ok((None, None)) };
+        metrics.catch_up()?;
+        let path = &metrics.path;
+        let text = fs::read_to_string(path).map_err(Error::io(path))?;
         let from = steps - steps.div_ceil(10);
         let (mut losses, mut before) = (Vec::new(), None);
         for line in text.lines() {
-            let broken = |error: serde_json::Error| Error::io(&self.metrics)(error.into());
+            let broken = |error: serde_json::Error| Error::io(path)(error.into());
             let mut line: Value = serde_json::from_str(line).map_err(broken)?;
             let step = line["step"].as_u64();
             match line["kind"].as_str() {
@@ -256,32 +244,35 @@ impl Events {
     }
 
     /// Records a step that was not made, in `trips.jsonl`.
-    pub fn trip(&mut self, trip: &Value, said: impl std::fmt::Display) -> Result<()> {
-        if self.file.is_some() {
-            let path = self.plan.run.dir.join(TRIPS);
-            let file = OpenOptions::new().create(true).append(true).open(&path);
-            file.and_then(|mut file| writeln!(file, "{trip}")).map_err(Error::io(&path))?;
+    pub fn trip(&mut self, trip: &Value, said: impl std::fmt::Display) {
+        if let Some(files) = &mut self.files {
+            files.trips.write(trip);
         }
         self.console.line(said);
-        Ok(())
     }
 
     /// Forgets the steps after `step`, to which the run was put back.
-    pub fn back_to(&mut self, step: u64) -> Result<()> {
-        self.catch_up()?;
-        if self.file.take().is_some() {
-            self.file = Some(reopen(&self.metrics, step)?);
+    pub fn back_to(&mut self, step: u64) {
+        if let Some(Files { metrics, .. }) = &mut self.files
+            && let Err(error) = metrics.keep_until("step", step)
+        {
+            warn!("{error}; the steps after {step} stay in it beside those that are made instead");
         }
         if let Some(bar) = &self.bar {
             bar.set_position(step);
         }
-        Ok(())
     }
 
-    /// Removes the bar.
-    pub fn close(&self) {
+    /// Removes the bar. What could not be written until now is not written any more.
+    pub fn close(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
+        }
+        let files = self.files.iter_mut().flat_map(|files| [&mut files.metrics, &mut files.trips]);
+        for lines in files {
+            if let Err(error) = lines.catch_up() {
+                warn!("{error}; its last lines are lost");
+            }
         }
     }
 
@@ -290,11 +281,49 @@ impl Events {
         self.started.elapsed().mul_f64((self.plan.schedule.steps - step) as f64 / done)
     }
 
+    fn write(&mut self, line: &Value) {
+        if let Some(files) = &mut self.files {
+            files.metrics.write(line);
+        }
+    }
+}
+
+/// What a run writes lines to.
+struct Files {
+    metrics: Lines,
+    trips: Lines,
+}
+
+/// A file of JSON lines.
+struct Lines {
+    path: PathBuf,
+    file: File,
+    /// What could not be written to it yet.
+    unwritten: Vec<u8>,
+}
+
+impl Lines {
+    /// Opened to write to, without the lines whose `field` is above `last`.
+    fn open(path: PathBuf, field: &str, last: u64) -> Result<Self> {
+        keep_until(&path, field, last)?;
+        let file = Self::append_to(&path)?;
+        Ok(Self { path, file, unwritten: Vec::new() })
+    }
+
+    fn append_to(path: &Path) -> Result<File> {
+        OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))
+    }
+
+    /// Takes away the lines whose `field` is above `last`.
+    fn keep_until(&mut self, field: &str, last: u64) -> Result<()> {
+        self.catch_up()?;
+        keep_until(&self.path, field, last)?;
+        self.file = Self::append_to(&self.path)?;
+        Ok(())
+    }
+
     /// A disk that is full now may not be so later: the run goes on, and its lines are kept until then.
     fn write(&mut self, line: &Value) {
-        if self.file.is_none() {
-            return;
-        }
         let was_behind = !self.unwritten.is_empty();
         self.unwritten.extend(format!("{line}\n").bytes());
         if let Err(error) = self.catch_up()
@@ -305,8 +334,7 @@ impl Events {
     }
 
     fn catch_up(&mut self) -> Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
-        write_what_fits(file, &mut self.unwritten).map_err(Error::io(&self.metrics))
+        write_what_fits(&mut self.file, &mut self.unwritten).map_err(Error::io(&self.path))
     }
 }
 
@@ -330,12 +358,6 @@ fn rate(plan: &ModulePlan, factor: f64) -> Option<Value> {
     }
 }
 
-/// A metrics file to write to, without the lines after `step`.
-fn reopen(path: &Path, step: u64) -> Result<File> {
-    keep_until(path, "step", step)?;
-    OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))
-}
-
 /// The records in a run's `trips.jsonl`, newest first.
 pub(crate) fn trips(run_dir: &Path) -> Result<Vec<Value>> {
     let path = run_dir.join(TRIPS);
@@ -347,7 +369,7 @@ pub(crate) fn trips(run_dir: &Path) -> Result<Vec<Value>> {
     Ok(text.lines().rev().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
-/// Rewrites a metrics file without the lines whose `field` is above `last`, and without a line cut off in writing.
+/// Rewrites a file of lines without those whose `field` is above `last`, and without a line cut off in writing.
 fn keep_until(path: &Path, field: &str, last: u64) -> Result<()> {
     let file = match File::open(path) {
         Ok(file) => file,

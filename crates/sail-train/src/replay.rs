@@ -10,7 +10,7 @@ use serde_json::Value;
 use tch::Kind;
 
 use crate::checkpoint::{Checkpoint, newest_before};
-use crate::config::Module;
+use crate::config::{GuardAction, Module};
 use crate::error::{Error, Result};
 use crate::events::{Console, trips};
 use crate::schedule::factor;
@@ -28,6 +28,8 @@ pub struct Replayed {
     pub packs: Vec<PackReport>,
     /// Whether its samples are those that `trips.jsonl` has of it; `None` where that has nothing.
     pub as_recorded: Option<bool>,
+    /// Where the run went back from the course that the step was on, and made it anew with other data.
+    pub left: Option<u64>,
 }
 
 /// What a pack does by itself.
@@ -62,6 +64,10 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
     };
     let mut plan = checkpoint.state().plan.clone();
     plan.eval = None;
+    // What was done at each step is recorded; judging only has to count as the run did.
+    plan.guard.not_finite = GuardAction::Skip;
+    plan.guard.spike = plan.guard.spike.map(|_| GuardAction::Skip);
+    plan.guard.max_trips = usize::MAX;
     let world = Arc::new(World::alone());
     let mut session = Session::build(&plan, &world, Some(&checkpoint))?;
     console.line(format!(
@@ -84,28 +90,32 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
         samples == own
     });
     let packs = wanted.packs.into_iter().map(|pack| look(&mut session, pack)).collect::<Result<_>>()?;
-    Ok(Replayed { step, packs, as_recorded })
+    let left = trips.iter().filter(|_| trip.is_none()).find_map(|other| {
+        let beyond = other["judged"].as_u64()? > checkpoint.state().guard.judged();
+        let went_back = other["action"] == "rollback" && other["step"].as_u64()? >= step;
+        (beyond && went_back).then(|| other["step"].as_u64())?
+    });
+    Ok(Replayed { step, packs, as_recorded, left })
 }
 
 /// The checkpoint to begin from: the newest before the step, on the course of the run that the step's trip was on
 /// where one is left of it.
 fn find(run_dir: &Path, step: u64, trip: Option<&Value>) -> Result<Checkpoint> {
-    let newest = newest_before(run_dir, step)?.ok_or_else(|| {
+    let judged = trip.and_then(|trip| trip["judged"].as_u64()).unwrap_or(u64::MAX);
+    let (mut newest, mut below) = (None, step);
+    while let Some(checkpoint) = newest_before(run_dir, below)? {
+        if checkpoint.state().guard.judged() < judged {
+            return Ok(checkpoint);
+        }
+        below = checkpoint.state().step;
+        newest.get_or_insert(checkpoint);
+    }
+    newest.ok_or_else(|| {
         Error::usage(
             format!("`{}` has no checkpoint before step {step}", run_dir.display()),
             "a step is made again from a checkpoint: keep more of them with `checkpoint.every` and `keep_last`",
         )
-    })?;
-    let Some(judged) = trip.and_then(|trip| trip["judged"].as_u64()) else { return Ok(newest) };
-    let is_before = |checkpoint: &Checkpoint| checkpoint.state().guard.judged() < judged;
-    let mut below = step;
-    while let Some(checkpoint) = newest_before(run_dir, below)? {
-        if is_before(&checkpoint) {
-            return Ok(checkpoint);
-        }
-        below = checkpoint.state().step;
-    }
-    Ok(newest)
+    })
 }
 
 fn before(checkpoint: Checkpoint, step: u64) -> Result<Checkpoint> {
@@ -183,6 +193,12 @@ impl fmt::Display for Replayed {
                 writeln!(f, "its samples are NOT those of `trips.jsonl`: another course of the run")?;
             }
             None => {}
+        }
+        if let Some(left) = self.left {
+            writeln!(
+                f,
+                "the run left this course at step {left} and made the step anew with other data; this is the first time"
+            )?;
         }
         for (index, pack) in self.packs.iter().enumerate() {
             write!(f, "pack {index:<4} loss {:<10.4} gradient norm", pack.loss)?;

@@ -262,7 +262,7 @@ impl Session {
     /// Those of libtorch and of c10d; [`Error::SelfCheck`].
     pub fn update(&mut self, step: &Step, lr_factor: f64) -> Result<()> {
         self.world.doing(self.step + 1, "updating");
-        let is_first = self.step == 0 && self.plan.guard.self_check;
+        let is_first = self.optimizer.updates().all == 0 && self.plan.guard.self_check;
         let before = is_first.then(|| FirstStep::before(self)).transpose()?;
         self.optimizer.step(lr_factor)?;
         before.map_or(Ok(()), |before| before.check(self, step, lr_factor))
@@ -414,13 +414,6 @@ pub struct Verdict {
     pub stop: bool,
     /// Whether all ranks have done their part of the save under way.
     pub saved: bool,
-}
-
-impl Verdict {
-    /// Whether the step can be made.
-    pub fn is_finite(&self) -> bool {
-        self.loss.is_finite() && self.grad_norm.is_finite()
-    }
 }
 
 /// Opens a checkpoint that the main rank finds and verifies.

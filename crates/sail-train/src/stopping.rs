@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -78,33 +79,31 @@ impl Stopping {
         }
     }
 
-    /// Whether a file in the folder of a stage that has ended asks for a stop; it is removed.
-    pub(crate) fn takes_file(plan: &Plan) -> bool {
-        let file = plan.run.dir.join(FILE);
-        let is_there = file.exists();
-        if is_there {
-            Reason::File(file).done();
-        }
-        is_there
+    /// Why no stage is to follow that of `plan`, which has ended.
+    pub(crate) fn reason_between(&self, plan: &Plan, is_main: bool) -> Option<Reason> {
+        // `--stop-at` counts steps of a running stage.
+        Self { at_step: None, ..self.clone() }.reason(plan, 0, is_main)
     }
 
     /// What is left of the process's time, once that is too little to go on.
     fn time_left(&self, plan: &Plan) -> Option<Duration> {
-        let own = plan.run.time_limit_secs.map(|secs| self.started + Duration::from_secs(secs));
+        let limit = plan.run.time_limit_secs.map(Duration::from_secs);
+        let own = limit.and_then(|limit| self.started.checked_add(limit));
         let end = [own, self.ends].into_iter().flatten().min()?;
         let left = end.saturating_duration_since(Instant::now());
         (left <= Duration::from_secs(plan.run.time_margin_secs)).then_some(left)
     }
 }
 
-impl Reason {
-    /// The run has saved for this reason: it is not to stop the next one.
-    pub(crate) fn done(&self) {
-        if let Self::File(path) = self
-            && let Err(error) = fs::remove_file(path)
-        {
+/// To be called on the main rank when the run of `plan` has stopped, for whatever reason: a file that asked for it is
+/// not to stop the next one.
+pub(crate) fn remove_file(plan: &Plan) {
+    let path = plan.run.dir.join(FILE);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
             warn!("{} cannot be removed, and will stop the next run as well: {error}", path.display());
         }
+        _ => {}
     }
 }
 

@@ -22,7 +22,7 @@ use crate::schedule::{factor, is_due};
 use crate::session::{Session, Verdict};
 use crate::stage::FreezeTable;
 use crate::step::Step;
-use crate::stopping::{Reason, Stopping};
+use crate::stopping::{Reason, Stopping, remove_file};
 use crate::watchdog::Watchdog;
 use crate::world::World;
 
@@ -96,48 +96,62 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let mut events = Events::open(options.console.clone(), plan, session.place(), world.is_main())?;
     let mut saver = saver_for(&session, &events, resume.as_deref())?.with_lock(lock);
     announce(&session, &events, resume.as_deref())?;
-    if session.step == 0 {
-        evaluate(&session, &mut events)?;
+    let made = steps(&mut session, &mut saver, &mut events, &watchdog, options);
+    if made.is_err() {
+        saver.finish_alone();
     }
-    while session.step < plan.schedule.steps {
+    match made? {
+        Some(step) => Ok(Outcome::Interrupted { step }),
+        None => finish(&session, &mut events).map(|summary| Outcome::Finished(Box::new(summary))),
+    }
+}
+
+/// Makes the steps that are left; where the run was asked to stop, the step after which it did. All are saved.
+fn steps(
+    session: &mut Session,
+    saver: &mut Saver,
+    events: &mut Events,
+    watchdog: &Watchdog,
+    options: &RunOptions,
+) -> Result<Option<u64>> {
+    let last = session.plan.schedule.steps;
+    evaluate_at_start(session, saver, events)?;
+    while session.step < last {
         let started = Instant::now();
         let Some(step) = session.next_step()? else {
-            data_ended(&session, &events)?;
+            data_ended(session, events)?;
             break;
         };
         let loss = session.accumulate(&step)?;
-        let asked = options.stopping.reason(plan, session.step + 1, world.is_main());
+        let asked = options.stopping.reason(&session.plan, session.step + 1, session.world.is_main());
         let verdict = session.agree(&loss, asked.is_some(), saver.is_done())?;
         if verdict.saved {
             saver.advance()?;
         }
+        let mut went_back = false;
         if let Some(trip) = session.judge(&verdict) {
-            let went_back = tripped(&trip, &step, &verdict, &mut session, &mut saver, &mut events)?;
-            if went_back && !verdict.stop {
-                continue;
-            }
+            went_back = tripped(&trip, &step, &verdict, session, saver, events)?;
         } else {
-            let lr_factor = factor(&plan.schedule, session.step);
+            let lr_factor = factor(&session.plan.schedule, session.step);
             session.update(&step, lr_factor)?;
             session.advance(&step)?;
-            events.step(&report(&session, &step, &verdict, lr_factor, started)?);
+            events.step(&report(session, &step, &verdict, lr_factor, started)?);
         }
         watchdog.step_done(session.step, started.elapsed());
 
-        let done = session.step == plan.schedule.steps;
-        if verdict.stop && !done {
-            save_last(&mut saver, &session, &mut events)?;
-            stopped(&session, &events, asked.as_ref());
-            return Ok(Outcome::Interrupted { step: session.step });
+        if verdict.stop && session.step < last {
+            save_last(saver, session, events)?;
+            stopped(session, events, asked.as_ref());
+            return Ok(Some(session.step));
         }
-        if !done {
-            save_if_due(&mut saver, &session)?;
-            evaluate_if_due(&session, &mut saver, &mut events)?;
+        if session.step < last && !went_back {
+            save_if_due(saver, session)?;
+            evaluate_if_due(session, saver, events)?;
         }
         events.saves(&saver.made());
     }
-    save_last(&mut saver, &session, &mut events)?;
-    finish(&session, &mut events).map(|summary| Outcome::Finished(Box::new(summary)))
+    save_last(saver, session, events)?;
+    Ok(None)
 }
 
 /// The data has a length and is used up before the schedule: the stage ends here.
@@ -168,6 +182,16 @@ fn save_if_due(saver: &mut Saver, session: &Session) -> Result<()> {
     Ok(())
 }
 
+/// Before the first step, and where a run resumes at a step that was saved and not evaluated any more.
+fn evaluate_at_start(session: &Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
+    if session.step == 0 {
+        evaluate(session, events)?;
+    } else if session.step < session.plan.schedule.steps && !saver.has_measured(session.step)? {
+        evaluate_if_due(session, saver, events)?;
+    }
+    Ok(())
+}
+
 fn evaluate_if_due(session: &Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
     if session.plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step)) {
         // It takes its time: what is being saved should be safe before.
@@ -186,14 +210,14 @@ fn save_last(saver: &mut Saver, session: &Session, events: &mut Events) -> Resul
     Ok(())
 }
 
-fn stopped(session: &Session, events: &Events, asked: Option<&Reason>) {
+fn stopped(session: &Session, events: &mut Events, asked: Option<&Reason>) {
     events.close();
     let reason = asked.map_or("another rank was asked to".to_owned(), ToString::to_string);
     let (name, step) = (&session.plan.run.name, session.step);
     events
         .note(format!("{name}: saved at step {step} and stopped, since {reason}; the same command resumes"));
-    if let Some(reason) = asked {
-        reason.done();
+    if session.world.is_main() {
+        remove_file(&session.plan);
     }
 }
 
@@ -221,7 +245,7 @@ fn tripped(
     let replay = format!("sail-train replay --run {dir} --step {number}");
     match trip.action {
         GuardAction::Stop => {
-            events.trip(&record, format!("{name}: {what}; saving as it was before"))?;
+            events.trip(&record, format!("{name}: {what}; saving as it was before"));
             session.optimizer.discard();
             saver.save_last(session.step, |old| session.give_back(session.snapshot(old)?))?;
             events.saves(&saver.made());
@@ -230,7 +254,7 @@ fn tripped(
             Err(Error::Tripped { what, samples, replay })
         }
         GuardAction::Skip => {
-            events.trip(&record, format!("{name}: {what}; skipped; `{replay}` shows more"))?;
+            events.trip(&record, format!("{name}: {what}; skipped; `{replay}` shows more"));
             session.skip()?;
             Ok(false)
         }
@@ -242,8 +266,8 @@ fn tripped(
                 "{name}: {what}; back to step {to}, with the data that follows; `{replay}` shows more"
             );
             session.roll_back(snapshot)?;
-            events.trip(&record, said)?;
-            events.back_to(to)?;
+            events.trip(&record, said);
+            events.back_to(to);
             Ok(true)
         }
     }

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
+use crate::processes::Job;
 use crate::{run, sail_train, under, weights_file};
 
 const STAGES: [&str; 3] = ["runs/tiny/stage1", "runs/tiny/stage2", "runs/tiny/stage3"];
@@ -111,4 +112,21 @@ fn a_signal_saves_and_exits_with_3() {
         assert_eq!(child.wait().unwrap().code(), Some(3), "{signal}");
         assert!(weights_file(&dir.path().join(STAGES[0])).exists(), "{signal}");
     }
+}
+
+/// A checkpoint is written while the next step is made, and complete after it at the earliest.
+#[test]
+fn saving_goes_on_behind_training() {
+    let job = Job::new(&["schedule.steps=8", "checkpoint.every=3"]);
+    job.run(job.launch(2), 0);
+    let text = std::fs::read_to_string(job.run_dir().join("metrics.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let place = |kind: &str, step: u64| {
+        lines.iter().position(|line| line["kind"] == kind && line["step"] == step).expect("it is recorded")
+    };
+    for step in [3, 6] {
+        assert!(place("checkpoint", step) > place("train", step + 1), "{text}");
+    }
+    assert!(place("checkpoint", 8) > place("train", 8), "the last one is waited for");
 }

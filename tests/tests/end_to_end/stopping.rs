@@ -51,7 +51,12 @@ fn by_limit(ranks: usize) {
     let started = Instant::now();
     let said = job.run(command(&job, ranks), 3);
     assert!(started.elapsed() > Duration::from_secs(4), "{said}");
-    assert_goes_on(&mut job, ranks, &said, if ranks == 1 { "s are left of its time" } else { "" });
+    assert_goes_on(
+        &mut job,
+        ranks,
+        &said,
+        if ranks == 1 { "s are left of its time" } else { "and stopped, since" },
+    );
 }
 
 fn by_slurm(ranks: usize) {
@@ -60,7 +65,12 @@ fn by_slurm(ranks: usize) {
     let mut limited = command(&job, ranks);
     limited.env("SLURM_JOB_END_TIME", (now + 6).to_string());
     let said = job.run(limited, 3);
-    assert_goes_on(&mut job, ranks, &said, if ranks == 1 { "s are left of its time" } else { "" });
+    assert_goes_on(
+        &mut job,
+        ranks,
+        &said,
+        if ranks == 1 { "s are left of its time" } else { "and stopped, since" },
+    );
 }
 
 #[test]
@@ -96,7 +106,7 @@ fn a_file_at_the_end_of_a_stage_keeps_the_next_one_from_starting() {
     fs::create_dir_all(stage(1)).unwrap();
     fs::write(stage(1).join("stop"), "").unwrap();
     let said = stderr(&run(&args, 3));
-    assert!(said.contains("tiny-stage1: finished; a file asked to stop there"), "{said}");
+    assert!(said.contains("tiny-stage1: finished, and stopped there, since `"), "{said}");
     assert!(stage(1).join("summary.json").exists() && !stage(1).join("stop").exists());
     assert!(!stage(2).exists());
     assert_eq!(sail_train(&args).output().unwrap().status.code(), Some(0));

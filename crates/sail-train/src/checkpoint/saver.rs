@@ -115,6 +115,24 @@ impl Saver {
         self.held_out.insert(step, loss);
     }
 
+    /// Whether the main rank knows of a held-out loss after `step`.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn has_measured(&self, step: u64) -> Result<bool> {
+        self.world.from_main(|| Ok(self.held_out.contains_key(&step)))
+    }
+
+    /// Where the run ends with an error of its own: what is under way is waited for, in a process alone. Among ranks
+    /// the others may not come.
+    pub fn finish_alone(&mut self) {
+        if self.world.size() == 1
+            && let Err(error) = self.finish()
+        {
+            warn!("{error}");
+        }
+    }
+
     /// The same in a folder that the main rank has taken: nothing is saved into one that took its place.
     #[must_use]
     pub fn with_lock(self, lock: Option<RunLock>) -> Self {
@@ -136,7 +154,7 @@ impl Saver {
         Ok(self.newest.insert(take(old)?))
     }
 
-    /// Takes note that the run has left the course of its newest checkpoint: it may stand at the same step again
+    /// Takes note that the run leaves its course for that of the newest snapshot: it may stand at the same step again
     /// with other data before it. What is under way is waited for. Every rank makes the same call.
     ///
     /// # Errors
@@ -144,6 +162,8 @@ impl Saver {
     pub fn leave(&mut self) -> Result<()> {
         self.finish()?;
         self.saved = None;
+        let to = self.newest.as_ref().map_or(0, |snapshot| snapshot.state.step);
+        self.held_out.retain(|step, _| *step <= to);
         Ok(())
     }
 
@@ -153,13 +173,15 @@ impl Saver {
     /// # Errors
     /// Those of `take` and of c10d; a failed save when it is one too many.
     pub fn begin(&mut self, step: u64, take: impl FnOnce(Vec<Piece>) -> Result<Snapshot>) -> Result<()> {
-        let begun = Instant::now();
+        let started = Instant::now();
         self.finish()?;
         if self.saved == Some(step) {
             return Ok(());
         }
+        let begun = Instant::now();
         let snapshot = self.hold(take)?;
         let (pieces, frozen) = (snapshot.pieces(), snapshot.frozen_check.clone());
+        let first_trained = snapshot.frozen.len();
         let bytes = pieces.iter().map(|piece| 4 * piece.tensor.numel() as u64).sum();
         let prepared = || check(self.lock.as_deref()).and_then(|()| prepare(&self.run_dir, step));
         if let Err(failure) = self.world.from_main(|| Ok(prepared().map_err(Failure::from)))? {
@@ -168,10 +190,10 @@ impl Saver {
         let (dir, rank) = (partial(&self.run_dir, step), self.world.rank());
         let part = Part::Tensors(spawn(move || {
             frozen.check()?;
-            check_finite(step, &pieces)?;
+            check_finite(step, &pieces[first_trained..])?;
             write_pieces(&dir, pieces, rank)
         })?);
-        self.under_way = Some(UnderWay { step, part, bytes, begun, blocked: begun.elapsed() });
+        self.under_way = Some(UnderWay { step, part, bytes, begun, blocked: started.elapsed() });
         Ok(())
     }
 
@@ -246,7 +268,7 @@ impl Saver {
     pub fn finish(&mut self) -> Result<()> {
         let (mut pause, started) = (SHORT, Instant::now());
         while let Some(save) = &self.under_way {
-            let (step, done) = (save.step, f64::from(self.is_done()));
+            let (step, done) = (save.step, f64::from(save.part.is_done()));
             self.world.doing(step, "waiting for a checkpoint to be written");
             let all = self.world.gather_numbers(&[done])?;
             let waiting = all.iter().enumerate().filter(|(_, done)| done[0] == 0.0);
@@ -266,6 +288,9 @@ impl Saver {
                 return Err(Error::checkpoint(&self.run_dir, reason));
             }
             thread::sleep(pause);
+            if let Some(save) = &mut self.under_way {
+                save.blocked += pause;
+            }
             pause = (2 * pause).min(LONG);
         }
         Ok(())
@@ -281,10 +306,18 @@ impl Saver {
             let failure = Failure::from(error);
             Failure { reason: format!("rank {rank}: {}", failure.reason), ..failure }
         });
-        let written = match self.world.gather(&own)?.into_iter().collect::<Outcome<Vec<Written>>>() {
-            Ok(written) => written,
-            Err(failure) => return Ok(Err(failure)),
-        };
+        let (mut written, mut failures) = (Vec::new(), Vec::new());
+        for rank in self.world.gather::<Outcome<Written>>(&own)? {
+            match rank {
+                Ok(own) => written.push(own),
+                Err(failure) => failures.push(failure),
+            }
+        }
+        // What is spoilt on one rank matters more than a disk of another.
+        failures.sort_by_key(|failure| !failure.spoilt);
+        if let Some(failure) = failures.into_iter().next() {
+            return Ok(Err(failure));
+        }
         let Some(snapshot) = self.newest.as_ref().filter(|_| self.world.is_main()) else {
             return Ok(Ok(None));
         };

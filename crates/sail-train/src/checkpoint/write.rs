@@ -8,6 +8,8 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use sail_model::weights;
 use serde::{Deserialize, Serialize};
 
@@ -102,9 +104,25 @@ pub(super) fn seal(
     write_bytes(&dir.join(COMPLETE), format!("{:08x}\n", sealed.crc32).as_bytes())?;
     sync(&dir)?;
     let target = run_dir.join(super::folder_name(state.step));
-    remove_if_there(&target)?;
+    if target.exists() {
+        return replace(&dir, &target).and_then(|()| sync(run_dir));
+    }
     fs::rename(&dir, &target).map_err(Error::io(&target))?;
     sync(run_dir)
+}
+
+/// Puts `new` in the place of `old` so that one of them is there at any moment.
+fn replace(new: &Path, old: &Path) -> Result<()> {
+    match renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE) {
+        // Under the name of what is not complete yet, the old one is in nobody's way.
+        Ok(()) => remove_if_there(new),
+        // File systems over a network do not exchange.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            remove_if_there(old)?;
+            fs::rename(new, old).map_err(Error::io(old))
+        }
+        Err(error) => Err(Error::io(old)(error.into())),
+    }
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<FileRecord> {
@@ -144,5 +162,24 @@ pub(super) fn remove_if_there(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir)(error)),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kill between the removal of a checkpoint and the renaming of its successor lost both.
+    #[test]
+    fn a_checkpoint_of_the_same_step_is_replaced_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let [new, old] = ["new", "old"].map(|name| dir.path().join(name));
+        for (path, text) in [(&new, "new"), (&old, "old")] {
+            fs::create_dir(path).unwrap();
+            fs::write(path.join("text"), text).unwrap();
+        }
+        replace(&new, &old).unwrap();
+        assert_eq!(fs::read_to_string(old.join("text")).unwrap(), "new");
+        assert!(!new.exists());
     }
 }

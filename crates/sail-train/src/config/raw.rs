@@ -73,7 +73,7 @@ pub(super) struct RawRunSection {
     /// How long the process may run, seconds: the run saves and stops with exit code 3 before. Default: until the end
     /// of a Slurm job (`SLURM_JOB_END_TIME`), elsewhere for ever.
     pub(super) time_limit_secs: Option<u64>,
-    /// How long before that end, seconds; a step and a save must fit into it. Default: 300.
+    /// How long before that end, seconds; the longest evaluation, a step and a save must fit into it. Default: 300.
     pub(super) time_margin_secs: u64,
 }
 
@@ -270,7 +270,7 @@ pub(super) struct RawCheckpoint {
     pub(super) every: Option<u64>,
     /// How many of the newest are kept, at least 1. Default: 2.
     pub(super) keep_last: usize,
-    /// Those of every multiple of this step are kept as well. Default: none.
+    /// Those of every multiple of this step are kept as well; a multiple of `every`. Default: none.
     pub(super) keep_every: Option<u64>,
     /// This many with the lowest held-out loss are kept as well, of those whose step was evaluated. Default: none.
     pub(super) keep_best: Option<usize>,

@@ -77,17 +77,37 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
         eval: wanted(eval)?,
         export: wanted(export)?,
     };
-    if plan.checkpoint.keep_best.is_some() && plan.eval.as_ref().is_none_or(|eval| eval.every.is_none()) {
-        checker.invalid_with_hint(
-            "checkpoint.keep_best",
-            "needs held-out losses of steps that are saved",
-            "give `eval.every`, best a multiple or a divisor of `checkpoint.every`",
-        );
-    }
+    keep_rules(checker, &plan);
     if plan.init.as_ref().is_some_and(|init| init.from == plan.run.dir) {
         checker.invalid("init.from", "is this run's own folder, `run.dir`");
     }
     Some(plan)
+}
+
+/// Rules for keeping checkpoints that would find none to keep.
+fn keep_rules(checker: &mut Checker<'_>, plan: &Plan) {
+    let CheckpointPlan { every, keep_every, keep_best, .. } = plan.checkpoint;
+    let divides = |a: u64, b: u64| a > 0 && b.is_multiple_of(a);
+    // 0 is a fault of its own.
+    if let Some(keep_every) = keep_every.filter(|steps| *steps > 0)
+        && !every.is_some_and(|every| divides(every, keep_every))
+    {
+        checker.invalid_with_hint(
+            "checkpoint.keep_every",
+            format!("is not a multiple of `checkpoint.every`, found {keep_every}"),
+            "only steps that are saved can be kept",
+        );
+    }
+    let evaluates = plan.eval.as_ref().and_then(|eval| eval.every);
+    let meets =
+        every.zip(evaluates).is_some_and(|(every, eval)| divides(every, eval) || divides(eval, every));
+    if keep_best.is_some_and(|count| count > 0) && !meets {
+        checker.invalid_with_hint(
+            "checkpoint.keep_best",
+            "needs held-out losses of steps that are saved",
+            "give `checkpoint.every` and `eval.every`, one a multiple of the other",
+        );
+    }
 }
 
 /// A section that is not wanted is fine; one that is wanted and failed is not.

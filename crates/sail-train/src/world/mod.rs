@@ -176,10 +176,7 @@ impl World {
 
     /// How long the host has waited for works of the groups so far.
     pub(crate) fn waited(&self) -> Duration {
-        self.ranks.as_ref().map_or(Duration::ZERO, |ranks| {
-            let shared = Arc::ptr_eq(&ranks.host, &ranks.device);
-            ranks.host.waited() + if shared { Duration::ZERO } else { ranks.device.waited() }
-        })
+        self.ranks.as_ref().map_or(Duration::ZERO, |ranks| ranks.host.waited() + ranks.device.waited())
     }
 
     /// How long the others may be behind from now on.

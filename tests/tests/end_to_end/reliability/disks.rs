@@ -104,6 +104,11 @@ fn survives(what: &str, course: Course, ranks: usize, words: &str, prepare: Prep
     if course == GoesOn {
         all_end(&mut process, Instant::now(), WITHIN);
         assert_eq!(process[0].code(), 0, "{what}: {}", process[0].said());
+        let text = std::fs::read_to_string(faulty.run_dir().join("metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let saved =
+            lines.filter(|line| line["kind"] == "checkpoint").filter_map(|line| line["step"].as_u64());
+        assert!(saved.filter(|saved| (step + 1..32).contains(saved)).count() > 0, "{what}: saved again");
     } else {
         let said = faulty.run(command(&faulty), 0);
         assert!(said.contains(&format!("resumes after step {step}")), "{what}: {said}");

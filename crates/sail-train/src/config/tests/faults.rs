@@ -675,12 +675,17 @@ fn guards_and_times_that_make_no_sense() {
     ");
 }
 
-/// The best are kept by held-out losses, of which a run without evaluations has none.
+/// The best are kept by held-out losses, of which a run without evaluations has none; and only saved steps are kept.
 #[test]
-fn the_best_of_what_is_not_measured() {
-    insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60 }\ncheckpoint: { keep_best: 2 }")]), @r"
+fn checkpoints_that_can_never_be_kept() {
+    let keep = "{ steps: 60 }\ncheckpoint: { every: 10, keep_best: 2, keep_every: 25 }";
+    insta::assert_snapshot!(faults(&[("{ steps: 60 }", keep)]), @r"
+    error: `checkpoint.keep_every`: is not a multiple of `checkpoint.every`, found 25
+      --> stage.yaml:10
+      hint: only steps that are saved can be kept
+
     error: `checkpoint.keep_best`: needs held-out losses of steps that are saved
       --> stage.yaml:10
-      hint: give `eval.every`, best a multiple or a divisor of `checkpoint.every`
+      hint: give `checkpoint.every` and `eval.every`, one a multiple of the other
     ");
 }
