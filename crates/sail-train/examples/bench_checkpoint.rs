@@ -10,7 +10,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use sail_data::Position;
@@ -54,17 +55,12 @@ fn main() -> Result<(), Error> {
     let world = Arc::new(World::alone());
     let mut saver = Saver::new(plan.run.dir.clone(), plan.checkpoint.clone(), &world, None);
     let mut step = 0;
-    let take = |step: u64, old: Vec<Piece>| -> Result<Snapshot, Error> {
-        let shape = [numel];
-        let pieces = state.iter().flat_map(|(name, tensors)| {
-            StateKind::ALL.into_iter().zip(tensors).map(|(kind, tensor)| StatePiece {
-                name,
-                kind,
-                shape: &shape,
-                elements: 0..numel,
-                tensor: tensor.shallow_clone(),
-            })
-        });
+    let shape = [numel];
+    let pieces = || pieces_of(&state, &shape);
+    // As at the start of a stage that saves on the way: while its first steps are made.
+    saver.reserve(&pieces())?;
+    thread::sleep(Duration::from_secs(10));
+    let take = |step: u64, old: Vec<Tensor>| -> Result<Snapshot, Error> {
         let nothing = sail_model::params::Params::new();
         Ok(Snapshot {
             state: RunState {
@@ -76,7 +72,7 @@ fn main() -> Result<(), Error> {
                 init: None,
                 plan: (*plan).clone(),
             },
-            trained: Piece::copies(pieces.collect(), old)?,
+            trained: Piece::copies(pieces(), old)?,
             frozen: Vec::new(),
             untouched: BTreeMap::new(),
             frozen_check: Arc::new(Fingerprints::new(&nothing)).frozen_check(&nothing, &plan.train)?,
@@ -117,6 +113,18 @@ fn main() -> Result<(), Error> {
     }
     fs::remove_dir_all(&plan.run.dir).expect("the folder is ours");
     Ok(())
+}
+
+/// The state as an optimizer gives it.
+fn pieces_of<'a>(state: &'a [(String, Vec<Tensor>)], shape: &'a [i64]) -> Vec<StatePiece<'a>> {
+    let mut pieces = Vec::new();
+    for (name, tensors) in state {
+        for (kind, tensor) in StateKind::ALL.into_iter().zip(tensors) {
+            let (elements, tensor) = (0..shape[0], tensor.shallow_clone());
+            pieces.push(StatePiece { name, kind, shape, elements, tensor });
+        }
+    }
+    pieces
 }
 
 fn dd(dir: &Path, bytes: i64) -> f64 {

@@ -344,12 +344,12 @@ impl Session {
         Ok(Share::all(self.world.gather(&own)?).coverage)
     }
 
-    /// This rank's part of the state of this moment, copied into the memory of an `old` one where that fits. Every
+    /// This rank's part of the state of this moment, copied into the memory of `old` tensors where that fits. Every
     /// rank makes the same call.
     ///
     /// # Errors
     /// Those of libtorch and of c10d.
-    pub fn snapshot(&self, old: Vec<Piece>) -> Result<Snapshot> {
+    pub fn snapshot(&self, old: Vec<Tensor>) -> Result<Snapshot> {
         self.optimizer.settle()?;
         let trained: BTreeSet<&str> = self.optimizer.names().collect();
         let mut frozen = Vec::new();

@@ -171,6 +171,8 @@ fn saver_for(session: &Session, events: &Events, resume: Option<&Checkpoint>) ->
     }
     if guard.rolls_back() {
         saver.hold(|old| session.snapshot(old))?;
+    } else if checkpoint.every.is_some() {
+        saver.reserve(&session.optimizer.state()?)?;
     }
     Ok(saver)
 }

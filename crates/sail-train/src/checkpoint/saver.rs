@@ -12,15 +12,16 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, Tensor};
 use tracing::warn;
 
 use super::retention::retain;
-use super::snapshot::{Piece, Snapshot};
+use super::snapshot::{Piece, Snapshot, host_memory};
 use super::write::{Written, partial, prepare, remove_if_there, seal, write_pieces};
 use crate::config::CheckpointPlan;
 use crate::error::{Error, Result};
 use crate::lock::RunLock;
+use crate::optim::StatePiece;
 use crate::world::World;
 
 /// Between two looks whether all ranks are done.
@@ -48,6 +49,8 @@ pub struct Saver {
     /// Of the folder, on the main rank.
     lock: Option<Arc<RunLock>>,
     newest: Option<Snapshot>,
+    /// Memory for the first one.
+    reserved: Option<JoinHandle<Result<Vec<Tensor>>>>,
     under_way: Option<UnderWay>,
     /// Saves that failed since one did not.
     failures: u32,
@@ -102,6 +105,7 @@ impl Saver {
             world,
             lock: None,
             newest: None,
+            reserved: None,
             under_way: None,
             failures: 0,
             saved: resumed,
@@ -144,14 +148,33 @@ impl Saver {
         self.newest.as_ref()
     }
 
+    /// Begins to make memory for copies of `state` on a thread, so that the first save does not wait for it.
+    ///
+    /// # Errors
+    /// When there is no thread for it.
+    pub fn reserve(&mut self, state: &[StatePiece<'_>]) -> Result<()> {
+        let sizes: Vec<(i64, Device)> =
+            state.iter().map(|piece| (piece.tensor.numel() as i64, piece.tensor.device())).collect();
+        let thread = spawn(move || {
+            let touched = |(numel, device)| Ok(host_memory(numel, device)?.f_zero_()?);
+            sizes.into_iter().map(touched).collect()
+        })?;
+        self.reserved = Some(thread);
+        Ok(())
+    }
+
     /// Takes a snapshot without saving it. Every rank makes the same call.
     ///
     /// # Errors
     /// Those of `take`.
-    pub fn hold(&mut self, take: impl FnOnce(Vec<Piece>) -> Result<Snapshot>) -> Result<&Snapshot> {
-        // The older one's memory is used again; its writer has to be done with it.
-        let old = self.newest.take().map(|old| old.trained).unwrap_or_default();
-        Ok(self.newest.insert(take(old)?))
+    pub fn hold(&mut self, take: impl FnOnce(Vec<Tensor>) -> Result<Snapshot>) -> Result<&Snapshot> {
+        let memory = match (self.newest.take(), self.reserved.take()) {
+            // The older one's memory is used again; its writer is done with it.
+            (Some(old), _) => old.trained.into_iter().map(|piece| piece.tensor).collect(),
+            (None, Some(thread)) => joined(thread)?,
+            (None, None) => Vec::new(),
+        };
+        Ok(self.newest.insert(take(memory)?))
     }
 
     /// Takes note that the run leaves its course for that of the newest snapshot: it may stand at the same step again
@@ -172,7 +195,7 @@ impl Saver {
     ///
     /// # Errors
     /// Those of `take` and of c10d; a failed save when it is one too many.
-    pub fn begin(&mut self, step: u64, take: impl FnOnce(Vec<Piece>) -> Result<Snapshot>) -> Result<()> {
+    pub fn begin(&mut self, step: u64, take: impl FnOnce(Vec<Tensor>) -> Result<Snapshot>) -> Result<()> {
         let started = Instant::now();
         self.finish()?;
         if self.saved == Some(step) {
@@ -201,7 +224,7 @@ impl Saver {
     ///
     /// # Errors
     /// Those of [`Saver::begin`]; when it could not be saved.
-    pub fn save_last(&mut self, step: u64, take: impl FnOnce(Vec<Piece>) -> Result<Snapshot>) -> Result<()> {
+    pub fn save_last(&mut self, step: u64, take: impl FnOnce(Vec<Tensor>) -> Result<Snapshot>) -> Result<()> {
         self.finish()?;
         // There is no later one to rely on.
         self.plan.max_failures = 0;

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use tch::{Device, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::{RunState, Untouched};
 use crate::config::Module;
@@ -55,18 +55,18 @@ impl Piece {
         }
     }
 
-    /// Copies of what is trained, in the memory of `old` ones of the same shapes where there are any: touching
-    /// new memory takes longer than copying.
+    /// Copies of what is trained, in the memory of `old` tensors where these are as large: touching new memory takes
+    /// longer than copying.
     ///
     /// # Errors
     /// Those of libtorch, when memory runs out.
-    pub fn copies(state: Vec<StatePiece<'_>>, old: Vec<Self>) -> Result<Vec<Self>> {
-        let mut old = old.into_iter().map(|piece| piece.tensor);
+    pub fn copies(state: Vec<StatePiece<'_>>, old: Vec<Tensor>) -> Result<Vec<Self>> {
+        let mut old = old.into_iter();
         let copy = |StatePiece { name, kind, shape, elements, tensor }| {
             let fits = |old: &Tensor| old.numel() == tensor.numel();
             let mut memory = match old.next().filter(fits) {
                 Some(memory) => memory,
-                None => host_memory(&tensor)?,
+                None => host_memory(tensor.numel() as i64, tensor.device())?,
             };
             no_grad(|| memory.f_copy_(&tensor))?;
             Ok(Self { name: name.to_owned(), kind, shape: shape.to_vec(), elements, tensor: memory })
@@ -75,11 +75,11 @@ impl Piece {
     }
 }
 
-/// Memory of the host for a copy of a flat tensor; pinned where it comes from a GPU.
-fn host_memory(like: &Tensor) -> Result<Tensor> {
-    let memory = Tensor::f_empty([like.numel() as i64], (like.kind(), Device::Cpu))?;
-    Ok(match like.device() {
-        device @ Device::Cuda(_) => memory.f_pin_memory(device)?,
+/// Memory of the host for a copy of so many fp32 values; pinned where they come from a GPU.
+pub(super) fn host_memory(numel: i64, from: Device) -> Result<Tensor> {
+    let memory = Tensor::f_empty([numel], (Kind::Float, Device::Cpu))?;
+    Ok(match from {
+        Device::Cuda(_) => memory.f_pin_memory(from)?,
         _ => memory,
     })
 }
