@@ -10,9 +10,10 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::{INDEX, SINGLE, file_error, read_json};
 use crate::error::{Error, Result};
@@ -20,6 +21,10 @@ use crate::params::CHUNK;
 
 /// Bytes that say how long the header is.
 const LENGTH_BYTES: u64 = 8;
+
+/// Elements that are read at once: their bytes are still in the core's cache when they are copied, and so few
+/// that libtorch does not share out the copy.
+const READ: i64 = 1 << 15;
 
 /// The tensors of a folder or file.
 #[derive(Debug)]
@@ -82,7 +87,8 @@ impl Shards {
     }
 
     /// Copies a run of a tensor's elements, in row-major order, into the flat tensor `target` of as many,
-    /// converting them to its type. At most 2^20 elements are in memory besides it.
+    /// converting them to its type. Large ones are read on several threads; at most 2^15 elements on each are in
+    /// memory besides it.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], and [`Error::File`] for elements that are not there, a type that is not
@@ -179,15 +185,22 @@ impl Shard {
                 return Err(fail(format!("tensor `{name}` is {other}; F32, F16 and BF16 can be read")));
             }
         };
-        let mut offset = self.data_start + *start as u64 + elements.start as u64 * size;
-        for mut chunk in target.f_split(CHUNK, 0)? {
-            let mut bytes = vec![0; chunk.numel() * size as usize];
-            self.file
-                .read_exact_at(&mut bytes, offset)
-                .map_err(|error| fail(format!("tensor `{name}`: {error}")))?;
-            offset += bytes.len() as u64;
-            chunk.f_copy_(&Tensor::f_from_data_size(&bytes, &chunk.size(), kind)?)?;
-        }
-        Ok(())
+        let start = self.data_start + *start as u64 + elements.start as u64 * size;
+        let read = |(i, part): (usize, Tensor)| -> Result<()> {
+            let mut offset = start + i as u64 * CHUNK as u64 * size;
+            let mut bytes = vec![0; size as usize * part.numel().min(READ as usize)];
+            for mut chunk in part.f_split(READ, 0)? {
+                let bytes = &mut bytes[..chunk.numel() * size as usize];
+                self.file
+                    .read_exact_at(bytes, offset)
+                    .map_err(|error| fail(format!("tensor `{name}`: {error}")))?;
+                offset += bytes.len() as u64;
+                let read = Tensor::f_from_data_size(bytes, &chunk.size(), kind)?;
+                // Gradients are off by thread.
+                no_grad(|| chunk.f_copy_(&read))?;
+            }
+            Ok(())
+        };
+        target.f_split(CHUNK, 0)?.into_par_iter().enumerate().try_for_each(read)
     }
 }

@@ -5,9 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use sail_model::weights;
@@ -20,6 +22,12 @@ use crate::error::{Error, Result};
 
 /// How the names of folders begin that are no checkpoints yet.
 const PARTIAL: &str = ".tmp-step-";
+
+/// Bytes of a file that one thread hashes in one go.
+const RANGE: u64 = 64 << 20;
+
+/// Bytes that are read at once: they are still in the core's cache when they are hashed.
+const READ: usize = 256 << 10;
 
 /// What a rank has written.
 #[derive(Serialize, Deserialize)]
@@ -140,18 +148,32 @@ fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Size and CRC-32 of a file.
 pub(crate) fn checksum(path: &Path) -> Result<FileRecord> {
-    let mut file = File::open(path).map_err(Error::io(path))?;
-    let mut hasher = crc32fast::Hasher::new();
-    let mut buffer = vec![0; 1 << 20];
-    let mut bytes = 0;
-    loop {
-        let n = file.read(&mut buffer).map_err(Error::io(path))?;
-        if n == 0 {
-            return Ok(FileRecord { bytes, crc32: hasher.finalize() });
+    checksum_by(path, RANGE).map_err(Error::io(path))
+}
+
+/// The same by ranges of so many bytes, on several threads: one that hashes keeps no other from reading.
+fn checksum_by(path: &Path, range: u64) -> io::Result<FileRecord> {
+    let bytes = fs::metadata(path)?.len();
+    let hash = |i: u64| {
+        // Opened for each, since the system reads ahead by open file.
+        let file = File::open(path)?;
+        let (mut at, end) = (i * range, bytes.min((i + 1) * range));
+        let mut hasher = crc32fast::Hasher::new();
+        let mut buffer = vec![0; READ.min((end - at) as usize)];
+        while at < end {
+            let part = READ.min((end - at) as usize);
+            file.read_exact_at(&mut buffer[..part], at)?;
+            hasher.update(&buffer[..part]);
+            at += part as u64;
         }
-        hasher.update(&buffer[..n]);
-        bytes += n as u64;
+        Ok(hasher)
+    };
+    let hashers: io::Result<Vec<_>> = (0..bytes.div_ceil(range)).into_par_iter().map(hash).collect();
+    let mut whole = crc32fast::Hasher::new();
+    for hasher in &hashers? {
+        whole.combine(hasher);
     }
+    Ok(FileRecord { bytes, crc32: whole.finalize() })
 }
 
 fn sync(path: &Path) -> Result<()> {
@@ -168,6 +190,23 @@ pub(super) fn remove_if_there(dir: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_checksum_by_ranges_is_that_of_the_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bytes");
+        let bytes: Vec<u8> =
+            (0..3 * READ as u32 + 11).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let range = READ + 3;
+        for size in [0, 1, READ, range - 1, range, range + 1, 2 * range, bytes.len()] {
+            fs::write(&path, &bytes[..size]).unwrap();
+            let expected = crc32fast::hash(&bytes[..size]);
+            for range in [range as u64, 2 * range as u64, RANGE] {
+                let found = checksum_by(&path, range).unwrap();
+                assert_eq!((found.bytes, found.crc32), (size as u64, expected), "{size} by {range}");
+            }
+        }
+    }
 
     /// A kill between the removal of a checkpoint and the renaming of its successor lost both.
     #[test]
