@@ -45,10 +45,8 @@ fn jump(secs: &str) {
     all_end(&mut process, Instant::now(), Duration::from_secs(60));
     let said = process[0].said();
     assert_eq!(process[0].code(), 0, "{said}");
-    assert_eq!(
-        said.matches("the clock jumps").count(),
-        3,
-        "the launcher and both ranks have seen it: {said}"
-    );
+    for rank in 0..2 {
+        assert!(said.contains(&format!("[rank {rank}] the clock jumps")), "{said}");
+    }
     assert_nothing_lost(secs, &jumped, &straight);
 }
