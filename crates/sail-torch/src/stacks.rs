@@ -319,7 +319,7 @@ mod tests {
         for (path, short) in [
             ("/rustc/5980/library/std/src/sync/mpsc.rs", "std/src/sync/mpsc.rs"),
             ("/root/.cargo/registry/src/index-19/mio-1.2.5/src/poll.rs", "mio-1.2.5/src/poll.rs"),
-            ("/work/crates/sail-torch/csrc/group.cpp", "sail-torch/csrc/group.cpp"),
+            ("/build/crates/sail-torch/csrc/group.cpp", "sail-torch/csrc/group.cpp"),
             ("./nptl/pthread_create.c", "./nptl/pthread_create.c"),
             ("src/main.rs", "src/main.rs"),
         ] {

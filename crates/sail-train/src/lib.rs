@@ -49,6 +49,7 @@ pub mod session;
 pub mod stage;
 pub mod step;
 pub mod stopping;
+mod threads;
 pub mod train_loop;
 pub mod trained;
 mod watchdog;

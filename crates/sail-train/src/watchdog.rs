@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,9 @@ use sail_torch::ThreadStack;
 use tracing::warn;
 
 use crate::config::WatchdogPlan;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::events::Console;
+use crate::threads::{lock, spawn};
 use crate::world::{Doing, World, host_name, tell_of_end, within};
 
 /// Of the thread; its own stack is of no interest.
@@ -70,10 +71,7 @@ impl Watchdog {
         let watch =
             Watch { shared: Arc::clone(&shared), world: Arc::downgrade(world), console: console.clone() };
         let judge = Judge::new(plan);
-        let thread = thread::Builder::new().name(NAME.to_owned());
-        let thread = thread
-            .spawn(move || watch.keep_watching(judge))
-            .map_err(|source| Error::Io { path: "thread".into(), source })?;
+        let thread = spawn(NAME, move || watch.keep_watching(judge))?;
         Ok(Self { shared, thread: thread.thread().clone() })
     }
 
@@ -97,7 +95,7 @@ impl Drop for Watchdog {
 
 impl Shared {
     fn usual(&self) -> MutexGuard<'_, Usual> {
-        self.usual.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.usual)
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! A save has two parts: every rank writes its tensors, then the main rank makes the folder a checkpoint and removes
 //! older ones. Each part runs on a thread; the ranks go from one to the next together, at a step's one host read, so
-//! that no collective waits for a disk. Used by the train loop.
+//! that no collective waits for tensors to be written. Used by the train loop.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,14 +16,17 @@ use tch::{Device, Tensor};
 use tracing::warn;
 
 use super::retention::retain;
-use super::snapshot::{Piece, Snapshot, host_memory};
+use super::snapshot::{Snapshot, host_memory};
 use super::write::{Written, partial, prepare, remove_if_there, seal, write_pieces};
 use crate::config::CheckpointPlan;
 use crate::error::{Error, Result};
 use crate::lock::RunLock;
 use crate::optim::StatePiece;
+use crate::threads::spawn;
 use crate::world::World;
 
+/// Of the threads that write.
+const THREAD: &str = "sail-save";
 /// Between two looks whether all ranks are done.
 const SHORT: Duration = Duration::from_millis(2);
 const LONG: Duration = Duration::from_millis(100);
@@ -155,7 +158,7 @@ impl Saver {
     pub fn reserve(&mut self, state: &[StatePiece<'_>]) -> Result<()> {
         let sizes: Vec<(i64, Device)> =
             state.iter().map(|piece| (piece.tensor.numel() as i64, piece.tensor.device())).collect();
-        let thread = spawn(move || {
+        let thread = spawn(THREAD, move || {
             let touched = |(numel, device)| Ok(host_memory(numel, device)?.f_zero_()?);
             sizes.into_iter().map(touched).collect()
         })?;
@@ -204,17 +207,15 @@ impl Saver {
         let begun = Instant::now();
         let snapshot = self.hold(take)?;
         let (pieces, frozen) = (snapshot.pieces(), snapshot.frozen_check.clone());
-        let first_trained = snapshot.frozen.len();
         let bytes = pieces.iter().map(|piece| 4 * piece.tensor.numel() as u64).sum();
         let prepared = || check(self.lock.as_deref()).and_then(|()| prepare(&self.run_dir, step));
         if let Err(failure) = self.world.from_main(|| Ok(prepared().map_err(Failure::from)))? {
             return self.failed(step, failure);
         }
         let (dir, rank) = (partial(&self.run_dir, step), self.world.rank());
-        let part = Part::Tensors(spawn(move || {
+        let part = Part::Tensors(spawn(THREAD, move || {
             frozen.check()?;
-            check_finite(step, &pieces[first_trained..])?;
-            write_pieces(&dir, pieces, rank)
+            write_pieces(&dir, step, pieces, rank)
         })?);
         self.under_way = Some(UnderWay { step, part, bytes, begun, blocked: started.elapsed() });
         Ok(())
@@ -347,7 +348,7 @@ impl Saver {
         let (state, untouched) = (snapshot.state.clone(), snapshot.untouched.clone());
         let (run_dir, plan, held_out) = (self.run_dir.clone(), self.plan.clone(), self.held_out.clone());
         let lock = self.lock.clone();
-        let thread = spawn(move || {
+        let thread = spawn(THREAD, move || {
             check(lock.as_deref())?;
             seal(&run_dir, &state, untouched, written)?;
             if let Err(error) = retain(&run_dir, state.step, &plan, &held_out) {
@@ -393,19 +394,6 @@ impl From<Error> for Failure {
 
 fn check(lock: Option<&RunLock>) -> Result<()> {
     lock.map_or(Ok(()), RunLock::check)
-}
-
-/// Checks that every trained parameter and moment is a number.
-fn check_finite(step: u64, pieces: &[Piece]) -> Result<()> {
-    let tensors: Vec<Tensor> = pieces.iter().map(|piece| piece.tensor.shallow_clone()).collect();
-    // A rank may own nothing of a small model.
-    let is_finite = tensors.is_empty() || sail_torch::global_norm(&tensors)?.double_value(&[]).is_finite();
-    if is_finite { Ok(()) } else { Err(Error::WeightsNotFinite { step }) }
-}
-
-fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
-    let thread = thread::Builder::new().name("sail-save".to_owned()).spawn(work);
-    thread.map_err(|source| Error::Io { path: "thread".into(), source })
 }
 
 fn joined<T>(thread: JoinHandle<Result<T>>) -> Result<T> {

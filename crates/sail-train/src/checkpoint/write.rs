@@ -60,8 +60,11 @@ pub(crate) fn remove_partial(run_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes a rank's tensors.
-pub(super) fn write_pieces(dir: &Path, pieces: Vec<Piece>, rank: usize) -> Result<Written> {
+/// Writes a rank's tensors, fp32 all of them.
+///
+/// # Errors
+/// [`Error::WeightsNotFinite`] where one has a value that is not a number; what was written is then of no use.
+pub(super) fn write_pieces(dir: &Path, step: u64, pieces: Vec<Piece>, rank: usize) -> Result<Written> {
     let file = format!("rank-{rank:05}.safetensors");
     let mut tensors = BTreeMap::new();
     let mut records = Vec::with_capacity(pieces.len());
@@ -81,12 +84,26 @@ pub(super) fn write_pieces(dir: &Path, pieces: Vec<Piece>, rank: usize) -> Resul
     // The checksum is of what should be there, not of what a disk may have made of it.
     let mut record = FileRecord::default();
     let mut hasher = crc32fast::Hasher::new();
+    let mut is_finite = true;
     weights::write_safetensors_seen(&dir.join(&file), &tensors, &mut |bytes| {
         hasher.update(bytes);
         record.bytes += bytes.len() as u64;
+        is_finite &= all_finite(bytes);
     })?;
+    if !is_finite {
+        return Err(Error::WeightsNotFinite { step });
+    }
     record.crc32 = hasher.finalize();
     Ok(Written { record, file, pieces: records })
+}
+
+/// Whether no four bytes are an fp32 value that is infinite or not a number. A safetensors header, which is JSON in
+/// front of the values, has no such bytes either: its characters' codes are not that high.
+fn all_finite(bytes: &[u8]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    let (values, _) = bytes.as_chunks::<4>();
+    // Without leaving early, so that many are looked at together.
+    !values.iter().fold(false, |found, value| found | (u32::from_le_bytes(*value) & EXPONENT == EXPONENT))
 }
 
 /// Adds to the tensors of all ranks what makes them a checkpoint, and gives the folder its name. One of the same
@@ -206,6 +223,15 @@ mod tests {
                 assert_eq!((found.bytes, found.crc32), (size as u64, expected), "{size} by {range}");
             }
         }
+    }
+
+    #[test]
+    fn values_that_are_no_numbers_are_seen() {
+        let seen = |value: f32| all_finite(&[1.0, value, -2.0].map(f32::to_le_bytes).concat());
+        assert!([0.0, -0.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45].into_iter().all(seen));
+        assert!(![f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().any(seen));
+        let header = "{\"__metadata__\":{\"format\":\"pt\"},\"param/vision.\u{e9}~\u{10ffff}\":{\"dtype\":\"F32\"}}   ";
+        assert!((0..4).all(|shift| all_finite(&header.as_bytes()[shift..])));
     }
 
     /// A kill between the removal of a checkpoint and the renaming of its successor lost both.

@@ -4,7 +4,9 @@
 //! mix; one that is longer than [`LINE_BYTES`] becomes several.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
+
+use crate::threads::lock;
 
 /// Longest line that is kept whole.
 const LINE_BYTES: u64 = 1 << 20;
@@ -43,7 +45,7 @@ pub(super) fn pass_on(input: impl Read, rank: usize, sink: &Sink) {
         }
         // A reader that has gone is no reason to stop training: what comes is read, and dropped.
         if open {
-            let mut sink = sink.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut sink = lock(sink);
             open = sink.write_all(&line).and_then(|()| sink.flush()).is_ok();
         }
     }

@@ -4,12 +4,13 @@
 //! model tells which block comes next.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use sail_torch::Work;
 
 use super::layout::Layout;
 use crate::error::{Error, Result};
+use crate::threads::lock;
 
 /// Collectives under way. Clones share them.
 #[derive(Clone, Default)]
@@ -70,6 +71,6 @@ impl Gathers {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use sail_torch::{ProcessGroup, ReduceOp, Work};
 use tch::{Device, Kind, Tensor, no_grad};
@@ -16,6 +16,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use super::layout::Layout;
 use crate::config::{ReduceDtype, Strategy};
 use crate::error::{Error, Result};
+use crate::threads::lock;
 
 /// Where buckets under way take memory of their own: these many may be at the same time, and more up to so many
 /// elements.
@@ -218,7 +219,7 @@ impl Reducer {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

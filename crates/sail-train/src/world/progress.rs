@@ -1,7 +1,9 @@
 //! What the main thread of this process does, for those who watch it: the ranks' watch and the watchdog.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use crate::threads::lock;
 
 /// The phase in which a rank waits for its own data.
 pub(crate) const DATA: &str = "waiting for data";
@@ -67,11 +69,11 @@ impl Progress {
     }
 
     pub(crate) fn now(&self) -> Doing {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.0).clone()
     }
 
     fn change(&self, change: impl FnOnce(&mut Doing)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut lock(&self.0));
     }
 }
 

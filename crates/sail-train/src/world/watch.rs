@@ -6,7 +6,7 @@
 //! tells the main thread, which asks here who is the reason ([`Watch::explain`]).
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use super::place::{Place, Rendezvous, Server};
 use super::progress::{Doing, Progress};
 use crate::error::{Error, Result};
 use crate::events::Console;
+use crate::threads::{lock, spawn};
 
 /// Between two beats.
 const BEAT: Duration = Duration::from_millis(500);
@@ -322,7 +323,7 @@ impl Shared {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn failure(&self) -> Option<String> {
@@ -381,9 +382,4 @@ fn server(meeting: &Rendezvous, main: &str) -> String {
         Server::Agent => "the launcher or the agent of `torchrun`",
     };
     format!("{who}, which serves the ranks' store at {}:{},", meeting.host, meeting.port)
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
-    let thread = thread::Builder::new().name(name.to_owned()).spawn(body);
-    thread.map_err(|source| Error::Io { path: "thread".into(), source })
 }
