@@ -2,8 +2,9 @@
 //!
 //! `cargo run --release -p sail-train --example bench_checkpoint -- --dir FOLDER`
 //!
-//! The state of so many trained parameters (12 bytes each) is saved three ways: waited for, behind other work, and
-//! as zeros by `dd`; then read after its pages were dropped from memory (needs root), as `cat` reads it.
+//! The state of so many trained parameters (12 bytes each) is saved: waited for, behind other work, and as zeros by
+//! `dd`, through the page cache and around it; then read after its pages were dropped from memory (needs root), as
+//! `cat` reads it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -79,8 +80,8 @@ fn main() -> Result<(), Error> {
         })
     };
     println!(
-        "{:>12} {:>12} {:>12} {:>12} {:>12} {:>12}",
-        "blocked s", "waited s", "of it", "dd s", "read s", "cat s"
+        "{:>12} {:>12} {:>12} {:>12} {:>12} {:>12} {:>12}",
+        "blocked s", "waited s", "of it", "dd s", "dd direct s", "read s", "cat s"
     );
     for _ in 0..args.rounds {
         step += 1;
@@ -93,7 +94,7 @@ fn main() -> Result<(), Error> {
         saver.begin(step, |old| take(step, old))?;
         saver.finish()?;
         let waited = begun.elapsed().as_secs_f64();
-        let dd = dd(&args.dir, 12 * numel * TENSORS);
+        let [cached, direct] = ["", ",direct"].map(|flag| dd(&args.dir, 12 * numel * TENSORS, flag));
 
         drop_pages();
         let begun = Instant::now();
@@ -107,7 +108,7 @@ fn main() -> Result<(), Error> {
         drop_pages();
         let cat = cat(checkpoint.dir());
         println!(
-            "{blocked:>12.2} {waited:>12.2} {:>11.1}% {dd:>12.2} {read:>12.2} {cat:>12.2}",
+            "{blocked:>12.2} {waited:>12.2} {:>11.1}% {cached:>12.2} {direct:>12.2} {read:>12.2} {cat:>12.2}",
             100.0 * blocked / waited
         );
     }
@@ -127,7 +128,8 @@ fn pieces_of<'a>(state: &'a [(String, Vec<Tensor>)], shape: &'a [i64]) -> Vec<St
     pieces
 }
 
-fn dd(dir: &Path, bytes: i64) -> f64 {
+/// Seconds in which `dd` writes so many zeros, through the page cache or around it.
+fn dd(dir: &Path, bytes: i64, flag: &str) -> f64 {
     let file = dir.join("bench-dd");
     let begun = Instant::now();
     let mut command = Command::new("dd");
@@ -136,7 +138,8 @@ fn dd(dir: &Path, bytes: i64) -> f64 {
         &format!("of={}", file.display()),
         "bs=4M",
         "iflag=count_bytes",
-        "conv=fsync",
+        &format!("oflag=append{flag}"),
+        "conv=fsync,notrunc",
     ]);
     let status = command.arg(format!("count={bytes}")).stderr(Stdio::null()).status().expect("dd runs");
     assert!(status.success());

@@ -112,7 +112,7 @@ pub enum Error {
     },
     /// The update of a step broke the weights; nothing was saved after it.
     #[error(
-        "step {step}: the updated weights are not finite; nothing was saved\n\nhint: resume from the checkpoint before, with a lower `train.*.lr`"
+        "step {step}: the updated weights are not finite, or far too large; nothing was saved\n\nhint: resume from the checkpoint before, with a lower `train.*.lr`"
     )]
     WeightsNotFinite {
         /// The step.

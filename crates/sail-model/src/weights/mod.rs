@@ -3,6 +3,7 @@
 //! Knows files, names and shapes, no architecture: which names a model has is the model's concern.
 //! Called by the trainer when it builds or exports a model.
 
+mod disk;
 mod hub;
 mod layout;
 mod read;
@@ -18,7 +19,7 @@ pub use hub::{Hub, Limits, ModelRef, Wanted};
 pub use layout::{Layout, Naming, Piece, Stored, arrange, own_names};
 pub use read::FileSource;
 pub use shards::Shards;
-pub use write::{Folder, write_safetensors, write_safetensors_seen};
+pub use write::{Bytes, Folder, write_safetensors, write_safetensors_seen};
 
 use crate::error::{Error, Result};
 

@@ -3,29 +3,21 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::{panic, thread};
 
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
+use super::disk::{self, PIECE};
 use super::layout::Stored;
 use super::{CONFIG, INDEX, SINGLE, file_error};
 use crate::error::Result;
-use crate::params::CHUNK;
 
 /// Largest file of weights, bytes; what is more goes into several with an index, as transformers does.
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
-
-/// Bytes that are written at once: a chunk of the widest type.
-const WRITE: usize = 8 * CHUNK as usize;
-
-/// Buffers of so many bytes besides the one that is filled.
-const SPARE_BUFFERS: usize = 3;
 
 /// A model folder to be written.
 #[derive(Debug, Default)]
@@ -166,6 +158,15 @@ impl Folder {
     }
 }
 
+/// Bytes of a safetensors file.
+#[derive(Clone, Copy, Debug)]
+pub enum Bytes<'a> {
+    /// The header and its length.
+    Header(&'a [u8]),
+    /// Values of tensors, each whole.
+    Values(&'a [u8]),
+}
+
 /// Writes one safetensors file and syncs it. Tensors keep their type, go to the CPU piece by piece and
 /// lie in the order of their names.
 ///
@@ -182,7 +183,7 @@ pub fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Res
 pub fn write_safetensors_seen(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,
-    seen: &mut impl FnMut(&[u8]),
+    seen: &mut impl FnMut(Bytes<'_>),
 ) -> Result<()> {
     let stored: Vec<(&String, Stored)> =
         tensors.iter().map(|(name, tensor)| (name, Stored::from(tensor))).collect();
@@ -194,7 +195,7 @@ fn write_file(
     path: &Path,
     tensors: &[(&String, &Stored)],
     to: Option<Kind>,
-    seen: &mut impl FnMut(&[u8]),
+    seen: &mut impl FnMut(Bytes<'_>),
 ) -> Result<()> {
     let mut infos = Vec::with_capacity(tensors.len());
     let mut end = 0;
@@ -213,71 +214,24 @@ fn write_file(
     let mut header = serde_json::to_vec(&header).map_err(file_error(path))?;
     header.resize(header.len().next_multiple_of(8), b' ');
 
-    let mut out = File::create(path).map_err(file_error(path))?;
-    for bytes in [&(header.len() as u64).to_le_bytes()[..], &header] {
-        seen(bytes);
-        out.write_all(bytes).map_err(file_error(path))?;
-    }
-    write_behind(&mut out, path, |hand_over| {
-        let (mut bytes, mut used) = (vec![0; WRITE], 0);
+    disk::write_file(path, |blocks| {
+        for header in (header.len() as u64).to_le_bytes().chunks(PIECE).chain(header.chunks(PIECE)) {
+            let written = blocks.put(header.len(), |bytes| {
+                bytes.copy_from_slice(header);
+                Ok(())
+            })?;
+            seen(Bytes::Header(written));
+        }
         for (_, stored) in tensors {
             let kind = to.unwrap_or(stored.kind());
-            for chunk in stored.parts.iter().flat_map(|part| part.split(CHUNK, 0)) {
+            let size = kind.elt_size_in_bytes();
+            for chunk in stored.parts.iter().flat_map(|part| part.split((PIECE / size) as i64, 0)) {
                 let chunk = chunk.f_to_kind(kind)?;
-                let size = chunk.numel() * kind.elt_size_in_bytes();
-                // Many small tensors go to the disk together.
-                if used + size > bytes.len() {
-                    seen(&bytes[..used]);
-                    let Some(next) = hand_over(bytes, used) else { return Ok(()) };
-                    (bytes, used) = (next, 0);
-                }
-                chunk.f_copy_data_u8(&mut bytes[used..used + size], chunk.numel())?;
-                used += size;
+                let copy = |bytes: &mut [u8]| Ok(chunk.f_copy_data_u8(bytes, chunk.numel())?);
+                seen(Bytes::Values(blocks.put(chunk.numel() * size, copy)?));
             }
         }
-        seen(&bytes[..used]);
-        hand_over(bytes, used);
         Ok(())
-    })?;
-    out.sync_all().map_err(file_error(path))
-}
-
-/// Gives one buffer and how much of it to write for another to fill; None when the writer has failed.
-type HandOver<'a> = dyn FnMut(Vec<u8>, usize) -> Option<Vec<u8>> + 'a;
-
-/// Writes what `fill` hands over, in its order, on a thread of its own: filling the next buffer takes about as
-/// long as copying this one to the system. The writer's error goes before that of `fill`.
-fn write_behind(
-    out: &mut (impl Write + Send),
-    path: &Path,
-    fill: impl FnOnce(&mut HandOver<'_>) -> Result<()>,
-) -> Result<()> {
-    thread::scope(|scope| {
-        // The ends that a failed writer drops wake up whoever waits at the others.
-        let (full, to_write) = mpsc::channel::<(Vec<u8>, usize)>();
-        let (written, empty) = mpsc::channel();
-        let mut spare = SPARE_BUFFERS;
-        let writer = move || {
-            for (bytes, used) in to_write {
-                out.write_all(&bytes[..used])?;
-                // The last ones are not asked for any more.
-                drop(written.send(bytes));
-            }
-            Ok(())
-        };
-        let named = thread::Builder::new().name("sail-write".to_owned());
-        let writer = named.spawn_scoped(scope, writer).map_err(file_error(path))?;
-        let filled = fill(&mut |bytes, used| {
-            full.send((bytes, used)).ok()?;
-            if spare > 0 {
-                spare -= 1;
-                return Some(vec![0; WRITE]);
-            }
-            empty.recv().ok()
-        });
-        drop(full);
-        let written: io::Result<()> = writer.join().unwrap_or_else(|panic| panic::resume_unwind(panic));
-        written.map_err(file_error(path)).and(filled)
     })
 }
 
@@ -411,65 +365,27 @@ mod tests {
         assert_eq!(entries(dir.path()), ["thesis.tex"]);
     }
 
-    /// Larger than all buffers together, with a rest, and with a tensor that does not fit what is left of one.
     #[test]
-    fn what_goes_through_many_buffers_is_whole_and_in_order() {
+    fn what_is_seen_is_what_is_written() {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join(SINGLE);
-        let numel = 2 * (SPARE_BUFFERS + 2) as i64 * CHUNK + 5;
-        let large = Tensor::arange(numel, (Kind::Float, tch::Device::Cpu));
+        let large = Tensor::arange(PIECE as i64 + 5, (Kind::Float, tch::Device::Cpu));
         let small = Tensor::from_slice(&[1i64, 2, 3]);
         let tensors: BTreeMap<String, Tensor> =
             [("a", &small), ("b", &large), ("c", &small)].map(|(n, t)| (n.into(), t.shallow_clone())).into();
-        let mut seen = Vec::new();
-        write_safetensors_seen(&path, &tensors, &mut |bytes| seen.extend_from_slice(bytes)).unwrap();
-        assert!(seen == fs::read(&path).unwrap(), "what was seen is not what was written");
+        let (mut headers, mut values) = (Vec::new(), Vec::new());
+        write_safetensors_seen(&path, &tensors, &mut |bytes| match bytes {
+            Bytes::Header(bytes) => headers.extend_from_slice(bytes),
+            Bytes::Values(bytes) => values.extend_from_slice(bytes),
+        })
+        .unwrap();
+        assert_eq!(values.len(), 2 * 24 + 4 * large.numel());
+        assert!(fs::read(&path).unwrap() == [headers, values].concat());
         let read: BTreeMap<_, _> = Tensor::read_safetensors(&path).unwrap().into_iter().collect();
         assert_eq!(read.len(), 3);
         for (name, tensor) in &tensors {
             assert!(read[name].equal(tensor), "{name}");
         }
-    }
-
-    /// A disk that is full after the first buffers.
-    struct Full(usize);
-
-    impl Write for Full {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0 = self.0.checked_sub(1).ok_or(io::ErrorKind::StorageFull)?;
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn a_writer_that_fails_ends_the_filling() {
-        for writes in 0..SPARE_BUFFERS + 3 {
-            let mut handed_over = 0;
-            let filled = write_behind(&mut Full(writes), Path::new("weights"), |hand_over| {
-                let mut bytes = vec![0; WRITE];
-                while let Some(next) = hand_over(bytes, 1) {
-                    bytes = next;
-                    handed_over += 1;
-                }
-                Ok(())
-            });
-            let error = filled.unwrap_err().to_string();
-            assert!(error.contains("weights") && error.contains("no storage space"), "{error}");
-            assert!(handed_over <= writes + SPARE_BUFFERS + 1, "{handed_over} after {writes}");
-        }
-    }
-
-    #[test]
-    fn an_error_while_filling_is_told() {
-        let filled = write_behind(&mut io::sink(), Path::new("weights"), |hand_over| {
-            hand_over(vec![0; WRITE], 1);
-            Err(file_error(Path::new("weights"))("no such tensor"))
-        });
-        assert!(filled.unwrap_err().to_string().contains("no such tensor"));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
-use sail_model::weights;
+use sail_model::weights::{self, Bytes};
 use serde::{Deserialize, Serialize};
 
 use super::snapshot::Piece;
@@ -63,7 +63,7 @@ pub(crate) fn remove_partial(run_dir: &Path) -> Result<()> {
 /// Writes a rank's tensors, fp32 all of them.
 ///
 /// # Errors
-/// [`Error::WeightsNotFinite`] where one has a value that is not a number; what was written is then of no use.
+/// [`Error::WeightsNotFinite`] where one has a value that is not a number or 2^64 and more; what was written is then of no use.
 pub(super) fn write_pieces(dir: &Path, step: u64, pieces: Vec<Piece>, rank: usize) -> Result<Written> {
     let file = format!("rank-{rank:05}.safetensors");
     let mut tensors = BTreeMap::new();
@@ -84,26 +84,30 @@ pub(super) fn write_pieces(dir: &Path, step: u64, pieces: Vec<Piece>, rank: usiz
     // The checksum is of what should be there, not of what a disk may have made of it.
     let mut record = FileRecord::default();
     let mut hasher = crc32fast::Hasher::new();
-    let mut is_finite = true;
+    let mut broken = false;
     weights::write_safetensors_seen(&dir.join(&file), &tensors, &mut |bytes| {
+        if let Bytes::Values(values) = bytes {
+            broken |= !all_sound(values);
+        }
+        let (Bytes::Header(bytes) | Bytes::Values(bytes)) = bytes;
         hasher.update(bytes);
         record.bytes += bytes.len() as u64;
-        is_finite &= all_finite(bytes);
     })?;
-    if !is_finite {
+    if broken {
         return Err(Error::WeightsNotFinite { step });
     }
     record.crc32 = hasher.finalize();
     Ok(Written { record, file, pieces: records })
 }
 
-/// Whether no four bytes are an fp32 value that is infinite or not a number. A safetensors header, which is JSON in
-/// front of the values, has no such bytes either: its characters' codes are not that high.
-fn all_finite(bytes: &[u8]) -> bool {
-    const EXPONENT: u32 = 0x7f80_0000;
-    let (values, _) = bytes.as_chunks::<4>();
-    // Without leaving early, so that many are looked at together.
-    !values.iter().fold(false, |found, value| found | (u32::from_le_bytes(*value) & EXPONENT == EXPONENT))
+/// Whether all fp32 values are numbers below 2^64, so that fp32 can square them: the norms and moments of the next
+/// step are made of squares.
+fn all_sound(values: &[u8]) -> bool {
+    const MAGNITUDE: u32 = 0x7fff_ffff;
+    const BOUND: u32 = 0x5f80_0000;
+    let (values, _) = values.as_chunks::<4>();
+    // Without leaving early, so that many are looked at together. Infinities and NaNs have the highest exponent.
+    !values.iter().fold(false, |found, value| found | (u32::from_le_bytes(*value) & MAGNITUDE >= BOUND))
 }
 
 /// Adds to the tensors of all ranks what makes them a checkpoint, and gives the folder its name. One of the same
@@ -226,12 +230,17 @@ mod tests {
     }
 
     #[test]
-    fn values_that_are_no_numbers_are_seen() {
-        let seen = |value: f32| all_finite(&[1.0, value, -2.0].map(f32::to_le_bytes).concat());
-        assert!([0.0, -0.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45].into_iter().all(seen));
-        assert!(![f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().any(seen));
-        let header = "{\"__metadata__\":{\"format\":\"pt\"},\"param/vision.\u{e9}~\u{10ffff}\":{\"dtype\":\"F32\"}}   ";
-        assert!((0..4).all(|shift| all_finite(&header.as_bytes()[shift..])));
+    fn broken_values_are_seen() {
+        let sound = |value: f32| all_sound(&[1.0, value, -2.0].map(f32::to_le_bytes).concat());
+        let bound = 64.0_f32.exp2();
+        assert!(
+            [0.0, -0.0, f32::MIN_POSITIVE, 1e-45, bound.next_down(), -bound.next_down()]
+                .into_iter()
+                .all(sound)
+        );
+        let broken = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, bound, -bound, f32::MAX];
+        assert!(!broken.into_iter().any(sound));
+        assert!((bound.next_down() * bound.next_down()).is_finite() && (bound * bound).is_infinite());
     }
 
     /// A kill between the removal of a checkpoint and the renaming of its successor lost both.
