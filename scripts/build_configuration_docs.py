@@ -24,7 +24,7 @@ fields are refused; all mistakes are reported at once, each with its path, its l
 are relative to the working folder unless said otherwise.
 """
 STRUCT = re.compile(r"pub\(super\) struct (\w+) \{")
-FIELD = re.compile(r"    pub\(super\) (\w+): ")
+FIELD = re.compile(r"    pub\(super\) (?:r#)?(\w+): ")
 
 
 def page() -> str:

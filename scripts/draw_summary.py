@@ -53,9 +53,9 @@ def draw_losses(draw, stages):
             draw.ellipse([x - 5, y - 5, x + 5, y + 5], ink, "white")
             above = step == 0  # the end of a stage and the start of the next are one place
             draw.text((x, y - 9 if above else y + 9), f"{loss:.2f}", ink, font(14), anchor="lb" if above else "rt")
-        trained = " + ".join(row["module"] for row in stage["summary"]["modules"] if row["plan"] != "frozen")
+        trained = [row["module"] for row in stage["summary"]["modules"] if row["plan"] != "frozen"]
         draw.text((x_of(start) + 4, bottom + 10), stage["summary"]["name"], ink, font(15))
-        draw.text((x_of(start) + 4, bottom + 30), trained, FAINT, font(13))
+        draw.text((x_of(start) + 4, bottom + 30), " + ".join(dict.fromkeys(trained)), FAINT, font(13))
         start += stage["summary"]["steps"]
         draw.line([(x_of(start), top), (x_of(start), bottom)], GRID)
 

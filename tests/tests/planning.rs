@@ -14,7 +14,9 @@ use sail_model::vision::VisionConfig;
 use sail_model::vlm::{Batch, IGNORE, Vlm, VlmConfig, VlmSources};
 use sail_torch::cpu_memory::measure;
 use sail_train::batch::to_batch;
-use sail_train::config::{self, Config, ModelSource, Module, ModulePlan, Plan, TrainPlan, VisualShape};
+use sail_train::config::{
+    self, Config, ModelSource, Module, ModulePlan, Plan, Rates, TrainPlan, VisualShape,
+};
 use sail_train::estimate::{Backend, PackShape, pass};
 use sail_train::stage::module_of;
 use serde_json::{Value, json};
@@ -137,10 +139,11 @@ fn packs_of_the_demo_stages_take_what_is_estimated() {
 const PX: i64 = 56;
 
 fn train(trained: [bool; 3]) -> TrainPlan {
-    let rates = ModulePlan::Train { lr: 1e-3, weight_decay: 0.0 };
+    let rates =
+        ModulePlan::Train(Rates { lr: 1e-3, weight_decay: 0.0, betas: [0.9, 0.95], layer_decay: 1.0 });
     let [vision, projector, llm] =
         trained.map(|is_trained| if is_trained { rates } else { ModulePlan::Frozen });
-    TrainPlan { vision, projector, llm }
+    TrainPlan::of(vision, projector, llm)
 }
 
 /// A batch of this shape, with all images in the first sample.

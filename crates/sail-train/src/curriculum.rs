@@ -3,14 +3,15 @@
 //! Each stage names the one it continues by `init.from`; this only runs them one after another.
 //! A finished stage is skipped, an interrupted one resumes.
 
-use std::fmt::{self, Write};
+use std::collections::BTreeSet;
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::config::{ModulePlan, Plan};
+use crate::config::{Module, Plan};
 use crate::error::Result;
+use crate::freeze::FreezeTable;
 use crate::session::preflight;
-use crate::stage::FreezeTable;
 use crate::stopping::remove_file;
 use crate::train_loop::{Outcome, RunOptions, StageSummary, run_stage};
 use crate::world::World;
@@ -109,13 +110,10 @@ impl fmt::Display for Summary {
 }
 
 fn trained(table: &FreezeTable) -> String {
-    let mut text = String::new();
-    for row in table.0.iter().filter(|row| matches!(row.plan, ModulePlan::Train { .. })) {
-        let separator = if text.is_empty() { "" } else { " + " };
-        // Writing to a string does not fail.
-        let _ = write!(text, "{separator}{}", row.module);
-    }
-    text
+    let rows = table.0.iter().filter(|row| row.plan.is_trained());
+    let modules: BTreeSet<&str> = rows.map(|row| row.module.name()).collect();
+    let in_order = Module::ALL.map(Module::name).into_iter().filter(|module| modules.contains(module));
+    in_order.collect::<Vec<_>>().join(" + ")
 }
 
 fn how_to_load(export: &Path) -> String {

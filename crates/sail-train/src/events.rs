@@ -17,9 +17,10 @@ use tracing::warn;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::checkpoint::{Save, Totals};
-use crate::config::{ModulePlan, Plan};
+use crate::config::{Amount, Plan, Progress, UnlockPlan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
+use crate::freeze::RatesByName;
 use crate::schedule::is_due;
 use crate::step::Packing;
 
@@ -97,8 +98,10 @@ pub struct StepReport {
     pub loss: f64,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
-    /// Factor on each module's peak rate.
+    /// The schedule's factor on all peak rates.
     pub lr_factor: f64,
+    /// The learning rate of each part of the plan that is trained.
+    pub lr: BTreeMap<String, f64>,
     /// Samples, tokens and answer tokens of this step.
     pub size: Totals,
     /// From asking for its data to its end; saving and evaluating are not part of it.
@@ -123,14 +126,17 @@ pub struct Events {
     files: Option<Files>,
     plan: Plan,
     started: Instant,
-    first_step: u64,
+    /// How far the stage had come when this process began, and how far it is now.
+    began: Progress,
+    at: Progress,
 }
 
 impl Events {
     /// Opens `metrics.jsonl`: anew for a run that starts, without what was written after `step` for
     /// one that resumes there; and `trips.jsonl` without what was written after `judged` steps were.
     /// `writes` says whether this rank is the one that does.
-    pub fn open(console: Console, plan: &Plan, (step, judged): (u64, u64), writes: bool) -> Result<Self> {
+    pub fn open(console: Console, plan: &Plan, at: Progress, judged: u64, writes: bool) -> Result<Self> {
+        let step = at.steps;
         let open = || {
             let [metrics, trips] = [METRICS, TRIPS].map(|name| plan.run.dir.join(name));
             if step == 0 {
@@ -143,15 +149,15 @@ impl Events {
         let files = writes.then(open).transpose()?;
         let bar = console.shows_bars().then(|| {
             let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} eta {eta}");
-            let bar = ProgressBar::new(plan.schedule.steps)
+            let bar = ProgressBar::new(plan.schedule.length.count())
                 .with_style(style.expect("invariant: the template is well formed"))
                 .with_prefix(plan.run.name.clone())
-                .with_position(step);
+                .with_position(plan.schedule.length.of(at));
             bar.reset_eta();
             console.bars.add(bar)
         });
         let started = Instant::now();
-        Ok(Self { console, bar, files, plan: plan.clone(), started, first_step: step })
+        Ok(Self { console, bar, files, plan: plan.clone(), started, began: at, at })
     }
 
     /// Prints a message.
@@ -162,31 +168,33 @@ impl Events {
     /// Records a step; shows it when it is due.
     pub fn step(&mut self, report: &StepReport) {
         let tokens_per_sec = report.size.tokens as f64 / report.step_secs;
-        let rates: serde_json::Map<String, Value> = (self.plan.train.iter())
-            .filter_map(|(module, plan)| Some((module.name().to_owned(), rate(plan, report.lr_factor)?)))
-            .collect();
         self.write(&json!({
-            "kind": "train", "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": rates,
+            "kind": "train", "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
             "samples": report.size.samples, "tokens": report.size.tokens,
             "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
             "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
             "sent_bytes": report.sent_bytes, "packing": report.packing,
             "peak_memory_bytes": report.peak_memory_bytes, "coverage": report.coverage,
         }));
-        let (steps, wait) = (self.plan.schedule.steps, 100.0 * report.data_wait_secs / report.step_secs);
+        self.at = Progress { steps: report.step, tokens: self.at.tokens + report.size.tokens };
+        let (schedule, wait) = (&self.plan.schedule, 100.0 * report.data_wait_secs / report.step_secs);
+        let done = schedule.length.of(self.at);
         let figures = format!(
             "loss {:.4} grad {:.2} lr x{:.2} {tokens_per_sec:.0} tok/s wait {wait:.0}%",
             report.loss, report.grad_norm, report.lr_factor
         );
         match &self.bar {
             Some(bar) => {
-                bar.set_position(report.step);
+                bar.set_position(done);
                 bar.set_message(figures);
             }
-            None if is_due(Some(self.plan.log.every), report.step) || report.step == steps => {
-                let name = &self.plan.run.name;
-                let eta = self.eta(report.step).as_secs();
-                self.console.line(format!("{name} step {}/{steps} {figures} eta {eta}s", report.step));
+            None if is_due(Some(self.plan.log.every), report.step) || schedule.is_done(self.at) => {
+                let place = match schedule.length {
+                    Amount::Steps(steps) => format!("{}/{steps}", report.step),
+                    Amount::Tokens(tokens) => format!("{} tokens {done}/{tokens}", report.step),
+                };
+                let (name, eta) = (&self.plan.run.name, self.eta().as_secs());
+                self.console.line(format!("{name} step {place} {figures} eta {eta}s"));
             }
             None => {}
         }
@@ -196,6 +204,14 @@ impl Events {
     pub fn evaluation(&mut self, step: u64, report: &EvalReport) {
         self.write(&json!({"kind": "eval", "step": step, "report": report}));
         self.note(format!("\n{} after step {step}\n{report}", self.plan.run.name));
+    }
+
+    /// Records and tells that parts which were frozen are trained from now on.
+    pub fn unlocked(&mut self, step: u64, unlock: &UnlockPlan, freed: &RatesByName) {
+        let parts: Vec<String> = unlock.parts.iter().map(ToString::to_string).collect();
+        self.write(&json!({"kind": "unlock", "step": step, "parts": parts, "tensors": freed.len()}));
+        let (name, parts, tensors) = (&self.plan.run.name, parts.join(", "), freed.len());
+        self.note(format!("{name}: after step {step} {parts} is trained as well, {tensors} tensors"));
     }
 
     /// Records checkpoints that were made.
@@ -252,14 +268,16 @@ impl Events {
     }
 
     /// Forgets the steps after `step`, to which the run was put back.
-    pub fn back_to(&mut self, step: u64) {
+    pub fn back_to(&mut self, to: Progress) {
+        self.at = to;
+        let step = to.steps;
         if let Some(Files { metrics, .. }) = &mut self.files
             && let Err(error) = metrics.keep_until("step", step)
         {
             warn!("{error}; the steps after {step} stay in it beside those that are made instead");
         }
         if let Some(bar) = &self.bar {
-            bar.set_position(step);
+            bar.set_position(self.plan.schedule.length.of(to));
         }
     }
 
@@ -276,9 +294,11 @@ impl Events {
         }
     }
 
-    fn eta(&self, step: u64) -> Duration {
-        let done = step.saturating_sub(self.first_step).max(1) as f64;
-        self.started.elapsed().mul_f64((self.plan.schedule.steps - step) as f64 / done)
+    fn eta(&self) -> Duration {
+        let length = self.plan.schedule.length;
+        let done = length.of(self.at).saturating_sub(length.of(self.began)).max(1) as f64;
+        let left = length.count().saturating_sub(length.of(self.at)) as f64;
+        self.started.elapsed().mul_f64(left / done)
     }
 
     fn write(&mut self, line: &Value) {
@@ -349,13 +369,6 @@ fn write_what_fits(file: &mut impl Write, bytes: &mut Vec<u8>) -> io::Result<()>
         }
     }
     Ok(())
-}
-
-fn rate(plan: &ModulePlan, factor: f64) -> Option<Value> {
-    match plan {
-        ModulePlan::Frozen => None,
-        ModulePlan::Train { lr, .. } => Some(json!(lr * factor)),
-    }
 }
 
 /// The records in a run's `trips.jsonl`, newest first.

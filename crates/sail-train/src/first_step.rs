@@ -1,4 +1,5 @@
-//! The check after the first step of a stage: what is trained has a gradient and changed, what is frozen did not.
+//! The check after the first step with which something is trained, at the start of a stage or after an unlock point:
+//! what is trained has a gradient and changed, what is frozen did not.
 //!
 //! A parameter that a plan trains and nothing reaches would cost memory and time for a whole run unnoticed.
 
@@ -8,9 +9,10 @@ use std::fmt::Write;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::config::{Module, ModulePlan};
+use crate::config::Module;
 use crate::error::{Error, Result};
 use crate::optim::StateKind;
+use crate::schedule::Factors;
 use crate::session::Session;
 use crate::stage::{fingerprint, module_of};
 use crate::step::Step;
@@ -42,10 +44,12 @@ struct Seen {
 pub(crate) struct FirstStep(Vec<Before>);
 
 impl FirstStep {
-    /// Looks at this rank's part of what is trained, between the gradients and the update.
+    /// Looks at this rank's part of what was never updated, between the gradients and the update.
     pub(crate) fn before(session: &Session) -> Result<Self> {
         let masters = session.optimizer.state()?.into_iter().filter(|piece| piece.kind == StateKind::Param);
         let gradients = session.optimizer.gradients()?;
+        let updates = session.optimizer.updates();
+        let is_new = |name: &str| updates.of(name) == 0;
         let look =
             |(master, (name, _, gradient)): (crate::optim::StatePiece<'_>, (&str, _, Tensor))| Before {
                 name: name.to_owned(),
@@ -53,13 +57,15 @@ impl FirstStep {
                 value: largest(&master.tensor),
                 print: fingerprint(&master.tensor),
             };
-        Ok(Self(masters.zip(gradients).map(look).collect()))
+        Ok(Self(masters.zip(gradients).filter(|(master, _)| is_new(master.name)).map(look).collect()))
     }
 
-    /// Compares with after the update at `lr_factor`, together with all ranks.
-    pub(crate) fn check(self, session: &Session, step: &Step, lr_factor: f64) -> Result<()> {
-        session.frozen_check()?.check()?;
+    /// Compares with after the update with these factors, together with all ranks.
+    pub(crate) fn check(self, session: &Session, step: &Step, factors: &Factors) -> Result<()> {
+        session.frozen_check().check()?;
         let masters = session.optimizer.state()?.into_iter().filter(|piece| piece.kind == StateKind::Param);
+        let updates = session.optimizer.updates();
+        let masters = masters.filter(|piece| updates.of(piece.name) == 1);
         let mut own: BTreeMap<String, Seen> = BTreeMap::new();
         for (before, master) in self.0.into_iter().zip(masters) {
             own.entry(before.name).or_default().add(&Seen {
@@ -77,9 +83,9 @@ impl FirstStep {
         let mut faults = Vec::new();
         for (name, seen) in &all {
             let module = module_of(name)?;
-            let ModulePlan::Train { lr, .. } = *session.plan.train.get(module) else { continue };
+            let lr = session.freeze.rates(name).map_or(0.0, |rates| rates.lr_at(factors));
             let reached = is_reached(name, module, step) && !unused.contains(name);
-            faults.extend(seen.fault(reached, lr * lr_factor, eps).map(|fault| (name, fault)));
+            faults.extend(seen.fault(reached, lr, eps).map(|fault| (name, fault)));
         }
         if faults.is_empty() { Ok(()) } else { Err(Error::SelfCheck { table: table(&faults) }) }
     }

@@ -9,6 +9,7 @@
 //! | where weights, data and optimizer come together | [`session`] |
 //! | where a stage's weights come from | `origin` |
 //! | the processes that train together | [`world`] |
+//! | what is trained when, and at which rate | [`freeze`], [`schedule`] |
 //! | freezing and its proof | [`stage`], [`optim`] |
 //! | what is said of a step that takes too long | `watchdog` |
 //! | how a stage begins or goes on | [`resume`] |
@@ -34,6 +35,7 @@ pub mod eval;
 pub mod events;
 pub mod export;
 mod first_step;
+pub mod freeze;
 pub mod generate;
 pub mod guard;
 pub mod launch;

@@ -2,7 +2,7 @@
 //!
 //! Called by [`crate::session`] while it builds the model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -26,10 +26,12 @@ pub(crate) fn open_finished(from: &Path) -> Result<Checkpoint> {
             "run that stage first, or name one of its `step-…` folders",
         )
     })?;
-    let (step, steps) = (checkpoint.state().step, checkpoint.state().plan.schedule.steps);
-    if step < steps && checkpoint.dir() != from && !ended_with_its_data(from, step) {
+    let state = checkpoint.state();
+    let (progress, length) = (state.progress(), state.plan.schedule.length);
+    if !length.is_reached(progress) && checkpoint.dir() != from && !ended_with_its_data(from, state.step) {
+        let done = length.with_count(length.of(progress));
         return Err(Error::usage(
-            format!("`init.from`: the run in `{}` stopped at step {step} of {steps}", from.display()),
+            format!("`init.from`: the run in `{}` stopped after {done} of {length}", from.display()),
             format!("finish it, or name the checkpoint itself: `{}`", checkpoint.dir().display()),
         ));
     }
@@ -171,17 +173,18 @@ impl<'a> Sources<'a> {
     }
 }
 
-/// The modules that this stage leaves as their folder has them; checks that a checkpoint that left
-/// them so meant the same weights.
+/// The modules that have the weights of their folder and of which nothing is `trained`; checks that a checkpoint that
+/// left them so meant the same weights.
 pub(crate) fn untouched(
     plan: &Plan,
     stored: Option<&Checkpoint>,
     loaded: &Fingerprints,
+    trained: &BTreeSet<Module>,
 ) -> Result<BTreeMap<Module, Untouched>> {
     let mut untouched = BTreeMap::new();
-    for (module, module_plan) in plan.train.iter() {
+    for module in Module::ALL {
         let left = as_in_its_folder(plan, stored, module, loaded)?;
-        if let Some(left) = left.filter(|_| !module_plan.is_trained()) {
+        if let Some(left) = left.filter(|_| !trained.contains(&module)) {
             untouched.insert(module, left);
         }
     }

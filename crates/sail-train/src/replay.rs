@@ -13,7 +13,6 @@ use crate::checkpoint::{Checkpoint, newest_before};
 use crate::config::{GuardAction, Module};
 use crate::error::{Error, Result};
 use crate::events::{Console, trips};
-use crate::schedule::factor;
 use crate::session::Session;
 use crate::stage::module_of;
 use crate::step::Step;
@@ -142,7 +141,7 @@ fn make_again(session: &mut Session, trips: &[Value], wanted: u64) -> Result<()>
     session.judge(&verdict);
     match trip.map(|trip| trip["action"].as_str()) {
         None => {
-            session.update(&step, factor(&session.plan.schedule, done))?;
+            session.update(&step, &session.factors(&step))?;
             session.advance(&step)
         }
         Some(Some("skip")) => session.skip(),
@@ -155,6 +154,7 @@ fn make_again(session: &mut Session, trips: &[Value], wanted: u64) -> Result<()>
 
 fn next(session: &mut Session, wanted: u64) -> Result<Step> {
     let done = session.step;
+    session.unlock_due()?;
     session.next_step()?.ok_or_else(|| {
         Error::usage(format!("the data ends after step {done}, before step {wanted}"), "name an earlier step")
     })

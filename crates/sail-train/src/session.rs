@@ -18,17 +18,22 @@ use tch::{Device, Kind, Tensor};
 
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched, Updates};
-use crate::config::{GuardAction, ModelSource, Module, Plan, VisualShape};
+use crate::config::{GuardAction, ModelSource, Module, Plan, Progress, UnlockPlan, VisualShape};
 use crate::device::{choose_device, choose_precision, take_device};
 use crate::error::{Error, Result};
 use crate::eval::{EvalReport, Evaluator};
 use crate::first_step::FirstStep;
+use crate::freeze::{FreezePlan, RatesByName};
 use crate::guard::{GuardState, Trip};
 use crate::optim::{Optimizer, StateKind};
 use crate::origin::{Folders, Sources, open_finished, untouched};
-use crate::stage::{Fingerprints, FreezeTable, FrozenCheck, module_of};
+use crate::schedule::Factors;
+use crate::stage::{Fingerprints, FrozenCheck, module_of};
 use crate::step::{Share, Step};
 use crate::world::{Fields, World};
+
+/// In the names of the weights by which a mixture of experts sends tokens to its experts.
+const ROUTER: &str = ".mlp.gate.";
 
 /// A stage ready to run.
 pub struct Session {
@@ -62,6 +67,10 @@ pub struct Session {
     /// fp32 weights of frozen modules, where the model computes in another type.
     exact: Params,
     started_from: Arc<Fingerprints>,
+    /// What is trained when.
+    pub freeze: FreezePlan,
+    /// How far the stage had come at each unlock point that it has passed, by index in the plan.
+    unlocked: BTreeMap<usize, Progress>,
     /// What was judged of the steps so far.
     guard: GuardState,
     /// Where this rank's data stood before the step that is being made.
@@ -91,11 +100,16 @@ impl Session {
         let sources = Sources::open(plan, &folders, &config, stored)?;
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
         let mut started_from = Fingerprints::new(model.params());
-        let untouched = untouched(plan, stored, &started_from)?;
-        let exact =
-            if precision == Kind::Float { Params::new() } else { exact_frozen(&model, plan, &untouched)? };
+        let freeze = freeze_plan(&model, plan)?;
+        let unlocked = resume.map_or_else(BTreeMap::new, |resume| passed(plan, resume.state()));
+        let trained = trained_after(&freeze, &unlocked);
+        let untouched = untouched(plan, stored, &started_from, &modules_of(&trained)?)?;
+        let exact = match precision {
+            Kind::Float => Params::new(),
+            _ => exact_frozen(&model, &freeze, &trained, &untouched)?,
+        };
         world.agree(|| model_fields(&model, &started_from))?;
-        let mut optimizer = optimizer(plan, &model, precision, world)?;
+        let mut optimizer = optimizer(plan, &model, &trained, precision, world)?;
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
         }
@@ -135,14 +149,52 @@ impl Session {
             untouched,
             exact,
             started_from: Arc::new(started_from),
+            freeze,
+            unlocked,
             guard,
             before,
         })
     }
 
-    /// The freeze plan as a table.
-    pub fn freeze_table(&self) -> Result<FreezeTable> {
-        FreezeTable::new(self.model.params(), &self.plan.train)
+    /// How far the stage has come.
+    pub fn progress(&self) -> Progress {
+        Progress { steps: self.step, tokens: self.totals.tokens }
+    }
+
+    /// Whether it has come to its end.
+    pub fn is_done(&self) -> bool {
+        self.plan.schedule.is_done(self.progress())
+    }
+
+    /// Begins to train what unlock points that the stage has come to free: their indices in the plan. Every rank makes
+    /// the same call.
+    ///
+    /// # Errors
+    /// Those of libtorch and of c10d.
+    pub fn unlock_due(&mut self) -> Result<Vec<usize>> {
+        let progress = self.progress();
+        let points = self.plan.train.unfreeze.iter().enumerate();
+        let is_due = |(index, unlock): &(usize, &UnlockPlan)| {
+            !self.unlocked.contains_key(index) && unlock.at.is_reached(progress)
+        };
+        let due: Vec<usize> = points.filter(is_due).map(|(index, _)| index).collect();
+        for &index in &due {
+            let freed = self.freeze.unlocked_by(index);
+            self.optimizer.settle()?;
+            self.optimizer.take_over(self.model.params(), &self.exact, freed)?;
+            for module in modules_of(&[freed])? {
+                self.untouched.remove(&module);
+            }
+            self.exact.retain(|name, _| !freed.contains_key(name));
+            self.unlocked.insert(index, progress);
+        }
+        Ok(due)
+    }
+
+    /// What the learning rates of a step are multiplied with.
+    pub fn factors(&self, step: &Step) -> Factors {
+        let Plan { schedule, train, .. } = &self.plan;
+        Factors::new(schedule, train, &self.unlocked, self.progress(), step.all.size.tokens)
     }
 
     /// This rank's packs of the next step, fewer where streams have ended; `None` when all ranks' have.
@@ -181,6 +233,7 @@ impl Session {
     pub fn accumulate(&mut self, step: &Step) -> Result<Tensor> {
         self.world.doing(self.step + 1, "computing gradients");
         let mut total = Tensor::zeros([], (Kind::Float, self.device));
+        let trains_router = self.optimizer.names().any(|name| name.contains(ROUTER));
         for pass in 0..step.passes {
             self.world.goes_on();
             self.optimizer.begin_pass(pass, step.passes);
@@ -188,7 +241,7 @@ impl Session {
                 let Loss { sum, balance } = self.model.loss(&to_batch(pack, self.device))?;
                 let mut loss = sum / step.all.weight;
                 // A frozen router is as it is; one that trains is kept from sending all rows one way.
-                if let Some(balance) = balance.filter(|_| self.plan.train.llm.is_trained()) {
+                if let Some(balance) = balance.filter(|_| trains_router) {
                     loss += balance / step.all.packs as f64;
                 }
                 // A pack of text alone reaches nothing that is trained before the language model.
@@ -256,16 +309,16 @@ impl Session {
         (self.step, self.guard.judged())
     }
 
-    /// Makes the update; that of a stage's first step is checked parameter by parameter.
+    /// Makes the update; the first one of each parameter is checked.
     ///
     /// # Errors
     /// Those of libtorch and of c10d; [`Error::SelfCheck`].
-    pub fn update(&mut self, step: &Step, lr_factor: f64) -> Result<()> {
+    pub fn update(&mut self, step: &Step, factors: &Factors) -> Result<()> {
         self.world.doing(self.step + 1, "updating");
-        let is_first = self.optimizer.updates().all == 0 && self.plan.guard.self_check;
+        let is_first = self.optimizer.updates().any_never() && self.plan.guard.self_check;
         let before = is_first.then(|| FirstStep::before(self)).transpose()?;
-        self.optimizer.step(lr_factor)?;
-        before.map_or(Ok(()), |before| before.check(self, step, lr_factor))
+        self.optimizer.step(factors)?;
+        before.map_or(Ok(()), |before| before.check(self, step, factors))
     }
 
     /// Measures the held-out loss, where the plan does.
@@ -370,6 +423,7 @@ impl Session {
                 step: self.step,
                 totals: self.totals,
                 data: Position::merge(positions)?,
+                unlocked: self.unlocked.clone(),
                 updates: self.optimizer.updates().clone(),
                 guard: self.guard.clone(),
                 init: self.init.clone(),
@@ -378,13 +432,13 @@ impl Session {
             trained: Piece::copies(self.optimizer.state()?, old)?,
             frozen,
             untouched: self.untouched.clone(),
-            frozen_check: self.frozen_check()?,
+            frozen_check: self.frozen_check(),
         })
     }
 
     /// The check that what is frozen is as it was when the session was built.
-    pub(crate) fn frozen_check(&self) -> Result<FrozenCheck> {
-        self.started_from.frozen_check(self.model.params(), &self.plan.train)
+    pub(crate) fn frozen_check(&self) -> FrozenCheck {
+        self.started_from.frozen_check(self.model.params(), &self.optimizer.names().collect())
     }
 
     /// The parameters of a module in fp32, by full name: masters where it is trained. Every rank makes the same
@@ -428,11 +482,16 @@ fn open_on_all(world: &World, find: impl FnOnce() -> Result<Checkpoint>) -> Resu
     found.map_or_else(|| Checkpoint::open_verified(&dir), Ok)
 }
 
-/// Takes over what the plan trains of a model, and brings each block's parameters before it computes.
-fn optimizer(plan: &Plan, model: &Vlm, precision: Kind, world: &World) -> Result<Optimizer> {
-    let blocks = model.listener().blocks();
-    let (train, adamw, group) = (&plan.train, plan.optimizer.clone(), world.group());
-    let optimizer = Optimizer::new(model.params(), blocks, train, adamw, &plan.parallel, precision, group)?;
+/// Takes over what is trained of a model, and brings each block's parameters before it computes.
+fn optimizer(
+    plan: &Plan,
+    model: &Vlm,
+    trained: &[&RatesByName],
+    precision: Kind,
+    world: &World,
+) -> Result<Optimizer> {
+    let (blocks, adamw, group) = (model.listener().blocks(), plan.optimizer.clone(), world.group());
+    let optimizer = Optimizer::new(model.params(), blocks, trained, adamw, &plan.parallel, precision, group)?;
     model.listener().set(optimizer.on_block());
     Ok(optimizer)
 }
@@ -458,6 +517,7 @@ pub fn preflight(plan: &Plan) -> Result<()> {
         let folders = Folders::for_check(plan)?;
         let config = model_config(plan, &folders)?;
         let shape = visual_shape(plan, &config)?;
+        freeze_plan(&Vlm::shapes_only(&config)?, plan)?;
         let spec = plan.data_spec(shape);
         encoder(&folders.tokenizer(plan), &spec.text, &config.llm)?;
         sail_data::check_sources(&spec)?;
@@ -472,13 +532,53 @@ pub fn preflight(plan: &Plan) -> Result<()> {
     check().map_err(|source| Error::Preflight { run: plan.run.name.clone(), source: Box::new(source) })
 }
 
-/// fp32 copies, on the CPU, of the frozen weights that checkpoints store or an export writes.
-fn exact_frozen(model: &Vlm, plan: &Plan, untouched: &BTreeMap<Module, Untouched>) -> Result<Params> {
+/// What a plan trains when, of its model.
+pub(crate) fn freeze_plan(model: &Vlm, plan: &Plan) -> Result<FreezePlan> {
+    let sizes: Vec<(&str, Vec<i64>)> =
+        model.params().iter().map(|(name, tensor)| (name.as_str(), tensor.size())).collect();
+    let params = sizes.iter().map(|(name, size)| (*name, size.as_slice()));
+    FreezePlan::new(params, &model.listener().blocks(), &plan.train)
+}
+
+/// The unlock points that a run had passed, where the plan still has them.
+fn passed(plan: &Plan, state: &RunState) -> BTreeMap<usize, Progress> {
+    let then = &state.plan.train.unfreeze;
+    let points = plan.train.unfreeze.iter().enumerate();
+    points
+        .filter_map(|(index, point)| {
+            let old = then.iter().position(|old| (&old.at, &old.parts) == (&point.at, &point.parts))?;
+            Some((index, *state.unlocked.get(&old)?))
+        })
+        .collect()
+}
+
+/// What is trained once a stage has passed these unlock points, in the order in which it began.
+fn trained_after<'a>(freeze: &'a FreezePlan, unlocked: &BTreeMap<usize, Progress>) -> Vec<&'a RatesByName> {
+    let mut points: Vec<(u64, usize)> = unlocked.iter().map(|(&index, then)| (then.steps, index)).collect();
+    points.sort_unstable();
+    [freeze.first()]
+        .into_iter()
+        .chain(points.into_iter().map(|(_, index)| freeze.unlocked_by(index)))
+        .collect()
+}
+
+fn modules_of(trained: &[&RatesByName]) -> Result<BTreeSet<Module>> {
+    trained.iter().flat_map(|trained| trained.keys()).map(|name| module_of(name)).collect()
+}
+
+/// fp32 copies, on the CPU, of the frozen weights that checkpoints store, an export writes or an unlock point frees.
+fn exact_frozen(
+    model: &Vlm,
+    freeze: &FreezePlan,
+    trained: &[&RatesByName],
+    untouched: &BTreeMap<Module, Untouched>,
+) -> Result<Params> {
     let mut exact = Params::new();
     for (name, tensor) in model.params() {
         let module = module_of(name)?;
-        let wanted = module == Module::Vision || !untouched.contains_key(&module);
-        if wanted && !plan.train.get(module).is_trained() {
+        let may_train = freeze.rates(name).is_some();
+        let wanted = module == Module::Vision || may_train || !untouched.contains_key(&module);
+        if wanted && !trained.iter().any(|trained| trained.contains_key(name)) {
             exact.insert(name.clone(), tensor.detach().to_device(Device::Cpu));
         }
     }

@@ -1,15 +1,15 @@
-//! What a stage trains: the freeze plan as a table, and the check that it was kept.
+//! The modules of a model, and the check that what is frozen stays as it is.
 //!
-//! Freezing itself is done where the optimizer takes its parameters over ([`crate::optim`]).
+//! What is frozen is [`crate::freeze`]'s matter; the freezing itself is done where the optimizer takes its parameters
+//! over ([`crate::optim`]).
 
-use std::collections::BTreeMap;
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use sail_model::params::Params;
 use tch::{Kind, Tensor, no_grad};
 
-use crate::config::{Module, ModulePlan, TrainPlan};
+use crate::config::Module;
 use crate::error::{Error, Result};
 
 /// The module a full parameter name belongs to: what stands before the first dot.
@@ -19,68 +19,6 @@ pub fn module_of(name: &str) -> Result<Module> {
         name: name.to_owned(),
         problem: "belongs to no module of the freeze plan",
     })
-}
-
-/// One row of the freeze plan.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct FreezeRow {
-    /// The module.
-    pub module: Module,
-    /// Number of parameters.
-    pub parameters: u64,
-    /// Trained or frozen, and at which rate.
-    pub plan: ModulePlan,
-}
-
-/// The freeze plan of a stage, printed at its start.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(transparent)]
-pub struct FreezeTable(pub Vec<FreezeRow>);
-
-impl FreezeTable {
-    /// Counts the parameters of each module.
-    pub fn new(params: &Params, train: &TrainPlan) -> Result<Self> {
-        let mut counts = BTreeMap::from(Module::ALL.map(|module| (module, 0)));
-        for (name, tensor) in params {
-            *counts.entry(module_of(name)?).or_default() += tensor.numel() as u64;
-        }
-        let row = |(module, parameters)| FreezeRow { module, parameters, plan: *train.get(module) };
-        Ok(Self(counts.into_iter().map(row).collect()))
-    }
-}
-
-impl fmt::Display for FreezeTable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{:<10} {:>14}  {:<8} {:>9} {:>13}",
-            "module", "parameters", "state", "lr", "weight decay"
-        )?;
-        for row in &self.0 {
-            let parameters = grouped(row.parameters);
-            match row.plan {
-                ModulePlan::Frozen => {
-                    writeln!(
-                        f,
-                        "{:<10} {parameters:>14}  {:<8} {:>9} {:>13}",
-                        row.module.name(),
-                        "frozen",
-                        "-",
-                        "-"
-                    )?;
-                }
-                ModulePlan::Train { lr, weight_decay } => {
-                    let (module, lr) = (row.module.name(), format!("{lr:.1e}"));
-                    writeln!(
-                        f,
-                        "{module:<10} {parameters:>14}  {:<8} {lr:>9} {weight_decay:>13}",
-                        "trained"
-                    )?;
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 /// 1234567 as `1,234,567`.
@@ -120,19 +58,12 @@ impl Fingerprints {
         format!("{:08x}", hash.finalize())
     }
 
-    /// Checks, wherever and whenever wanted, that what `train` freezes is as these say.
-    ///
-    /// # Errors
-    /// [`Error::FreezePlan`] for a name that no module has.
-    pub fn frozen_check(self: &Arc<Self>, params: &Params, train: &TrainPlan) -> Result<FrozenCheck> {
-        let mut frozen = Vec::new();
-        for (name, tensor) in params {
-            if !train.get(module_of(name)?).is_trained() {
-                // A handle of its own, for another thread.
-                frozen.push((name.clone(), tensor.detach()));
-            }
-        }
-        Ok(FrozenCheck { started_from: Arc::clone(self), frozen })
+    /// Checks, wherever and whenever wanted, that what is not in `trained` is as these say.
+    pub fn frozen_check(self: &Arc<Self>, params: &Params, trained: &BTreeSet<&str>) -> FrozenCheck {
+        let frozen = params.iter().filter(|(name, _)| !trained.contains(name.as_str()));
+        // Handles of their own, for another thread.
+        let frozen = frozen.map(|(name, tensor)| (name.clone(), tensor.detach())).collect();
+        FrozenCheck { started_from: Arc::clone(self), frozen }
     }
 }
 
@@ -192,19 +123,9 @@ mod tests {
             .collect()
     }
 
-    const TRAIN: TrainPlan = TrainPlan {
-        vision: ModulePlan::Frozen,
-        projector: ModulePlan::Train { lr: 1e-3, weight_decay: 0.0 },
-        llm: ModulePlan::Frozen,
-    };
-
     #[test]
-    fn the_table_counts_every_parameter() {
-        let table = FreezeTable::new(&params(), &TRAIN).unwrap();
-        assert_eq!(table.0.iter().map(|row| row.parameters).sum::<u64>(), 9);
-        let text = table.to_string();
-        assert!(text.contains("frozen") && text.contains("1.0e-3"), "{text}");
-        assert_eq!(grouped(1_234_567), "1,234,567");
+    fn long_numbers_are_grouped() {
+        assert_eq!([1, 999, 1000, 1_234_567].map(grouped), ["1", "999", "1,000", "1,234,567"]);
     }
 
     #[test]
@@ -212,7 +133,7 @@ mod tests {
         let mut params = params();
         let prints = Arc::new(Fingerprints::new(&params));
         params.insert("projector.1.weight".into(), Tensor::from_slice(&[9f32, 9.0, 9.0]));
-        let check = |params: &Params| prints.frozen_check(params, &TRAIN)?.check();
+        let check = |params: &Params| prints.frozen_check(params, &["projector.1.weight"].into()).check();
         check(&params).unwrap();
         for changed in [[1f32, 2.0, 3.000_001], [2.0, 1.0, 3.0]] {
             params.insert("llm.b".into(), Tensor::from_slice(&changed));

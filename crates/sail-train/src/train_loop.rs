@@ -16,11 +16,11 @@ use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::events::{Console, Events, StepReport};
 use crate::export;
+use crate::freeze::FreezeTable;
 use crate::guard::Trip;
 use crate::resume::{Beginning, Resume, begin};
-use crate::schedule::{factor, is_due};
+use crate::schedule::{Factors, is_due};
 use crate::session::{Session, Verdict};
-use crate::stage::FreezeTable;
 use crate::step::Step;
 use crate::stopping::{Reason, Stopping, remove_file};
 use crate::watchdog::Watchdog;
@@ -93,9 +93,10 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let watchdog = Watchdog::start(&plan.watchdog, world, &options.console)?;
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
-    let mut events = Events::open(options.console.clone(), plan, session.place(), world.is_main())?;
+    let mut events =
+        Events::open(options.console.clone(), plan, session.progress(), session.place().1, world.is_main())?;
     let mut saver = saver_for(&session, &events, resume.as_deref())?.with_lock(lock);
-    announce(&session, &events, resume.as_deref())?;
+    announce(&session, &events, resume.as_deref());
     let made = steps(&mut session, &mut saver, &mut events, &watchdog, options);
     if made.is_err() {
         saver.finish_alone();
@@ -114,10 +115,10 @@ fn steps(
     watchdog: &Watchdog,
     options: &RunOptions,
 ) -> Result<Option<u64>> {
-    let last = session.plan.schedule.steps;
     evaluate_at_start(session, saver, events)?;
-    while session.step < last {
+    while !session.is_done() {
         let started = Instant::now();
+        unlock_if_due(session, saver, events)?;
         let Some(step) = session.next_step()? else {
             data_ended(session, events)?;
             break;
@@ -132,19 +133,19 @@ fn steps(
         if let Some(trip) = session.judge(&verdict) {
             went_back = tripped(&trip, &step, &verdict, session, saver, events)?;
         } else {
-            let lr_factor = factor(&session.plan.schedule, session.step);
-            session.update(&step, lr_factor)?;
+            let factors = session.factors(&step);
+            session.update(&step, &factors)?;
             session.advance(&step)?;
-            events.step(&report(session, &step, &verdict, lr_factor, started)?);
+            events.step(&report(session, &step, &verdict, &factors, started)?);
         }
         watchdog.step_done(session.step, started.elapsed());
 
-        if verdict.stop && session.step < last {
+        if verdict.stop && !session.is_done() {
             save_last(saver, session, events)?;
             stopped(session, events, asked.as_ref());
             return Ok(Some(session.step));
         }
-        if session.step < last && !went_back {
+        if !session.is_done() && !went_back {
             save_if_due(saver, session)?;
             evaluate_if_due(session, saver, events)?;
         }
@@ -156,8 +157,9 @@ fn steps(
 
 /// The data has a length and is used up before the schedule: the stage ends here.
 fn data_ended(session: &Session, events: &Events) -> Result<()> {
-    let (name, step, steps) = (&session.plan.run.name, session.step, session.plan.schedule.steps);
-    events.note(format!("{name}: the data ends after step {step} of {steps}, and with it the stage"));
+    let (name, step, length) = (&session.plan.run.name, session.step, session.plan.schedule.length);
+    let done = length.with_count(length.of(session.progress()));
+    events.note(format!("{name}: the data ends after {done} of {length}, and with it the stage"));
     if step == 0 { Err(Error::NoData { name: name.clone() }) } else { Ok(()) }
 }
 
@@ -177,6 +179,19 @@ fn saver_for(session: &Session, events: &Events, resume: Option<&Checkpoint>) ->
     Ok(saver)
 }
 
+/// Begins to train what the stage has come to unlock.
+fn unlock_if_due(session: &mut Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
+    let due = session.unlock_due()?;
+    for &index in &due {
+        events.unlocked(session.step, &session.plan.train.unfreeze[index], session.freeze.unlocked_by(index));
+    }
+    // What is put back must be what is trained.
+    if !due.is_empty() && session.plan.guard.rolls_back() {
+        saver.hold(|old| session.snapshot(old))?;
+    }
+    Ok(())
+}
+
 fn save_if_due(saver: &mut Saver, session: &Session) -> Result<()> {
     if is_due(session.plan.checkpoint.every, session.step) {
         saver.begin(session.step, |old| session.snapshot(old))?;
@@ -188,7 +203,7 @@ fn save_if_due(saver: &mut Saver, session: &Session) -> Result<()> {
 fn evaluate_at_start(session: &Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
     if session.step == 0 {
         evaluate(session, events)?;
-    } else if session.step < session.plan.schedule.steps && !saver.has_measured(session.step)? {
+    } else if !session.is_done() && !saver.has_measured(session.step)? {
         evaluate_if_due(session, saver, events)?;
     }
     Ok(())
@@ -263,13 +278,13 @@ fn tripped(
         GuardAction::Rollback => {
             saver.leave()?;
             let snapshot = saver.newest().expect("invariant: one is taken before the first step");
-            let to = snapshot.state.step;
+            let (to, progress) = (snapshot.state.step, snapshot.state.progress());
             let said = format!(
                 "{name}: {what}; back to step {to}, with the data that follows; `{replay}` shows more"
             );
             session.roll_back(snapshot)?;
             events.trip(&record, said);
-            events.back_to(to);
+            events.back_to(progress);
             Ok(true)
         }
     }
@@ -279,14 +294,15 @@ fn report(
     session: &Session,
     step: &Step,
     verdict: &Verdict,
-    lr_factor: f64,
+    factors: &Factors,
     started: Instant,
 ) -> Result<StepReport> {
     Ok(StepReport {
         step: session.step,
         loss: verdict.loss,
         grad_norm: verdict.grad_norm,
-        lr_factor,
+        lr_factor: factors.all,
+        lr: session.freeze.lrs(factors),
         size: step.all.size,
         step_secs: started.elapsed().as_secs_f64(),
         data_wait_secs: step.all.data_wait_secs,
@@ -302,7 +318,7 @@ fn write_in(run_dir: &Path, name: &str, text: &str) -> Result<()> {
     fs::write(&path, text).map_err(Error::io(&path))
 }
 
-fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> Result<()> {
+fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) {
     let plan = &session.plan;
     let position = match resume {
         Some(checkpoint) => {
@@ -311,13 +327,12 @@ fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> 
         None => "starts".to_owned(),
     };
     events.note(format!(
-        "\n{}: {} steps on {}, {position}\n{}",
+        "\n{}: {} on {}, {position}\n{}",
         plan.run.name,
-        plan.schedule.steps,
+        plan.schedule.length,
         where_it_runs(session),
-        session.freeze_table()?
+        session.freeze.table()
     ));
-    Ok(())
 }
 
 fn where_it_runs(session: &Session) -> String {
@@ -361,7 +376,7 @@ fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
         let summary = StageSummary {
             name: plan.run.name.clone(),
             plan_hash: plan.hash(),
-            modules: session.freeze_table()?,
+            modules: session.freeze.table().clone(),
             steps: session.step,
             totals: session.totals,
             coverage,

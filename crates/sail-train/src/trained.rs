@@ -3,6 +3,7 @@
 //! Weights without optimizer, data or position; what training needs is [`crate::session`]'s. Called by
 //! the commands that use a model: `generate`, `score`, `export`.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use sail_data::{ImageSpec, TextEncoder, TextSpec};
@@ -62,7 +63,7 @@ impl Trained {
         let config = session::model_config(plan, &folders)?;
         let sources = Sources::open(plan, &folders, &config, Some(checkpoint))?;
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
-        untouched(plan, Some(checkpoint), &Fingerprints::new(model.params()))?;
+        untouched(plan, Some(checkpoint), &Fingerprints::new(model.params()), &BTreeSet::new())?;
         let (image, text) = specs(plan, &config)?;
         let tokenizer = folders.tokenizer(plan);
         let encoder = session::encoder(&tokenizer, &text, &config.llm)?;

@@ -19,6 +19,7 @@ mod reliability;
 mod resume;
 mod shard_server;
 mod stopping;
+mod unlocking;
 mod usage;
 mod watchdog;
 

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use sail_model::weights::ModelRef;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Module, Plan};
+use crate::config::{Module, Plan, Progress};
 use crate::error::{Error, Result};
 use crate::guard::GuardState;
 
@@ -49,6 +49,9 @@ pub struct RunState {
     pub totals: Totals,
     /// Position in the training data.
     pub data: sail_data::Position,
+    /// How far the stage had come at each unlock point that it has passed, by index in the plan.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub unlocked: BTreeMap<usize, Progress>,
     /// Updates that the optimizer has made.
     pub updates: Updates,
     /// What was judged of the steps so far.
@@ -58,6 +61,13 @@ pub struct RunState {
     pub init: Option<InitRecord>,
     /// The plan the run follows.
     pub plan: Plan,
+}
+
+impl RunState {
+    /// How far the stage has come.
+    pub fn progress(&self) -> Progress {
+        Progress { steps: self.step, tokens: self.totals.tokens }
+    }
 }
 
 /// How often parameters were updated; their moments are of that age.
@@ -74,6 +84,11 @@ impl Updates {
     /// Of one parameter.
     pub fn of(&self, name: &str) -> u64 {
         self.later.get(name).copied().unwrap_or(self.all)
+    }
+
+    /// Whether some of them never were.
+    pub fn any_never(&self) -> bool {
+        self.all == 0 || self.later.values().any(|count| *count == 0)
     }
 }
 

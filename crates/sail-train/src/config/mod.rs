@@ -28,6 +28,8 @@ mod raw_data;
 mod raw_values;
 mod resolve;
 mod resolve_data;
+mod resolve_train;
+mod select;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -41,12 +43,13 @@ pub use identity::Difference;
 pub use path::{FieldPath, Step};
 pub use plan::{
     AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, GuardPlan, InitPlan,
-    LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan,
-    VisionPlan, VisualShape, WatchdogPlan,
+    LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RulePlan, RunPlan, SchedulePlan,
+    TrainPlan, UnlockPlan, VisionPlan, VisualShape, WatchdogPlan,
 };
+pub use select::Selector;
 pub use values::{
-    DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind,
-    Strategy, VisualBalance,
+    Amount, DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, Progress, Rates,
+    ReduceDtype, ScheduleKind, Strategy, VisualBalance,
 };
 
 use check::Checker;

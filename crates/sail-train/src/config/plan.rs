@@ -15,9 +15,10 @@ use serde::{Deserialize, Serialize};
 use sail_model::projector::ProjectorConfig;
 use sail_model::vision::VitLayout;
 
+use super::select::Selector;
 use super::values::{
-    DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, ReduceDtype, ScheduleKind,
-    Strategy, VisualBalance,
+    Amount, DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, Progress, Rates,
+    ReduceDtype, ScheduleKind, Strategy, VisualBalance, amount_as_text,
 };
 
 /// Everything one stage needs to know.
@@ -124,7 +125,7 @@ pub struct InitPlan {
     pub from: PathBuf,
 }
 
-/// What each module does.
+/// What each part of the model does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainPlan {
     /// The vision encoder.
@@ -133,9 +134,20 @@ pub struct TrainPlan {
     pub projector: ModulePlan,
     /// The language model.
     pub llm: ModulePlan,
+    /// Parts that do something else than their module; the first that names a parameter decides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<RulePlan>,
+    /// Parts that are trained from a point of the stage on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unfreeze: Vec<UnlockPlan>,
 }
 
 impl TrainPlan {
+    /// Of these modules, without parts that differ from theirs.
+    pub fn of(vision: ModulePlan, projector: ModulePlan, llm: ModulePlan) -> Self {
+        Self { vision, projector, llm, rules: Vec::new(), unfreeze: Vec::new() }
+    }
+
     /// The plan of one module.
     pub fn get(&self, module: Module) -> &ModulePlan {
         match module {
@@ -149,31 +161,73 @@ impl TrainPlan {
     pub fn iter(&self) -> impl Iterator<Item = (Module, &ModulePlan)> {
         Module::ALL.into_iter().map(|module| (module, self.get(module)))
     }
+
+    /// Whether something of a module may be trained at some point of the stage.
+    pub fn ever_trains(&self, module: Module) -> bool {
+        let by_rule = self.rules.iter().any(|rule| rule.part.module == module && rule.train.is_trained());
+        let later = self.unfreeze.iter().flat_map(|unlock| &unlock.parts).any(|part| part.module == module);
+        self.get(module).is_trained() || by_rule || later
+    }
 }
 
-/// `AdamW` and clipping; rates and weight decay are per module, in [`TrainPlan`].
+/// A part of a module that does something else than the rest of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RulePlan {
+    /// The part.
+    #[serde(rename = "match")]
+    pub part: Selector,
+    /// What it does.
+    pub train: ModulePlan,
+}
+
+/// A point of a stage from which on something is trained that was frozen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UnlockPlan {
+    /// How far the stage has come then, more than nothing.
+    #[serde(with = "amount_as_text")]
+    pub at: Amount,
+    /// Parts of the model; what of them is trained already stays as it is.
+    #[serde(rename = "match")]
+    pub parts: Vec<Selector>,
+    /// Their rates.
+    #[serde(flatten)]
+    pub rates: Rates,
+    /// Steps or tokens from then on in which their rates rise from 0, on top of the schedule.
+    #[serde(with = "amount_as_text")]
+    pub warmup: Amount,
+}
+
+/// `AdamW` and clipping; rates, weight decay and betas are per module, in [`TrainPlan`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OptimizerPlan {
-    /// Decay of the first and second moment, in `[0, 1)`.
-    pub betas: [f64; 2],
     /// Added to the denominator, above 0.
     pub eps: f64,
     /// Largest global gradient norm; `None`: gradients are not clipped.
     pub clip_norm: Option<f64>,
 }
 
-/// Length and learning rate curve.
+/// Length and learning rate curve. All amounts are in what the length is given in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SchedulePlan {
     /// The curve after the warm-up.
     pub kind: ScheduleKind,
-    /// Optimizer steps of the stage, at least 1.
-    pub steps: u64,
-    /// Steps of linear warm-up, at most `steps`.
-    #[serde(rename = "warmup")]
-    pub warmup_steps: u64,
-    /// Share of the peak rate that a cosine ends at, in `[0, 1]`.
+    /// The stage ends with the first step that reaches this, at least 1.
+    #[serde(flatten)]
+    pub length: Amount,
+    /// Linear warm-up, at most the length.
+    pub warmup: u64,
+    /// How long `wsd` decays at the end; `None` for other curves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decay: Option<u64>,
+    /// Share of the peak rate below which no curve falls, in `[0, 1]`.
     pub min_ratio: f64,
+}
+
+impl SchedulePlan {
+    /// Whether a stage that has come so far is done.
+    pub fn is_done(&self, progress: Progress) -> bool {
+        self.length.is_reached(progress)
+    }
 }
 
 /// Size of a step. A pack is the micro-batch.

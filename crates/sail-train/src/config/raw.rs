@@ -12,7 +12,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::raw_data::{RawData, RawSource};
-use super::raw_values::{RawModule, RawWarmup};
+use super::raw_values::{RawAmount, RawList, RawModule};
+use super::select::Selector;
 use super::values::{DeviceChoice, GuardAction, Precision, ReduceDtype, ScheduleKind, Strategy};
 
 /// A stage. Besides these fields a file may say `extends: FILE` (relative to itself): that file's values come first,
@@ -161,7 +162,9 @@ pub(super) struct RawInit {
     pub(super) from: Option<PathBuf>,
 }
 
-/// `train`: for each module the word `frozen` or `{ lr, weight_decay }`.
+/// `train`: for each module the word `frozen` or `{ lr, weight_decay, layer_decay, betas }`. Parts of a module are
+/// named as `llm` (all of it), `vision.blocks[12..24]`, `llm.blocks[20..]`, `llm.blocks[0]` (from 0, the end is not
+/// part of it), or by a pattern for full parameter names, `vision.*.norm.*`, in which `*` stands for any characters.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawTrain {
@@ -171,23 +174,75 @@ pub(super) struct RawTrain {
     pub(super) projector: Option<RawModule>,
     /// The language model. Required.
     pub(super) llm: Option<RawModule>,
+    /// Parts that do something else than their module says. The first that names a parameter decides. Default: none.
+    pub(super) rules: Vec<RawRule>,
+    /// Points of the stage from which on parts are trained that were frozen. Default: none.
+    pub(super) unfreeze: Vec<RawUnlock>,
 }
 
 /// `train.vision` and its like, where the module is not frozen.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "`frozen` or a mapping")]
 pub(super) struct RawRates {
     /// Peak learning rate, above 0. Required.
     pub(super) lr: Option<f64>,
-    /// Decoupled weight decay. Default: 0.
+    /// Decoupled weight decay; norms, biases and embeddings have none. Default: 0.
     pub(super) weight_decay: f64,
+    /// Factor on the rate from each block to the one below it, in `(0, 1]`: what is above the blocks has `lr`, the last
+    /// block `lr` times this, embeddings the least. Default: 1.
+    pub(super) layer_decay: f64,
+    /// Decay of the first and second moment. Default: `optimizer.betas`.
+    pub(super) betas: Option<[f64; 2]>,
+}
+
+impl Default for RawRates {
+    fn default() -> Self {
+        Self { lr: None, weight_decay: 0.0, layer_decay: 1.0, betas: None }
+    }
+}
+
+/// `train.rules[]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawRule {
+    /// The part. Required.
+    pub(super) r#match: Option<Selector>,
+    /// `frozen` or rates. Required.
+    pub(super) train: Option<RawModule>,
+}
+
+/// `train.unfreeze[]`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawUnlock {
+    /// When: after so many steps (`1200`), tokens (`2e9 tokens`), or a share of the stage (`30%`). Required.
+    pub(super) at: Option<RawAmount>,
+    /// One part or a list of them. What of them is trained already stays as it is. Required.
+    pub(super) r#match: Option<RawList<Selector>>,
+    /// As `train.vision.lr`. Required.
+    pub(super) lr: Option<f64>,
+    /// As `train.vision.weight_decay`. Default: 0.
+    pub(super) weight_decay: f64,
+    /// As `train.vision.layer_decay`. Default: 1.
+    pub(super) layer_decay: f64,
+    /// As `train.vision.betas`. Default: `optimizer.betas`.
+    pub(super) betas: Option<[f64; 2]>,
+    /// For how long their rates rise from 0 then, on top of the schedule; as `at`. Default: `0`.
+    pub(super) warmup: RawAmount,
+}
+
+impl Default for RawUnlock {
+    fn default() -> Self {
+        let RawRates { lr, weight_decay, layer_decay, betas } = RawRates::default();
+        Self { at: None, r#match: None, lr, weight_decay, layer_decay, betas, warmup: RawAmount::Count(0) }
+    }
 }
 
 /// `optimizer`
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawOptimizer {
-    /// Decay of the first and second moment, each in `[0, 1)`. Default: `[0.9, 0.95]`.
+    /// Decay of the first and second moment, each in `[0, 1)`, of what says none itself. Default: `[0.9, 0.95]`.
     pub(super) betas: [f64; 2],
     /// Added to the denominator, above 0. Default: 1e-8.
     pub(super) eps: f64,
@@ -205,19 +260,33 @@ impl Default for RawOptimizer {
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawSchedule {
-    /// Curve after the warm-up: `cosine` or `constant`. Default: `cosine`.
+    /// Curve after the warm-up: `cosine`, `constant`, `linear`, `wsd` (constant, then a line down over `decay`) or
+    /// `inverse_sqrt` (the root of the warm-up over what is done). Default: `cosine`.
     pub(super) kind: ScheduleKind,
-    /// Optimizer steps of the stage. Required.
+    /// Optimizer steps of the stage. Exactly one of `steps` and `tokens` is required.
     pub(super) steps: Option<u64>,
-    /// Linear warm-up, in steps (`5`) or as a share of them, rounded (`10%`). Default: `3%`.
-    pub(super) warmup: RawWarmup,
-    /// Share of the peak rate that a cosine ends at, in `[0, 1]`. Default: 0.1.
+    /// Tokens of the stage, image tokens included; it ends with the step that reaches them.
+    pub(super) tokens: Option<u64>,
+    /// Linear warm-up, in steps or tokens, as the length is given (`5`), or as a share of it, rounded (`10%`).
+    /// Default: `3%`.
+    pub(super) warmup: RawAmount,
+    /// How long `wsd` decays at the end, as `warmup`. Default: `20%` with `wsd`.
+    pub(super) decay: Option<RawAmount>,
+    /// Share of the peak rate that `cosine`, `linear` and `wsd` end at, and below which `inverse_sqrt` does not fall, in
+    /// `[0, 1]`. Default: 0.1.
     pub(super) min_ratio: f64,
 }
 
 impl Default for RawSchedule {
     fn default() -> Self {
-        Self { kind: ScheduleKind::Cosine, steps: None, warmup: RawWarmup::Percent(3.0), min_ratio: 0.1 }
+        Self {
+            kind: ScheduleKind::Cosine,
+            steps: None,
+            tokens: None,
+            warmup: RawAmount::Percent(3.0),
+            decay: None,
+            min_ratio: 0.1,
+        }
     }
 }
 

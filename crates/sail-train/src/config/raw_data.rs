@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use sail_data::{Layout, LossWeight, MixBy, PageChoice, StoreSpec, Template, TooLong};
 use serde::Deserialize;
 
-use super::raw_values::RawShards;
+use super::raw_values::RawList;
 use super::values::VisualBalance;
 
 /// `data`
@@ -217,7 +217,7 @@ pub(super) struct RawSource {
     pub(super) name: Option<String>,
     /// Shards: a path or URL or a list of them, with braces (`{000..017}`) and globs (`*`): tar files, also compressed,
     /// JSON lines (`.jsonl`), or a dataset folder of Megatron-Energon. Required.
-    pub(super) shards: Option<RawShards>,
+    pub(super) shards: Option<RawList<String>>,
     /// Folder or URL that the image names in JSON lines begin at. Default: the folder of the shard.
     pub(super) images: Option<String>,
     /// How a sample's members become a conversation: `conversations`, `captions`, `pages` or `interleaved`.

@@ -1,12 +1,14 @@
 //! Fields that may be written in two ways.
 
 use std::fmt;
+use std::marker::PhantomData;
 
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Unexpected, Visitor};
+use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor};
 
 use super::raw::RawRates;
+use super::values::tokens;
 
 /// `frozen`, or rates.
 #[derive(Debug)]
@@ -44,34 +46,37 @@ impl<'de> Deserialize<'de> for RawModule {
     }
 }
 
-/// A number of steps, or a share of them.
+/// A number of steps, of tokens, or a share of the stage.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum RawWarmup {
-    /// `5`
-    Steps(u64),
+pub(super) enum RawAmount {
+    /// `5`, of what the context counts
+    Count(u64),
+    /// `2e9 tokens`
+    Tokens(u64),
     /// `10%`
     Percent(f64),
 }
 
-impl<'de> Deserialize<'de> for RawWarmup {
+impl<'de> Deserialize<'de> for RawAmount {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Words;
 
         impl Visitor<'_> for Words {
-            type Value = RawWarmup;
+            type Value = RawAmount;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("steps like `5` or a share of them like `10%`")
+                f.write_str("steps like `5`, a share of the stage like `10%` or `2e9 tokens`")
             }
 
-            fn visit_u64<E: Error>(self, steps: u64) -> Result<RawWarmup, E> {
-                Ok(RawWarmup::Steps(steps))
+            fn visit_u64<E: Error>(self, count: u64) -> Result<RawAmount, E> {
+                Ok(RawAmount::Count(count))
             }
 
-            fn visit_str<E: Error>(self, text: &str) -> Result<RawWarmup, E> {
+            fn visit_str<E: Error>(self, text: &str) -> Result<RawAmount, E> {
                 let percent = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
-                match percent {
-                    Some(percent) if percent.is_finite() => Ok(RawWarmup::Percent(percent)),
+                match (percent, tokens(text)) {
+                    (Some(percent), _) if percent.is_finite() => Ok(RawAmount::Percent(percent)),
+                    (_, Some(count)) => Ok(RawAmount::Tokens(count)),
                     _ => Err(E::invalid_value(Unexpected::Str(text), &self)),
                 }
             }
@@ -81,34 +86,34 @@ impl<'de> Deserialize<'de> for RawWarmup {
     }
 }
 
-/// One path, or a list of them.
+/// One, or a list of them.
 #[derive(Debug)]
-pub(super) struct RawShards(pub(super) Vec<String>);
+pub(super) struct RawList<T>(pub(super) Vec<T>);
 
-impl<'de> Deserialize<'de> for RawShards {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for RawList<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Words;
+        struct Words<T>(PhantomData<T>);
 
-        impl<'de> Visitor<'de> for Words {
-            type Value = RawShards;
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Words<T> {
+            type Value = RawList<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a path or a list of paths")
+                f.write_str("text or a list of texts")
             }
 
-            fn visit_str<E: Error>(self, path: &str) -> Result<RawShards, E> {
-                Ok(RawShards(vec![path.to_owned()]))
+            fn visit_str<E: Error>(self, text: &str) -> Result<RawList<T>, E> {
+                T::deserialize(text.into_deserializer()).map(|one| RawList(vec![one]))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<RawShards, A::Error> {
-                let mut paths = Vec::new();
-                while let Some(path) = items.next_element()? {
-                    paths.push(path);
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<RawList<T>, A::Error> {
+                let mut all = Vec::new();
+                while let Some(item) = items.next_element()? {
+                    all.push(item);
                 }
-                Ok(RawShards(paths))
+                Ok(RawList(all))
             }
         }
 
-        deserializer.deserialize_any(Words)
+        deserializer.deserialize_any(Words(PhantomData))
     }
 }

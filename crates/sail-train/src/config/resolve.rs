@@ -1,5 +1,6 @@
 //! The file's form to a [`Plan`]: defaults and derived values filled in, everything checked that can be checked
-//! without opening a model or a shard. The data sections are in `resolve_data.rs`.
+//! without opening a model or a shard. The data sections are in `resolve_data.rs`,
+//! `train` and `schedule` in `resolve_train.rs`.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -15,16 +16,15 @@ use super::error::{ConfigError, Problem};
 use super::path::FieldPath;
 use super::plan::{
     BatchPlan, CheckpointPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan,
-    ParallelPlan, Plan, RunPlan, SchedulePlan, TrainPlan, VisionPlan, WatchdogPlan,
+    ParallelPlan, Plan, RunPlan, VisionPlan, WatchdogPlan,
 };
 use super::raw::{
     RawBatch, RawCheckpoint, RawExport, RawGuard, RawInit, RawLlm, RawLog, RawModel, RawOptimizer,
-    RawParallel, RawProjector, RawRun, RawRunSection, RawSchedule, RawTrain, RawVision, RawWatchdog,
+    RawParallel, RawProjector, RawRun, RawRunSection, RawVision, RawWatchdog,
 };
-use super::raw_values::{RawModule, RawWarmup};
-use super::resolve_data;
 use super::tree::Node;
-use super::values::{ModelSource, Module, ModulePlan};
+use super::values::ModelSource;
+use super::{resolve_data, resolve_train};
 
 /// Makes the plan of one stage's tree. `errors` are those of reading its text.
 ///
@@ -47,9 +47,9 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
     let run = run(checker, raw.run);
     let model = model(checker, raw.model);
     let init = raw.init.map(|init| self::init(checker, init, &root));
-    let train = train(checker, &raw.train);
+    let schedule = resolve_train::schedule(checker, &raw.schedule);
+    let train = resolve_train::train(checker, raw.train, &raw.optimizer, schedule.as_ref());
     let optimizer = optimizer(checker, &raw.optimizer);
-    let schedule = schedule(checker, &raw.schedule);
     let batch = batch(checker, &raw.batch);
     let data = resolve_data::data(checker, raw.data, batch.as_ref());
     let parallel = parallel(checker, &raw.parallel);
@@ -264,59 +264,8 @@ fn init(checker: &mut Checker<'_>, raw: RawInit, root: &Path) -> Option<InitPlan
     Some(InitPlan { from: under(root, &from) })
 }
 
-fn train(checker: &mut Checker<'_>, raw: &RawTrain) -> Option<TrainPlan> {
-    let vision = module(checker, Module::Vision, raw.vision.as_ref());
-    let projector = module(checker, Module::Projector, raw.projector.as_ref());
-    let llm = module(checker, Module::Llm, raw.llm.as_ref());
-    let plan = TrainPlan { vision: vision?, projector: projector?, llm: llm? };
-    if !plan.iter().any(|(_, module)| module.is_trained()) {
-        checker.invalid_with_hint(
-            "train",
-            "every module is frozen, so there is nothing to train",
-            "give at least one module a rate, as in `projector: { lr: 1e-3 }`",
-        );
-    }
-    Some(plan)
-}
-
-fn module(checker: &mut Checker<'_>, module: Module, raw: Option<&RawModule>) -> Option<ModulePlan> {
-    let path = format!("train.{module}");
-    match raw {
-        None => {
-            checker.invalid_with_hint(
-                &path,
-                "missing",
-                format!("write `{module}: frozen` or `{module}: {{ lr: RATE }}`"),
-            );
-            None
-        }
-        Some(RawModule::Frozen) => Some(ModulePlan::Frozen),
-        Some(RawModule::Train(rates)) => {
-            let lr = checker.required(&format!("{path}.lr"), rates.lr)?;
-            let weight_decay = rates.weight_decay;
-            if lr <= 0.0 {
-                checker.invalid_with_hint(
-                    &format!("{path}.lr"),
-                    format!("must be above 0, found {lr}"),
-                    format!("write `{module}: frozen` to leave the module as it is"),
-                );
-            }
-            checker.expect(
-                weight_decay >= 0.0,
-                &format!("{path}.weight_decay"),
-                "must not be negative",
-                weight_decay,
-            );
-            Some(ModulePlan::Train { lr, weight_decay })
-        }
-    }
-}
-
 fn optimizer(checker: &mut Checker<'_>, raw: &RawOptimizer) -> OptimizerPlan {
-    for (index, beta) in raw.betas.iter().enumerate() {
-        let path = format!("optimizer.betas[{index}]");
-        checker.expect((0.0..1.0).contains(beta), &path, "must be from 0 to below 1", beta);
-    }
+    resolve_train::betas(checker, "optimizer.betas", raw.betas);
     checker.expect(raw.eps > 0.0, "optimizer.eps", "must be above 0", raw.eps);
     if let Some(norm) = raw.clip_norm
         && norm <= 0.0
@@ -327,32 +276,7 @@ fn optimizer(checker: &mut Checker<'_>, raw: &RawOptimizer) -> OptimizerPlan {
             "write `clip_norm: null` for no clipping",
         );
     }
-    OptimizerPlan { betas: raw.betas, eps: raw.eps, clip_norm: raw.clip_norm }
-}
-
-fn schedule(checker: &mut Checker<'_>, raw: &RawSchedule) -> Option<SchedulePlan> {
-    let min_ratio = raw.min_ratio;
-    checker.expect((0.0..=1.0).contains(&min_ratio), "schedule.min_ratio", "must be from 0 to 1", min_ratio);
-    let steps = checker.required("schedule.steps", raw.steps)?;
-    checker.expect(steps >= 1, "schedule.steps", "must be at least 1", steps);
-    let warmup_steps = match raw.warmup {
-        RawWarmup::Steps(warmup) => {
-            let must = format!("must not be more than `schedule.steps`, {steps}");
-            checker.expect(warmup <= steps, "schedule.warmup", &must, warmup);
-            warmup
-        }
-        RawWarmup::Percent(percent) => {
-            let found = format!("{percent}%");
-            checker.expect(
-                (0.0..=100.0).contains(&percent),
-                "schedule.warmup",
-                "must be from 0% to 100%",
-                found,
-            );
-            (steps as f64 * percent / 100.0).round() as u64
-        }
-    };
-    Some(SchedulePlan { kind: raw.kind, steps, warmup_steps, min_ratio })
+    OptimizerPlan { eps: raw.eps, clip_norm: raw.clip_norm }
 }
 
 fn batch(checker: &mut Checker<'_>, raw: &RawBatch) -> Option<BatchPlan> {

@@ -10,7 +10,7 @@ use super::check::Checker;
 use super::plan::{AnyResolutionPlan, BatchPlan, DataPlan, EvalPlan};
 use super::raw::RawEval;
 use super::raw_data::{RawData, RawImageTokens, RawSource, RawStore, RawTiling};
-use super::raw_values::RawShards;
+use super::raw_values::RawList;
 use super::resolve::every;
 use super::values::VisualBalance;
 
@@ -233,7 +233,7 @@ fn source(checker: &mut Checker<'_>, path: &str, mut raw: RawSource) -> Option<S
             "leave the source out instead",
         );
     }
-    let (name, RawShards(shards)) = (name?, shards?);
+    let (name, RawList(shards)) = (name?, shards?);
     if name.trim().is_empty() {
         checker.invalid(&format!("{path}.name"), "must not be empty");
     }

@@ -170,6 +170,12 @@ pub enum ScheduleKind {
     Cosine,
     /// The peak until the end.
     Constant,
+    /// A straight line from the peak down to `min_ratio` of it.
+    Linear,
+    /// Warm-up, stable, decay: the peak, and for the last part of the stage a line down to `min_ratio` of it.
+    Wsd,
+    /// The peak times the root of the warm-up over what is done, at least `min_ratio` of it.
+    InverseSqrt,
 }
 
 /// Where a model's shape and first weights come from; exactly one of the two keys is written.
@@ -183,25 +189,33 @@ pub enum ModelSource {
     Random(Value),
 }
 
-/// What happens to a module in a stage: the word `frozen`, or its rates.
+/// Rates of what is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    /// Peak learning rate, above 0.
+    pub lr: f64,
+    /// Decoupled weight decay of matrices, at least 0.
+    pub weight_decay: f64,
+    /// Decay of the first and second moment, each in `[0, 1)`.
+    pub betas: [f64; 2],
+    /// Factor on the rate from each block to the one below it, in `(0, 1]`.
+    pub layer_decay: f64,
+}
+
+/// What happens to a part of the model: the word `frozen`, or its rates.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(from = "WrittenModulePlan", into = "WrittenModulePlan")]
 pub enum ModulePlan {
     /// No gradient, no optimizer state, bit-equal afterwards.
     Frozen,
     /// Updated by `AdamW`.
-    Train {
-        /// Peak learning rate, above 0.
-        lr: f64,
-        /// Decoupled weight decay, at least 0.
-        weight_decay: f64,
-    },
+    Train(Rates),
 }
 
 impl ModulePlan {
-    /// Whether the module changes in this stage.
+    /// Whether it changes.
     pub fn is_trained(&self) -> bool {
-        matches!(self, Self::Train { .. })
+        matches!(self, Self::Train(_))
     }
 }
 
@@ -210,7 +224,7 @@ impl ModulePlan {
 #[serde(untagged)]
 enum WrittenModulePlan {
     Word(FrozenWord),
-    Rates { lr: f64, weight_decay: f64 },
+    Rates(Rates),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -223,7 +237,7 @@ impl From<WrittenModulePlan> for ModulePlan {
     fn from(written: WrittenModulePlan) -> Self {
         match written {
             WrittenModulePlan::Word(FrozenWord::Frozen) => Self::Frozen,
-            WrittenModulePlan::Rates { lr, weight_decay } => Self::Train { lr, weight_decay },
+            WrittenModulePlan::Rates(rates) => Self::Train(rates),
         }
     }
 }
@@ -232,7 +246,112 @@ impl From<ModulePlan> for WrittenModulePlan {
     fn from(plan: ModulePlan) -> Self {
         match plan {
             ModulePlan::Frozen => Self::Word(FrozenWord::Frozen),
-            ModulePlan::Train { lr, weight_decay } => Self::Rates { lr, weight_decay },
+            ModulePlan::Train(rates) => Self::Rates(rates),
         }
     }
+}
+
+/// How far a stage has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimizer steps done.
+    pub steps: u64,
+    /// Tokens trained on, image tokens included.
+    pub tokens: u64,
+}
+
+/// A number of steps or of tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Amount {
+    /// Optimizer steps.
+    Steps(u64),
+    /// Tokens, image tokens included.
+    Tokens(u64),
+}
+
+impl Amount {
+    /// Its number, whatever it counts.
+    pub fn count(self) -> u64 {
+        let (Self::Steps(count) | Self::Tokens(count)) = self;
+        count
+    }
+
+    /// What of `progress` it counts.
+    pub fn of(self, progress: Progress) -> u64 {
+        match self {
+            Self::Steps(_) => progress.steps,
+            Self::Tokens(_) => progress.tokens,
+        }
+    }
+
+    /// Whether a stage has come so far.
+    pub fn is_reached(self, progress: Progress) -> bool {
+        self.of(progress) >= self.count()
+    }
+
+    /// Whether both count the same thing.
+    pub fn has_unit_of(self, other: Self) -> bool {
+        matches!((self, other), (Self::Steps(_), Self::Steps(_)) | (Self::Tokens(_), Self::Tokens(_)))
+    }
+
+    /// As many of the same.
+    #[must_use]
+    pub fn with_count(self, count: u64) -> Self {
+        match self {
+            Self::Steps(_) => Self::Steps(count),
+            Self::Tokens(_) => Self::Tokens(count),
+        }
+    }
+}
+
+impl fmt::Display for Amount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Steps(1) => f.write_str("1 step"),
+            Self::Steps(count) => write!(f, "{count} steps"),
+            Self::Tokens(count) => write!(f, "{count} tokens"),
+        }
+    }
+}
+
+/// An [`Amount`] as it is written in one value: `1200` or `2000000 tokens`.
+pub(super) mod amount_as_text {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::{Amount, tokens};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Steps(u64),
+        Tokens(String),
+    }
+
+    pub(in crate::config) fn serialize<S: Serializer>(amount: &Amount, to: S) -> Result<S::Ok, S::Error> {
+        match *amount {
+            Amount::Steps(count) => Written::Steps(count),
+            Amount::Tokens(count) => Written::Tokens(format!("{count} tokens")),
+        }
+        .serialize(to)
+    }
+
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Amount, D::Error> {
+        match Written::deserialize(from)? {
+            Written::Steps(count) => Ok(Amount::Steps(count)),
+            Written::Tokens(text) => {
+                tokens(&text).map(Amount::Tokens).ok_or_else(|| D::Error::custom("no number of tokens"))
+            }
+        }
+    }
+}
+
+/// `2000000 tokens` or `2e9 tokens`.
+pub(super) fn tokens(text: &str) -> Option<u64> {
+    let number = text.strip_suffix("tokens")?.trim();
+    let whole = number.replace('_', "").parse::<u64>().ok();
+    let float =
+        || number.parse::<f64>().ok().filter(|count| (0.0..1e18).contains(count) && count.fract() == 0.0);
+    whole.or_else(|| float().map(|count| count as u64))
 }

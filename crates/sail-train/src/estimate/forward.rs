@@ -83,7 +83,7 @@ struct Model<'a> {
 
 impl Model<'_> {
     fn enter(&self, module: Module) {
-        self.g.enter(module, self.train.get(module).is_trained());
+        self.g.enter(module, self.train.ever_trains(module));
     }
 
     /// `Vlm::losses_of`.
@@ -278,15 +278,16 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::config::ModulePlan;
+    use crate::config::{ModulePlan, Rates};
     use crate::stage::module_of;
 
     const CPU: Backend = Backend { cuda: false, compute_bytes: 4 };
 
     fn train(trained: &[Module]) -> TrainPlan {
-        let rates = ModulePlan::Train { lr: 1.0, weight_decay: 0.0 };
+        let rates =
+            ModulePlan::Train(Rates { lr: 1.0, weight_decay: 0.0, betas: [0.9, 0.95], layer_decay: 1.0 });
         let plan = |module| if trained.contains(&module) { rates } else { ModulePlan::Frozen };
-        TrainPlan { vision: plan(Module::Vision), projector: plan(Module::Projector), llm: plan(Module::Llm) }
+        TrainPlan::of(plan(Module::Vision), plan(Module::Projector), plan(Module::Llm))
     }
 
     fn config(vision: &Value, llm: &Value) -> VlmConfig {

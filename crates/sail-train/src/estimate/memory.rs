@@ -98,7 +98,8 @@ mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::config::{ModulePlan, OptimizerPlan, ParallelPlan, TrainPlan};
+    use crate::config::{OptimizerPlan, ParallelPlan};
+    use crate::freeze::ParamRates;
     use crate::optim::{HeldBytes, Optimizer, layout};
 
     const SIZES: fn() -> Sizes = || Sizes { frozen: 1000, buckets: vec![400, 800, 400, 400] };
@@ -162,11 +163,11 @@ mod tests {
         let group = Arc::new(ProcessGroup::join(&store, options).unwrap());
         let ones = |shape: [i64; 2]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
         let params: Params = SHAPES.map(|(name, shape)| (name.to_owned(), ones(shape))).into();
-        let trained = ModulePlan::Train { lr: 1e-3, weight_decay: 0.0 };
-        let train = TrainPlan { vision: ModulePlan::Frozen, projector: trained, llm: trained };
-        let plan = OptimizerPlan { betas: [0.9, 0.95], eps: 1e-8, clip_norm: None };
+        let rates = ParamRates { lr: 1e-3, weight_decay: 0.0, betas: [0.9, 0.95], unlock: None };
+        let trained = params.keys().map(|name| (name.clone(), rates)).collect();
+        let plan = OptimizerPlan { eps: 1e-8, clip_norm: None };
         let optimizer =
-            Optimizer::new(&params, Vec::new(), &train, plan, parallel, precision, Some(group)).unwrap();
+            Optimizer::new(&params, Vec::new(), &[&trained], plan, parallel, precision, Some(group)).unwrap();
         optimizer.begin_pass(0, 1);
         let sums: Vec<Tensor> = params.values().map(|param| param.sum(Kind::Float)).collect();
         Tensor::stack(&sums, 0).sum(Kind::Float).backward();

@@ -33,7 +33,7 @@ use crate::config::{DeviceChoice, Module, Plan, Precision, ReduceDtype, Strategy
 use crate::error::{Error, Result};
 use crate::optim::layout::{self, Layout};
 use crate::origin::Folders;
-use crate::session::{model_config, visual_shape};
+use crate::session::{freeze_plan, model_config, visual_shape};
 use crate::stage::module_of;
 
 /// What the packs of a stage hold, where it is known better than from its plan.
@@ -58,8 +58,8 @@ pub struct StageEstimate {
     pub cluster: Cluster,
     /// What the model computes with.
     pub backend: Backend,
-    /// Parameters of each module, and whether they are trained.
-    pub modules: BTreeMap<Module, (u64, bool)>,
+    /// Parameters of each module.
+    pub modules: BTreeMap<Module, Counts>,
     /// What each pack was taken to hold.
     pub pack: PackShape,
     /// Visual tokens of an image.
@@ -97,6 +97,15 @@ pub struct StrategyEstimate {
     pub tokens_per_sec: f64,
 }
 
+/// Parameters of a module.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Trained at the end of the stage, once all unlock points are passed.
+    pub trained: u64,
+    /// Never trained.
+    pub frozen: u64,
+}
+
 impl StageEstimate {
     /// Of a plan. Of models on a hub only config.json is fetched.
     ///
@@ -118,16 +127,16 @@ impl StageEstimate {
         let backend = backend(plan);
         let (pack, tokens_per_image) = pack_shape(plan, config, guess)?;
         let model = Vlm::shapes_only(config)?;
-        let params: Vec<(&str, Vec<i64>)> =
-            model.params().iter().map(|(name, tensor)| (name.as_str(), tensor.size())).collect();
-        let mut modules = BTreeMap::new();
+        let freeze = freeze_plan(&model, plan)?;
+        let mut modules: BTreeMap<Module, Counts> = BTreeMap::new();
         let mut trained = Vec::new();
-        for (name, shape) in params {
-            let module = module_of(name)?;
-            let is_trained = plan.train.get(module).is_trained();
-            modules.entry(module).or_insert((0, is_trained)).0 += shape.iter().product::<i64>() as u64;
-            if is_trained {
-                trained.push((name, shape));
+        for (name, tensor) in model.params() {
+            let counts = modules.entry(module_of(name)?).or_default();
+            if freeze.rates(name).is_some() {
+                counts.trained += tensor.numel() as u64;
+                trained.push((name.as_str(), tensor.size()));
+            } else {
+                counts.frozen += tensor.numel() as u64;
             }
         }
         let (blocks, limit) = (model.listener().blocks(), plan.parallel.bucket_elements());
@@ -138,7 +147,7 @@ impl StageEstimate {
             backend,
             reduce: plan.parallel.reduce,
             sizes: Sizes {
-                frozen: modules.values().filter(|(_, trained)| !trained).map(|(count, _)| count).sum(),
+                frozen: modules.values().map(|counts| counts.frozen).sum(),
                 buckets: buckets.iter().map(|bucket| bucket.numel as u64).collect(),
             },
             in_blocks: buckets.iter().map(Layout::is_in_blocks).collect(),
@@ -148,7 +157,7 @@ impl StageEstimate {
         };
         let strategies = Strategy::ALL.map(|strategy| step.estimate(strategy));
         let mut warnings = refused(plan, cluster.world);
-        let built = 4 * modules.values().map(|(count, _)| count).sum::<u64>();
+        let built = 4 * modules.values().map(|counts| counts.trained + counts.frozen).sum::<u64>();
         if strategies.iter().any(|row| row.strategy == plan.parallel.strategy && row.memory.total() < built) {
             let gib = built as f64 / f64::from(1u32 << 30);
             warnings

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::link::Cluster;
-use super::{StageEstimate, StrategyEstimate};
+use super::{Counts, StageEstimate, StrategyEstimate};
 use crate::config::Module;
 use crate::stage::grouped;
 
@@ -40,8 +40,12 @@ impl StageEstimate {
             writeln!(f, "warning: {warning}")?;
         }
         let module = |module: Module| {
-            let (count, is_trained) = self.modules.get(&module).copied().unwrap_or_default();
-            format!("{module} {} {}", short(count as f64, ""), if is_trained { "trained" } else { "frozen" })
+            let Counts { trained, frozen } = self.modules.get(&module).copied().unwrap_or_default();
+            let parts = [(trained, "trained"), (frozen, "frozen")];
+            let parts = parts.into_iter().filter(|(count, _)| *count > 0);
+            let parts: Vec<String> =
+                parts.map(|(count, state)| format!("{} {state}", short(count as f64, ""))).collect();
+            format!("{module} {}", parts.join(" and "))
         };
         let buckets = count(self.buckets as u64, "bucket");
         writeln!(f, "parameters: {}; {buckets}", Module::ALL.map(module).join(", "))?;
@@ -141,7 +145,7 @@ impl StageEstimate {
         let Some(row) = self.strategies.iter().find(|row| row.strategy == self.planned) else {
             return Ok(());
         };
-        let trained = self.modules.values().filter(|(_, is_trained)| *is_trained).count();
+        let trained = self.modules.values().filter(|counts| counts.trained > 0).count();
         let waits = row.step_secs > 1.05 * row.compute_secs;
         // Two buckets of a module are the least: what lies in its blocks, and what does not.
         if waits

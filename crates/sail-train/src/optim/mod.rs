@@ -11,7 +11,6 @@ mod gathers;
 pub mod layout;
 mod reducer;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -24,9 +23,10 @@ use self::layout::{Entry, Layout};
 use self::reducer::{Reducer, Reduction, narrow};
 pub(crate) use self::reducer::{UNDER_WAY, UNDER_WAY_ELEMENTS};
 use crate::checkpoint::Updates;
-use crate::config::{ModulePlan, OptimizerPlan, ParallelPlan, TrainPlan};
+use crate::config::{OptimizerPlan, ParallelPlan};
 use crate::error::Result;
-use crate::stage::module_of;
+use crate::freeze::{ParamRates, RatesByName};
+use crate::schedule::Factors;
 
 /// Every trained parameter with its state.
 pub struct Optimizer {
@@ -70,8 +70,7 @@ struct Piece {
     exp_avg_sq: Tensor,
     /// 0-dimensional, the number of updates; the kernel counts it up.
     step: Tensor,
-    peak_lr: f64,
-    weight_decay: f64,
+    rates: ParamRates,
 }
 
 /// One tensor of the optimizer's state, for checkpoints.
@@ -115,8 +114,8 @@ pub struct StatePiece<'a> {
 }
 
 impl Optimizer {
-    /// Takes over the parameters that `train` does not freeze and turns all of them into `precision`; they are
-    /// fp32 when this is called. `blocks` says how the names of each block's parameters begin; `group` is all
+    /// Takes over the parameters of `trained`, one set after the other as unlock points would, and turns all of `params`
+    /// into `precision`; they are fp32 when this is called. `blocks` says how the names of each block's parameters begin; `group` is all
     /// ranks, `None` for one alone. Every rank makes the same call.
     ///
     /// # Errors
@@ -124,7 +123,7 @@ impl Optimizer {
     pub fn new(
         params: &Params,
         blocks: Vec<String>,
-        train: &TrainPlan,
+        trained: &[&RatesByName],
         plan: OptimizerPlan,
         parallel: &ParallelPlan,
         precision: Kind,
@@ -142,7 +141,9 @@ impl Optimizer {
             precision,
             updates: Updates::default(),
         };
-        optimizer.take_over(params, &Params::new(), train)?;
+        for trained in trained {
+            optimizer.take_over(params, &Params::new(), trained)?;
+        }
         no_grad(|| {
             for param in params.values().filter(|param| param.kind() != precision) {
                 param.shallow_clone().set_data(&param.to_kind(precision));
@@ -151,27 +152,22 @@ impl Optimizer {
         Ok(optimizer)
     }
 
-    /// Takes over those parameters that `train` does not freeze and that are not trained yet, with fresh
-    /// moments. `exact` has the fp32 values of those that the model computes with in another type. Every rank makes
-    /// the same call after the same step.
+    /// Takes over the parameters of `trained`, none of which is trained yet, with fresh moments. `exact` has the fp32
+    /// values of those that the model computes with in another type. Every rank makes the same call after the same
+    /// step.
     ///
     /// # Errors
     /// Those of libtorch.
-    pub fn take_over(&mut self, params: &Params, exact: &Params, train: &TrainPlan) -> Result<()> {
-        let known: BTreeSet<&str> = self.names().collect();
-        let mut fresh = Vec::new();
-        for (name, param) in params.iter().filter(|(name, _)| !known.contains(name.as_str())) {
-            if train.get(module_of(name)?).is_trained() {
-                fresh.push((name.as_str(), param.size()));
-            }
-        }
+    pub fn take_over(&mut self, params: &Params, exact: &Params, trained: &RatesByName) -> Result<()> {
+        let fresh: Vec<(&str, Vec<i64>)> =
+            trained.keys().map(|name| (name.as_str(), params[name].size())).collect();
         if self.updates.all > 0 {
             let never = fresh.iter().map(|(name, _)| ((*name).to_owned(), 0));
             self.updates.later.extend(never);
         }
         let (_, world) = self.reduction.place();
         for layout in layout::cut(fresh, &self.blocks, self.bucket_elements, world)? {
-            let bucket = self.bucket(Arc::new(layout), params, exact, train)?;
+            let bucket = self.bucket(Arc::new(layout), params, exact, trained)?;
             self.buckets.push(bucket);
         }
         self.buckets.sort_by(|a, b| a.layout.cmp_forward(&b.layout));
@@ -184,7 +180,7 @@ impl Optimizer {
         layout: Arc<Layout>,
         params: &Params,
         exact: &Params,
-        train: &TrainPlan,
+        trained: &RatesByName,
     ) -> Result<Bucket> {
         let (rank, world) = self.reduction.place();
         let owned = if self.reduction.is_sharded() { layout.shard(rank, world) } else { 0..layout.numel };
@@ -207,9 +203,6 @@ impl Optimizer {
                 let inside = range.start - owned.start..range.end - owned.start;
                 let mut master = narrow(&master, &inside)?;
                 master.f_copy_(&value)?;
-                let ModulePlan::Train { lr, weight_decay } = *train.get(module_of(&entry.name)?) else {
-                    continue;
-                };
                 pieces.push(Piece {
                     entry: index,
                     range,
@@ -217,8 +210,7 @@ impl Optimizer {
                     exp_avg: narrow(&exp_avg, &inside)?,
                     exp_avg_sq: narrow(&exp_avg_sq, &inside)?,
                     step: Tensor::f_zeros([], (Kind::Float, device))?,
-                    peak_lr: lr,
-                    weight_decay: if decays(&entry.name, &entry.shape) { weight_decay } else { 0.0 },
+                    rates: trained[&entry.name],
                 });
             }
             for (entry, param) in layout.entries.iter().zip(&of_bucket) {
@@ -228,9 +220,9 @@ impl Optimizer {
             }
             Ok::<_, crate::Error>(())
         })?;
-        let trained: Vec<Tensor> = of_bucket.iter().map(|param| param.set_requires_grad(true)).collect();
+        let leaves: Vec<Tensor> = of_bucket.iter().map(|param| param.set_requires_grad(true)).collect();
         let id = self.buckets.len();
-        self.reducer.add(&layout, &trained)?;
+        self.reducer.add(&layout, &leaves)?;
         Ok(Bucket { id, layout, compute, owned, master, exp_avg, exp_avg_sq, pieces })
     }
 
@@ -289,17 +281,17 @@ impl Optimizer {
         Ok(sail_torch::foreach_mul(&gradients.collect::<Result<Vec<_>>>()?, &factor)?)
     }
 
-    /// One AdamW update at `lr_factor` times each module's peak rate; clears the gradients. Updated parameters
+    /// One AdamW update at each parameter's peak rate times its factor; clears the gradients. Updated parameters
     /// travel on after it returns.
     ///
     /// # Errors
     /// Those of libtorch and of the collectives.
-    pub fn step(&mut self, lr_factor: f64) -> Result<()> {
+    pub fn step(&mut self, factors: &Factors) -> Result<()> {
         // What is needed first goes first.
         let (in_blocks, outside): (Vec<_>, Vec<_>) =
             self.buckets.iter().partition(|bucket| bucket.layout.is_in_blocks());
         for bucket in outside.into_iter().chain(in_blocks) {
-            self.update(bucket, lr_factor)?;
+            self.update(bucket, factors)?;
             if self.reduction.is_sharded()
                 && let Some(group) = &self.reduction.group
             {
@@ -313,9 +305,9 @@ impl Optimizer {
         Ok(())
     }
 
-    fn update(&self, bucket: &Bucket, lr_factor: f64) -> Result<()> {
+    fn update(&self, bucket: &Bucket, factors: &Factors) -> Result<()> {
         let gradients = self.reducer.gradients(bucket.id)?;
-        let mut groups: BTreeMap<(u64, u64), Vec<AdamWSlot>> = BTreeMap::new();
+        let mut groups: Vec<(AdamWOptions, Vec<AdamWSlot>)> = Vec::new();
         for piece in &bucket.pieces {
             let slot = AdamWSlot {
                 param: piece.master.shallow_clone(),
@@ -324,16 +316,19 @@ impl Optimizer {
                 exp_avg_sq: piece.exp_avg_sq.shallow_clone(),
                 step: piece.step.shallow_clone(),
             };
-            let key = (piece.peak_lr.to_bits(), piece.weight_decay.to_bits());
-            groups.entry(key).or_default().push(slot);
-        }
-        for ((peak_lr, weight_decay), slots) in groups {
             let options = AdamWOptions {
-                lr: f64::from_bits(peak_lr) * lr_factor,
-                betas: (self.plan.betas[0], self.plan.betas[1]),
+                lr: piece.rates.lr_at(factors),
+                betas: piece.rates.betas.into(),
                 eps: self.plan.eps,
-                weight_decay: f64::from_bits(weight_decay),
+                weight_decay: piece.rates.weight_decay,
             };
+            // A bucket has a few: of matrices and of the rest, of a block or two.
+            match groups.iter_mut().find(|(known, _)| *known == options) {
+                Some((_, slots)) => slots.push(slot),
+                None => groups.push((options, vec![slot])),
+            }
+        }
+        for (options, slots) in groups {
             sail_torch::fused_adamw(&slots, options)?;
         }
         bucket.refresh_compute()
@@ -562,15 +557,6 @@ impl Bucket {
 /// A range of a bucket as elements of one of its parameters.
 fn within(entry: &Entry, range: &Range<i64>) -> Range<i64> {
     range.start - entry.range.start..range.end - entry.range.start
-}
-
-/// Norms, biases, scales and embedding tables are not decayed.
-fn decays(name: &str, shape: &[i64]) -> bool {
-    shape.len() >= 2
-        && !name.contains("embed_tokens")
-        && !name.contains("position_embedding")
-        && !name.contains("cls_token")
-        && !name.contains("mask_token")
 }
 
 #[cfg(test)]

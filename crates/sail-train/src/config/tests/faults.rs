@@ -16,7 +16,7 @@ fn unknown_field_lists_the_known_ones() {
     insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60, zzz: 1 }")]), @r"
     error: `schedule.zzz`: unknown field
       --> stage.yaml:9
-      hint: known here: `kind`, `steps`, `warmup`, `min_ratio`
+      hint: known here: `kind`, `steps`, `tokens`, `warmup`, `decay`, `min_ratio`
     ");
 }
 
@@ -55,7 +55,7 @@ fn wrong_types() {
     error: `schedule.steps`: expected a whole number from 0, found the number `1.5`
       --> stage.yaml:9
 
-    error: `schedule.warmup`: expected steps like `5` or a share of them like `10%`, found `some`
+    error: `schedule.warmup`: expected steps like `5`, a share of the stage like `10%` or `2e9 tokens`, found `some`
       --> stage.yaml:9
 
     error: `optimizer.betas`: expected a list of 2 numbers, found 1 item(s)
@@ -111,6 +111,7 @@ fn missing_fields_name_the_line_of_their_section() {
 
     error: `schedule.steps`: missing
       --> stage.yaml:9
+      hint: give the stage's length, in `steps` or `tokens`
 
     error: `batch.packs_per_step`: missing
       --> stage.yaml:10
@@ -143,6 +144,10 @@ fn an_empty_file_misses_everything() {
       --> stage.yaml:1
       hint: name a folder or `hf:org/name` with `from`, or a shape with `random: { model_type: ... }`
 
+    error: `schedule.steps`: missing
+      --> stage.yaml:1
+      hint: give the stage's length, in `steps` or `tokens`
+
     error: `train.vision`: missing
       --> stage.yaml:1
       hint: write `vision: frozen` or `vision: { lr: RATE }`
@@ -154,9 +159,6 @@ fn an_empty_file_misses_everything() {
     error: `train.llm`: missing
       --> stage.yaml:1
       hint: write `llm: frozen` or `llm: { lr: RATE }`
-
-    error: `schedule.steps`: missing
-      --> stage.yaml:1
 
     error: `batch.tokens_per_pack`: missing
       --> stage.yaml:1
@@ -184,7 +186,7 @@ fn faults_of_several_sections_and_kinds_at_once() {
 
     error: `train.projector.lr`: must be above 0, found 0
       --> stage.yaml:7
-      hint: write `projector: frozen` to leave the module as it is
+      hint: write `frozen` in place of rates to leave a part as it is
 
     error: `schedule.steps`: given twice, first at line 9
       --> stage.yaml:9
@@ -277,7 +279,7 @@ fn values_that_make_no_sense() {
 
     error: `train.projector.lr`: must be above 0, found -1
       --> stage.yaml:8
-      hint: write `projector: frozen` to leave the module as it is
+      hint: write `frozen` in place of rates to leave a part as it is
 
     error: `train.projector.weight_decay`: must not be negative, found -0.1
       --> stage.yaml:8
@@ -475,7 +477,7 @@ fn nothing_to_train_and_a_run_that_starts_from_itself() {
     insta::assert_snapshot!(faults(&[("{ lr: 1e-3 }", "frozen"), ("data:", "init: { from: ./runs/demo }\ndata:")]), @r"
     error: `train`: every module is frozen, so there is nothing to train
       --> stage.yaml:5
-      hint: give at least one module a rate, as in `projector: { lr: 1e-3 }`
+      hint: give at least one module a rate, as in `projector: { lr: 1e-3 }`; unlock points come after the first step
 
     error: `init.from`: is this run's own folder, `run.dir`
       --> stage.yaml:11

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::weights::ModelRef;
 
-use super::super::{Config, CurriculumPlan, ModelSource, Module, ModulePlan, Plan, VisualShape, load};
+use super::super::{Config, CurriculumPlan, ModelSource, Module, ModulePlan, Plan, Rates, VisualShape, load};
 use super::{STAGE, edited, load_files, plan};
 
 fn shipped(name: &str, sets: &[&str]) -> CurriculumPlan {
@@ -18,15 +18,20 @@ fn shipped(name: &str, sets: &[&str]) -> CurriculumPlan {
     }
 }
 
+/// As rates are where a file says no more than `lr`.
+fn trained(lr: f64) -> ModulePlan {
+    ModulePlan::Train(Rates { lr, weight_decay: 0.0, betas: [0.9, 0.95], layer_decay: 1.0 })
+}
+
 #[test]
 fn defaults_and_derived_values() {
     let plan = plan(STAGE, &[]);
     assert_eq!(plan.run.seed, 42);
     assert_eq!(plan.run.dir, PathBuf::from("runs/demo"));
     assert_eq!(plan.model.llm.tokenizer, Some(PathBuf::from("weights/llm/tokenizer.json")));
-    assert_eq!(plan.schedule.warmup_steps, 2, "3% of 60");
+    assert_eq!(plan.schedule.warmup, 2, "3% of 60");
     assert_eq!(plan.optimizer.clip_norm, Some(1.0));
-    assert_eq!(plan.train.get(Module::Projector), &ModulePlan::Train { lr: 1e-3, weight_decay: 0.0 });
+    assert_eq!(plan.train.get(Module::Projector), &trained(1e-3));
     assert_eq!(plan.train.iter().map(|(module, _)| module).collect::<Vec<_>>(), Module::ALL);
     assert!(plan.init.is_none() && plan.eval.is_none() && plan.export.is_none());
 }
@@ -76,7 +81,7 @@ fn two_ways_of_writing() {
         ("\"caption-*.tar\"", "[a.tar, b.tar]"),
     ]);
     let plan = plan(&text, &["schedule.warmup=25%", "run.device=cuda:1"]);
-    assert_eq!(plan.schedule.warmup_steps, 15);
+    assert_eq!(plan.schedule.warmup, 15);
     assert_eq!(plan.run.device.to_string(), "cuda:1");
     assert_eq!(plan.optimizer.clip_norm, None);
     assert_eq!(plan.log.every, 10, "an empty section has its defaults");
@@ -89,7 +94,7 @@ fn overrides_beat_the_file_and_reach_into_lists() {
         STAGE,
         &["train.llm.lr=1e-5", "data.sources[0].weight=3", "train.projector=frozen", "init.from=x"],
     );
-    assert_eq!(plan.train.llm, ModulePlan::Train { lr: 1e-5, weight_decay: 0.0 });
+    assert_eq!(plan.train.llm, trained(1e-5));
     assert_eq!(plan.train.projector, ModulePlan::Frozen);
     assert!((plan.data.sources[0].weight - 3.0).abs() < f64::EPSILON);
     assert_eq!(plan.init.map(|init| init.from), Some(PathBuf::from("x")));
@@ -111,7 +116,7 @@ fn extends_merges_mappings_and_replaces_lists() {
     let config = load_files(&[("child.yaml", child), ("base.yaml", STAGE)], &[]).unwrap();
     let Config::Stage(plan) = config else { panic!("a curriculum") };
     assert_eq!((plan.run.name.as_str(), plan.run.dir.as_path()), ("child", Path::new("runs/demo")));
-    assert_eq!(plan.train.vision, ModulePlan::Train { lr: 1e-5, weight_decay: 0.0 });
+    assert_eq!(plan.train.vision, trained(1e-5));
     assert_eq!(plan.data.streams, 2);
     assert_eq!(plan.data.sources.iter().map(|source| source.name.as_str()).collect::<Vec<_>>(), ["ocr"]);
 }
@@ -145,7 +150,7 @@ fn shipped_files_load_and_survive_text() {
 fn stages_of_a_curriculum_take_overrides() {
     let sets = ["run.root=/tmp/x", "schedule.steps=9", "stages[1].schedule.steps=3"];
     let stages = shipped("tiny", &sets).stages;
-    assert_eq!(stages.iter().map(|(_, plan)| plan.schedule.steps).collect::<Vec<_>>(), [9, 3, 9]);
+    assert_eq!(stages.iter().map(|(_, plan)| plan.schedule.length.count()).collect::<Vec<_>>(), [9, 3, 9]);
     let init = stages[1].1.init.as_ref().map(|init| init.from.as_path());
     assert_eq!(init, Some(stages[0].1.run.dir.as_path()));
     assert!(stages.iter().all(|(_, plan)| plan.run.dir.starts_with("/tmp/x")));
@@ -175,6 +180,9 @@ fn differences_and_hash() {
     `schedule.steps`: 60 -> 30
     `schedule.warmup`: 2 -> 1
     `train.llm`: "frozen" -> not given
+    `train.llm.betas[0]`: not given -> 0.9
+    `train.llm.betas[1]`: not given -> 0.95
+    `train.llm.layer_decay`: not given -> 1.0
     `train.llm.lr`: not given -> 0.00001
     `train.llm.weight_decay`: not given -> 0.0
     "#);
