@@ -50,7 +50,8 @@ fn ended_with_its_data(run_dir: &Path, step: u64) -> bool {
 pub(crate) fn check_lineage(plan: &Plan, resume: &Checkpoint) -> Result<()> {
     let (Some(init), Some(then)) = (&plan.init, &resume.state().init) else { return Ok(()) };
     match checkpoint::open_or_newest(&init.from)? {
-        Some(now) if now.record().seal != then.seal => Err(Error::usage(
+        // One that is damaged now was passed over for an older one; it is what the run started from all the same.
+        Some(now) if now.record().seal != then.seal && !then.is_still_there() => Err(Error::usage(
             format!(
                 "`{}` started from other weights than `{}` holds now",
                 plan.run.dir.display(),
@@ -98,6 +99,14 @@ impl Folders {
         let mut folders = BTreeMap::new();
         for module in Module::ALL {
             if let Some(ModelSource::From(model)) = source_of(plan, module) {
+                if let ModelRef::Folder(folder) = model
+                    && !folder.is_dir()
+                {
+                    return Err(Error::usage(
+                        format!("`model.{module}.from`: there is no folder `{}`", folder.display()),
+                        "paths are relative to the working folder; `python3 scripts/fetch_demo_weights.py` brings the demo's",
+                    ));
+                }
                 folders.insert(module, model.fetch(wanted(module))?);
             }
         }

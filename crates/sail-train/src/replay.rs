@@ -10,7 +10,7 @@ use serde_json::Value;
 use tch::Kind;
 
 use crate::checkpoint::{Checkpoint, newest_before};
-use crate::config::{GuardAction, Module};
+use crate::config::{Amount, GuardAction, Module};
 use crate::error::{Error, Result};
 use crate::events::{Console, trips};
 use crate::session::Session;
@@ -49,6 +49,12 @@ pub struct PackReport {
 /// # Errors
 /// [`Error::Usage`] when there is no checkpoint before it, or the run went another way; those of training.
 pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Console) -> Result<Replayed> {
+    if !crate::checkpoint::any(run_dir)? {
+        return Err(Error::usage(
+            format!("`--run`: `{}` is no run's folder, or has no checkpoint", run_dir.display()),
+            "name the folder that is `run.dir` of a stage",
+        ));
+    }
     let trips = trips(run_dir)?;
     let trip = trips.iter().find(|trip| trip["step"].as_u64() == Some(step));
     let checkpoint = match checkpoint {
@@ -62,6 +68,14 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
         None => find(run_dir, step, trip)?,
     };
     let mut plan = checkpoint.state().plan.clone();
+    if let Amount::Steps(last) = plan.schedule.length
+        && step > last
+    {
+        return Err(Error::usage(
+            format!("`--step`: the run has {last} steps, and {step} was asked for"),
+            "name one of its steps",
+        ));
+    }
     plan.eval = None;
     // What was done at each step is recorded; judging only has to count as the run did.
     plan.guard.not_finite = GuardAction::Skip;

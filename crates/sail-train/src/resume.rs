@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, MANIFEST};
 use crate::config::Plan;
 use crate::error::{Error, Result};
 use crate::lock::RunLock;
@@ -104,6 +104,10 @@ fn find_resume(dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>> {
     match resume {
         Resume::From(path) if !path.exists() => Err(Error::usage(
             format!("`--resume`: `{}` does not exist", path.display()),
+            format!("name a `step-…` folder of `{}`, or use `--resume auto`", dir.display()),
+        )),
+        Resume::From(path) if !path.join(MANIFEST).exists() => Err(Error::usage(
+            format!("`--resume`: `{}` is no checkpoint", path.display()),
             format!("name a `step-…` folder of `{}`, or use `--resume auto`", dir.display()),
         )),
         Resume::From(path) => Ok(Some(Checkpoint::open(path)?)),

@@ -99,6 +99,7 @@ impl Session {
         let encoder = Arc::new(encoder(&tokenizer, &spec.text, &config.llm)?);
         let sources = Sources::open(plan, &folders, &config, stored)?;
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
+        check_names(stored, &model)?;
         let mut started_from = Fingerprints::new(model.params());
         let freeze = freeze_plan(&model, plan)?;
         let unlocked = resume.map_or_else(BTreeMap::new, |resume| passed(plan, resume.state()));
@@ -644,6 +645,18 @@ fn updates(optimizer: &Optimizer, checkpoint: &Checkpoint) -> Updates {
         }
     }
     Updates { all: then.all, later }
+}
+
+/// A checkpoint has nothing that this model lacks: a deeper one would lose its upper blocks without a word.
+fn check_names(stored: Option<&Checkpoint>, model: &Vlm) -> Result<()> {
+    let Some(checkpoint) = stored else { return Ok(()) };
+    let extra = checkpoint.names().find(|name| !model.params().contains_key(*name));
+    extra.map_or(Ok(()), |name| {
+        Err(Error::usage(
+            format!("`{}` holds `{name}`, which this model does not have", checkpoint.dir().display()),
+            "give `model` the configuration that the checkpoint was trained with",
+        ))
+    })
 }
 
 /// Every rank has as many streams and packs as any other.

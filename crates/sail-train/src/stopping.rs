@@ -59,10 +59,11 @@ impl Stopping {
     ///
     /// # Errors
     /// [`Error::Usage`] for a scheduler's time that cannot be read.
-    pub fn new(flag: Arc<AtomicBool>, at_step: Option<u64>) -> Result<Self> {
+    pub fn new(at_step: Option<u64>) -> Result<Self> {
         let started = Instant::now();
-        let ends = std::env::var(SLURM_END).ok().map(|text| end_of_job(&text, started)).transpose()?;
-        Ok(Self { flag, at_step, started, ends })
+        let end = std::env::var(SLURM_END).ok().filter(|text| !text.is_empty());
+        let ends = end.map(|text| end_of_job(&text, started)).transpose()?;
+        Ok(Self { flag: Arc::default(), at_step, started, ends })
     }
 
     /// Why the run of `plan` is to stop after `step`, which is being made; on the main rank also for its folder.
@@ -70,13 +71,18 @@ impl Stopping {
         let file = plan.run.dir.join(FILE);
         if self.flag.load(Ordering::Relaxed) {
             Some(Reason::Signal)
-        } else if self.at_step.is_some_and(|at| step >= at) {
+        } else if self.is_reached(step) {
             Some(Reason::Step)
         } else if is_main && file.exists() {
             Some(Reason::File(file))
         } else {
             self.time_left(plan).map(Reason::Time)
         }
+    }
+
+    /// Whether a run that has come to `step` already is not to make another one.
+    pub(crate) fn is_reached(&self, step: u64) -> bool {
+        self.at_step.is_some_and(|at| step >= at)
     }
 
     /// Why no stage is to follow that of `plan`, which has ended.

@@ -100,10 +100,14 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let made = steps(&mut session, &mut saver, &mut events, &watchdog, options);
     if made.is_err() {
         saver.finish_alone();
+        world.on_main(|| {
+            remove_file(plan);
+            Ok(())
+        })?;
     }
     match made? {
         Some(step) => Ok(Outcome::Interrupted { step }),
-        None => finish(&session, &mut events).map(|summary| Outcome::Finished(Box::new(summary))),
+        None => finish(&session, &saver, &mut events).map(|summary| Outcome::Finished(Box::new(summary))),
     }
 }
 
@@ -115,6 +119,10 @@ fn steps(
     watchdog: &Watchdog,
     options: &RunOptions,
 ) -> Result<Option<u64>> {
+    if session.step > 0 && !session.is_done() && options.stopping.is_reached(session.step) {
+        stopped(session, events, Some(&Reason::Step));
+        return Ok(Some(session.step));
+    }
     evaluate_at_start(session, saver, events)?;
     while !session.is_done() {
         let started = Instant::now();
@@ -358,7 +366,7 @@ fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>
 }
 
 /// After the last step: evaluation, export and summary.
-fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
+fn finish(session: &Session, saver: &Saver, events: &mut Events) -> Result<StageSummary> {
     let after = evaluate(session, events)?;
     let (plan, world) = (&session.plan, &session.world);
     world.doing(session.step, "exporting");
@@ -367,6 +375,7 @@ fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
     let coverage = session.coverage()?;
     let weights = plan.export.as_ref().map(|_| session.exact_params(Module::Vision)).transpose()?;
     let summary = world.from_main(|| {
+        saver.check_folder()?;
         let out = plan.run.dir.join("export/vit");
         let export = match (&plan.export, weights) {
             (Some(export), Some(weights)) => Some(export::vit(session, weights, export.vit, &out)?),
@@ -385,6 +394,7 @@ fn finish(session: &Session, events: &mut Events) -> Result<StageSummary> {
             after,
             export,
         };
+        saver.check_folder()?;
         write_summary(&plan.run.dir.join(SUMMARY), &summary)?;
         Ok(summary)
     })?;

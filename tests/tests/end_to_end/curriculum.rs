@@ -41,6 +41,43 @@ fn three_stages_train_and_export() {
     assert!(crate::stderr(&again).contains("already finished"));
 }
 
+/// The newest checkpoint of the stage before was damaged after this one had begun from it; the one before that is
+/// another one, and the stage was told to be removed.
+#[test]
+fn a_stage_goes_on_though_what_it_began_from_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let quick =
+        ["--set", &set, "--set", "eval=null", "--set", "export=null", "--set", "batch.tokens_per_pack=128"];
+    let first = [&["--config", "configs/tiny/stage1.yaml"], &quick[..]].concat();
+    let second = [&["--config", "configs/tiny/stage2.yaml"], &quick[..]].concat();
+    run(&first, 0);
+    run(&[&second[..], &["--stop-at", "2"]].concat(), 3);
+    let newest = newest(&dir.path().join("runs/tiny/stage1")).unwrap().unwrap();
+    let path = newest.dir().join("state.json");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[10] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let said = crate::stderr(&run(&second, 0));
+    assert!(said.contains("resumes after step 2"), "{said}");
+}
+
+/// A checkpoint of a deeper model lost its upper blocks without a word.
+#[test]
+fn a_checkpoint_of_a_deeper_model_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let quick = ["--set", &set, "--set", "eval=null", "--set", "export=null", "--set", "schedule.steps=2"];
+    run(&[&["--config", "configs/tiny/stage1.yaml"], &quick[..]].concat(), 0);
+    let shallow = ["--set", "model.llm.random.num_hidden_layers=2"];
+    let output = run(&[&["--config", "configs/tiny/stage2.yaml"], &quick[..], &shallow].concat(), 2);
+    let said = crate::stderr(&output);
+    assert!(
+        said.contains("llm.model.layers.2.") && said.contains("which this model does not have"),
+        "{said}"
+    );
+}
+
 fn held_out_loss_falls(dir: &Path) {
     let path = dir.join("runs/tiny/stage3/summary.json");
     let summary: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();

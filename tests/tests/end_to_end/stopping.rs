@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::process::Command;
+use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::processes::{Job, all_end, steps, together};
+use crate::processes::{Job, all_end, signal, steps, together, until};
 use crate::{run, sail_train, stderr, under};
 
 /// A run that does not end by itself.
@@ -83,6 +84,66 @@ fn asked_by_a_file_or_the_end_of_its_time() {
         ("Slurm, alone", || by_slurm(1)),
         ("Slurm, two ranks", || by_slurm(2)),
     ]);
+}
+
+/// A service manager signals a launcher and its ranks, and the launcher hands its own on: the ranks took the two for
+/// one who insists, and ended without a checkpoint.
+#[test]
+fn one_request_that_comes_twice_is_one() {
+    let job = long(&[]);
+    let mut process = [job.start("run", job.launch(2))];
+    job.wait_for_step(2, &mut process);
+    let ranks = [0, 1].map(|rank| process[0].pid_of_rank(rank).unwrap());
+    for pid in [process[0].pid(), ranks[0], ranks[1]] {
+        signal("TERM", pid);
+    }
+    all_end(&mut process, Instant::now(), Duration::from_secs(60));
+    assert_eq!(process[0].code(), 3, "{}", process[0].said());
+    assert!(job.newest().state().step >= 2);
+}
+
+/// What only asks was taken for a first request, and the next signal for a second one.
+#[test]
+fn a_signal_after_one_that_only_asks_is_the_first() {
+    let job = long(&[]);
+    let mut process = [job.start("run", job.alone())];
+    job.wait_for_step(2, &mut process);
+    signal("STOP", process[0].pid());
+    signal("USR1", process[0].pid());
+    signal("TERM", process[0].pid());
+    signal("CONT", process[0].pid());
+    all_end(&mut process, Instant::now(), Duration::from_secs(60));
+    assert_eq!(process[0].code(), 3, "{}", process[0].said());
+}
+
+/// A second one ends a process at once, also while it waits for something.
+#[test]
+fn a_second_request_ends_it_at_once() {
+    let job = long(&["batch.packs_per_step=4000", "data.streams=2"]);
+    let mut process = [job.start("run", job.alone())];
+    until("the run has begun its first step", || process[0].said().contains("starts"));
+    signal("TERM", process[0].pid());
+    sleep(Duration::from_millis(1500));
+    assert!(!process[0].has_ended(), "{}", process[0].said());
+    signal("TERM", process[0].pid());
+    all_end(&mut process, Instant::now(), Duration::from_secs(10));
+    assert_eq!(process[0].code(), 130, "{}", process[0].said());
+}
+
+/// Each repetition made one step more.
+#[test]
+fn a_run_that_has_come_to_its_stop_makes_no_more_steps() {
+    let job = long(&[]);
+    for _ in 0..2 {
+        let mut command = job.alone();
+        command.args(["--stop-at", "3"]);
+        job.run(command, 3);
+        assert_eq!(job.newest().state().step, 3);
+    }
+    let mut command = job.launch(2);
+    command.args(["--stop-at", "2"]);
+    job.run(command, 3);
+    assert_eq!(job.newest().state().step, 3);
 }
 
 #[test]

@@ -2,6 +2,30 @@
 
 use crate::{run, stderr, under};
 
+/// A warning that could not be written ended the training.
+#[test]
+fn a_log_that_nobody_reads_ends_no_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = under(dir.path());
+    let quick = [
+        "--config",
+        "configs/tiny/stage1.yaml",
+        "--set",
+        &set,
+        "--set",
+        "eval=null",
+        "--set",
+        "schedule.steps=2",
+    ];
+    run(&[&quick[..], &["--set", "checkpoint.every=1"]].concat(), 0);
+    let newest = dir.path().join("runs/tiny/stage1/step-00000002/state.json");
+    std::fs::write(newest, "{}").unwrap();
+    std::fs::remove_file(dir.path().join("runs/tiny/stage1/summary.json")).unwrap();
+    let mut command = crate::sail_train(&quick);
+    command.stderr(std::fs::File::create("/dev/full").unwrap());
+    assert_eq!(command.status().unwrap().code(), Some(0));
+}
+
 #[test]
 fn all_configuration_errors_are_listed_with_their_lines() {
     let dir = tempfile::tempdir().unwrap();
@@ -32,7 +56,7 @@ fn an_unfinished_predecessor_and_a_changed_plan_are_refused() {
     run(&[&stage1[..], &["--stop-at", "2"]].concat(), 3);
 
     let error = stderr(&run(&["--config", "configs/tiny/stage2.yaml", "--set", &set], 2));
-    assert!(error.contains("stopped at step 2 of"), "{error}");
+    assert!(error.contains("stopped after 2 steps of 12 steps"), "{error}");
 
     let error = stderr(&run(&[&stage1[..], &["--set", "train.projector.lr=0.5"]].concat(), 2));
     assert!(error.contains("`train.projector.lr`: 0.001 -> 0.5"), "{error}");

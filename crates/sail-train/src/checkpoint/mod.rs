@@ -37,7 +37,7 @@ pub(crate) use write::{checksum, remove_partial};
 
 const FORMAT: u32 = 1;
 const STATE: &str = "state.json";
-const MANIFEST: &str = "manifest.json";
+pub(crate) const MANIFEST: &str = "manifest.json";
 const COMPLETE: &str = "COMPLETE";
 
 /// Where a run stands; everything but tensors.
@@ -99,6 +99,13 @@ pub struct InitRecord {
     pub dir: PathBuf,
     /// What its `COMPLETE` holds: a checksum over everything in it.
     pub seal: String,
+}
+
+impl InitRecord {
+    /// Whether a checkpoint of this seal is in its place, whole or not.
+    pub(crate) fn is_still_there(&self) -> bool {
+        std::fs::read_to_string(self.dir.join(COMPLETE)).is_ok_and(|seal| seal.trim() == self.seal)
+    }
 }
 
 /// The checkpoint in `path` itself, or the newest of a run that verifies.

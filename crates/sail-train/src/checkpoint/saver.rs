@@ -146,6 +146,14 @@ impl Saver {
         Self { lock: lock.map(Arc::new), ..self }
     }
 
+    /// Checks that the folder is still the one that was taken.
+    ///
+    /// # Errors
+    /// [`Error::FolderGone`].
+    pub fn check_folder(&self) -> Result<()> {
+        check(self.lock.as_deref())
+    }
+
     /// The newest snapshot that was taken.
     pub fn newest(&self) -> Option<&Snapshot> {
         self.newest.as_ref()

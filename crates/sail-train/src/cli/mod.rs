@@ -2,6 +2,7 @@
 //!
 //! 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
 
+mod configuration;
 mod launch;
 mod planning;
 mod using;
@@ -10,10 +11,12 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{self, Config};
@@ -23,8 +26,12 @@ use crate::events::Console;
 use crate::launch::end_with_launcher;
 use crate::resume::Resume;
 use crate::stopping::Stopping;
+use crate::threads::spawn;
 use crate::train_loop::RunOptions;
 use crate::world::{Place, World, tell_of_end};
+
+/// Signals that come within this time are one request.
+const ONE_REQUEST: Duration = Duration::from_secs(1);
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -32,12 +39,13 @@ Examples:
   sail-train --config stage2.yaml --set train.projector.lr=1e-4 --set run.dir=runs/try
   sail-train launch --nproc 8 -- --config stage2.yaml
   sail-train --config stage2.yaml --dry-run --world 1024 --mfu 0.35
+  sail-train config check stage2.yaml
   sail-train eval --checkpoint runs/demo/stage3
   sail-train generate --checkpoint runs/demo/stage3 --image photo.jpg --prompt What?
 
 Ctrl-C, SIGTERM, SIGUSR1, a file `stop` in the run's folder or the end of its time (`run.time_limit_secs`, or
-Slurm's) save after the step and exit with 3; the same command resumes. A second Ctrl-C or SIGTERM ends it at
-once, with 130.
+Slurm's) save after the step and exit with 3; the same command resumes. A second Ctrl-C or SIGTERM, a second or
+more later, ends it at once, with 130.
 Exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
 SAIL_LOG=debug shows more of the log, SAIL_LOG=error less.";
 
@@ -60,6 +68,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     Launch(launch::Options),
+    Config(configuration::Options),
     #[command(flatten)]
     Using(using::Command),
 }
@@ -98,7 +107,8 @@ pub fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_ansi(colour);
-    log.with_writer(console.clone()).init();
+    // A log that nobody can read any more is no reason to end a run.
+    log.log_internal_errors(false).with_writer(console.clone()).init();
     exit_on_panic(console.clone());
     match run(args, &console) {
         Ok(code) => code,
@@ -176,6 +186,7 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
     match args.command {
         None => train(args.train, console),
         Some(Command::Launch(options)) => launch::run(options, console),
+        Some(Command::Config(options)) => configuration::run(options),
         Some(Command::Using(command)) => using::run(command, console),
     }
 }
@@ -205,14 +216,13 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
         ));
     }
     let plans = config.plans();
+    // What is wrong with this rank alone is told before the others count on it.
+    let mut stopping = Stopping::new(args.stop_at)?;
     let world = Arc::new(World::join(place, plans[0], console)?);
     // Until the ranks have met there is nothing to save: a signal ends the process at once.
-    let options = RunOptions {
-        resume,
-        allow_config_change: args.allow_config_change,
-        stopping: Stopping::new(stop_on_signals()?, args.stop_at)?,
-        console: console.clone(),
-    };
+    stopping.flag = stop_on_signals()?;
+    let allow_config_change = args.allow_config_change;
+    let options = RunOptions { resume, allow_config_change, stopping, console: console.clone() };
     let summary = match curriculum::run(&plans, &world, &options) {
         Ok(summary) => summary,
         Err(error) if world.size() == 1 => return Err(error),
@@ -233,15 +243,24 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     }
 }
 
-/// The first SIGINT or SIGTERM asks for a save and a stop, a second one ends the process at once; SIGUSR1 only asks.
+/// The first SIGINT or SIGTERM asks for a save and a stop, a later one ends the process at once; SIGUSR1 only asks.
+///
+/// A terminal, a service manager or a scheduler may send the same signal to a launcher, which hands it on, and to its
+/// ranks: what comes right after the first one is no second request.
 fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let failed = |source| Error::Io { path: "signal handler".into(), source };
-    // Sent by schedulers before the end of a job's time, perhaps more than once.
-    signal_hook::flag::register(SIGUSR1, Arc::clone(&stop)).map_err(failed)?;
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop)).map_err(failed)?;
-        signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(failed)?;
-    }
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]).map_err(failed)?;
+    let asked = Arc::clone(&stop);
+    let mut first: Option<Instant> = None;
+    spawn("sail-signals", move || {
+        for signal in &mut signals {
+            asked.store(true, Ordering::Relaxed);
+            // Sent by schedulers before the end of a job's time, perhaps more than once.
+            if signal != SIGUSR1 && first.get_or_insert_with(Instant::now).elapsed() > ONE_REQUEST {
+                end(130);
+            }
+        }
+    })?;
     Ok(stop)
 }

@@ -179,6 +179,18 @@ impl<'de> Deserializer<'de> for Reader<'_> {
         }
     }
 
+    /// Large numbers are written as `2e9`.
+    fn deserialize_u64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        /// From here on not every whole number is a float.
+        const EXACT: f64 = (1u64 << 53) as f64;
+        match self.0.content {
+            Content::Float(value) if value.fract() == 0.0 && (0.0..EXACT).contains(&value) => {
+                visitor.visit_u64(value as u64)
+            }
+            _ => self.deserialize_any(visitor),
+        }
+    }
+
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
         match self.0.content {
             Content::Null => visitor.visit_none(),
@@ -224,7 +236,7 @@ impl<'de> Deserializer<'de> for Reader<'_> {
     }
 
     serde::forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u128 f32 f64 char str string bytes byte_buf unit unit_struct
         seq tuple tuple_struct map identifier ignored_any
     }
 }

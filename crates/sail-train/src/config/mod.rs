@@ -29,6 +29,7 @@ mod raw_values;
 mod resolve;
 mod resolve_data;
 mod resolve_train;
+mod schema;
 mod select;
 mod source;
 #[cfg(test)]
@@ -46,6 +47,7 @@ pub use plan::{
     LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RulePlan, RunPlan, SchedulePlan,
     TrainPlan, UnlockPlan, VisionPlan, VisualShape, WatchdogPlan,
 };
+pub use schema::schema;
 pub use select::Selector;
 pub use values::{
     Amount, DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, Progress, Rates,

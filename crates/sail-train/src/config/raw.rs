@@ -8,17 +8,19 @@ use std::path::PathBuf;
 use sail_model::projector::ProjectorKind;
 use sail_model::vision::VitLayout;
 use sail_model::weights::ModelRef;
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::raw_data::{RawData, RawSource};
 use super::raw_values::{RawAmount, RawList, RawModule};
+use super::schema::{words, words_or_null};
 use super::select::Selector;
 use super::values::{DeviceChoice, GuardAction, Precision, ReduceDtype, ScheduleKind, Strategy};
 
 /// A stage. Besides these fields a file may say `extends: FILE` (relative to itself): that file's values come first,
 /// mappings are merged key by key, everything else is replaced.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawRun {
     /// Name, folder, seed and machine.
@@ -54,7 +56,7 @@ pub(super) struct RawRun {
 }
 
 /// `run`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawRunSection {
     /// Name in logs. Required.
@@ -68,8 +70,10 @@ pub(super) struct RawRunSection {
     pub(super) seed: u64,
     /// `auto` (the CUDA device of the rank's place on its host, or the CPU), `cpu`, and in a single process `cuda` or
     /// `cuda:N`. Default: `auto`.
+    #[schemars(with = "String")]
     pub(super) device: DeviceChoice,
     /// Dtype of the forward pass: `auto` (bf16 on CUDA, fp32 on the CPU), `fp32` or `bf16`. Default: `auto`.
+    #[schemars(schema_with = "words::<Precision>")]
     pub(super) precision: Precision,
     /// How long the process may run, seconds: the run saves and stops with exit code 3 before. Default: until the end
     /// of a Slurm job (`SLURM_JOB_END_TIME`), elsewhere for ever.
@@ -94,7 +98,7 @@ impl Default for RawRunSection {
 }
 
 /// `model`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawModel {
     /// The vision encoder.
@@ -106,11 +110,12 @@ pub(super) struct RawModel {
 }
 
 /// `model.vision`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawVision {
     /// Folder with `config.json` and safetensors files, or `hf:org/name[@revision]` for a model that is fetched from a
     /// Hugging Face hub, see `model.llm`. Exactly one of `from` and `random` is required.
+    #[schemars(with = "Option<String>")]
     pub(super) from: Option<ModelRef>,
     /// Random weights; the keys are those of the family's `config.json`, `model_type` among them.
     pub(super) random: Option<Value>,
@@ -119,11 +124,12 @@ pub(super) struct RawVision {
 }
 
 /// `model.projector`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawProjector {
     /// `pixel_shuffle` (merges patches, then layer norm, linear, GELU, linear), or without merging `mlp` (linear, GELU,
     /// linear) or `linear`. Default: `pixel_shuffle`.
+    #[schemars(schema_with = "words::<ProjectorKind>")]
     pub(super) kind: ProjectorKind,
     /// `merge` x `merge` neighbouring patches become one visual token. Default: 2 for `pixel_shuffle`, else 1.
     pub(super) merge: Option<i64>,
@@ -141,11 +147,12 @@ impl Default for RawProjector {
 /// there. Before the first step of a run only `config.json` and `tokenizer.json` are fetched, weights when the stage
 /// starts. A hub that refuses connections is an error after 3 s, one that does not answer within 95 s; where the
 /// cache has the model, that is taken instead. A download that broke off goes on with the next run.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawLlm {
     /// Folder with `config.json`, `tokenizer.json` and safetensors files, or `hf:org/name[@revision]`. Exactly one of
     /// `from` and `random` is required.
+    #[schemars(with = "Option<String>")]
     pub(super) from: Option<ModelRef>,
     /// Random weights; the keys are those of the family's `config.json`, `model_type` among them.
     pub(super) random: Option<Value>,
@@ -154,7 +161,7 @@ pub(super) struct RawLlm {
 }
 
 /// `init`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawInit {
     /// A finished run's folder or a checkpoint, perhaps made by an earlier stage. An exported encoder goes into
@@ -165,7 +172,7 @@ pub(super) struct RawInit {
 /// `train`: for each module the word `frozen` or `{ lr, weight_decay, layer_decay, betas }`. Parts of a module are
 /// named as `llm` (all of it), `vision.blocks[12..24]`, `llm.blocks[20..]`, `llm.blocks[0]` (from 0, the end is not
 /// part of it), or by a pattern for full parameter names, `vision.*.norm.*`, in which `*` stands for any characters.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawTrain {
     /// The vision encoder. Required.
@@ -181,7 +188,7 @@ pub(super) struct RawTrain {
 }
 
 /// `train.vision` and its like, where the module is not frozen.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "`frozen` or a mapping")]
 pub(super) struct RawRates {
     /// Peak learning rate, above 0. Required.
@@ -202,7 +209,7 @@ impl Default for RawRates {
 }
 
 /// `train.rules[]`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawRule {
     /// The part. Required.
@@ -212,7 +219,7 @@ pub(super) struct RawRule {
 }
 
 /// `train.unfreeze[]`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawUnlock {
     /// When: after so many steps (`1200`), tokens (`2e9 tokens`), or a share of the stage (`30%`). Required.
@@ -239,7 +246,7 @@ impl Default for RawUnlock {
 }
 
 /// `optimizer`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawOptimizer {
     /// Decay of the first and second moment, each in `[0, 1)`, of what says none itself. Default: `[0.9, 0.95]`.
@@ -257,11 +264,12 @@ impl Default for RawOptimizer {
 }
 
 /// `schedule`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawSchedule {
     /// Curve after the warm-up: `cosine`, `constant`, `linear`, `wsd` (constant, then a line down over `decay`) or
     /// `inverse_sqrt` (the root of the warm-up over what is done). Default: `cosine`.
+    #[schemars(schema_with = "words::<ScheduleKind>")]
     pub(super) kind: ScheduleKind,
     /// Optimizer steps of the stage. Exactly one of `steps` and `tokens` is required.
     pub(super) steps: Option<u64>,
@@ -291,7 +299,7 @@ impl Default for RawSchedule {
 }
 
 /// `batch`. A pack is the micro-batch: whole samples, one after the other, attention kept within each.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawBatch {
     /// Most tokens in a pack, image tokens included. Required.
@@ -302,13 +310,15 @@ pub(super) struct RawBatch {
 
 /// `parallel`. What counts as a rank is said in docs/clusters.md; their number must divide `data.streams` and
 /// `batch.packs_per_step`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawParallel {
     /// `ddp` (every rank has everything), `zero1` (each keeps its part of masters and moments) or `zero2` (of the
     /// summed gradients too, which then leave after every micro-batch). Default: `zero1`.
+    #[schemars(schema_with = "words::<Strategy>")]
     pub(super) strategy: Strategy,
     /// Dtype in which gradients travel, `fp32` or `bf16`. Default: `fp32`.
+    #[schemars(schema_with = "words::<ReduceDtype>")]
     pub(super) reduce: ReduceDtype,
     /// Most gradients that travel together, MiB in fp32; a larger parameter travels alone. Default: 32.
     pub(super) bucket_mb: usize,
@@ -332,7 +342,7 @@ impl Default for RawParallel {
 }
 
 /// `checkpoint`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawCheckpoint {
     /// Steps between checkpoints. Default: only at the end.
@@ -367,12 +377,14 @@ impl Default for RawCheckpoint {
 /// `guard`. What may be done instead of a step: `skip` (the step passes without an update), `rollback` (weights and
 /// moments become those of the newest checkpoint, or of the start of the process, and the data that follows is trained
 /// on) or `stop` (the run saves as it is before the step, and ends with exit code 1).
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawGuard {
     /// Where the loss or the gradient is not a number. Default: `stop`.
+    #[schemars(schema_with = "words::<GuardAction>")]
     pub(super) not_finite: GuardAction,
     /// Where the loss is far above those before. Default: none, such steps are made.
+    #[schemars(schema_with = "words_or_null::<GuardAction>")]
     pub(super) spike: Option<GuardAction>,
     /// How far: robust standard deviations (1.4826 times the median absolute deviation) above the median. Default: 8.
     pub(super) spike_z: f64,
@@ -400,7 +412,7 @@ impl Default for RawGuard {
 }
 
 /// `log`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawLog {
     /// Steps between reports. Default: 10.
@@ -415,7 +427,7 @@ impl Default for RawLog {
 
 /// `watchdog`. A step that takes far longer than usual is logged with its times and the stacks of all threads, again
 /// each time that it has taken twice as long; a process in which nothing goes on ends with exit code 1.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawWatchdog {
     /// A step is far longer than usual from this many times the median of the 50 before it, at least 1. Default: 10.
@@ -434,7 +446,7 @@ impl Default for RawWatchdog {
 }
 
 /// `eval`. It runs before the first step and after the last one, and in between as `every` says.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawEval {
     /// Steps between evaluations. Default: none in between.
@@ -456,16 +468,17 @@ impl Default for RawEval {
 }
 
 /// `export`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawExport {
     /// Layout of the vision encoder's files: `transformers`, `sail` (AIMv2 alone) or `original` (that of
     /// the family's own code). Required.
+    #[schemars(schema_with = "words_or_null::<VitLayout>")]
     pub(super) vit: Option<VitLayout>,
 }
 
 /// A curriculum: stages that run one after the other.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawCurriculum {
     /// Name in logs. Required.

@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 
 use sail_data::{Layout, LossWeight, MixBy, PageChoice, StoreSpec, Template, TooLong};
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::raw_values::RawList;
+use super::schema::words;
 use super::values::VisualBalance;
 
 /// `data`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawData {
     /// Logical streams the data order is cut into; fixes the order and is never the number of threads or devices.
@@ -23,6 +25,7 @@ pub(super) struct RawData {
     /// Default: 64.
     pub(super) pack_buffer: usize,
     /// What the sources' weights are shares of: `samples` or `tokens`. Default: `samples`.
+    #[schemars(schema_with = "words::<MixBy>")]
     pub(super) mix_by: MixBy,
     /// How often every source is read; one that ends leaves the mixture, and with the last one the stage ends.
     /// Default: as often as the steps need.
@@ -31,9 +34,11 @@ pub(super) struct RawData {
     pub(super) samples: Option<u64>,
     /// What happens to a sample with more tokens than a pack: `drop`, `error`, or `truncate_text` (cut at its end, never
     /// inside an image). Default: `drop`.
+    #[schemars(schema_with = "words::<TooLong>")]
     pub(super) too_long: TooLong,
     /// How visual tokens are spread over the packs, so that all devices have equal work: `mean` (each has the
     /// stream's share so far) or `off`. Default: `mean`.
+    #[schemars(schema_with = "words::<VisualBalance>")]
     pub(super) balance: VisualBalance,
     /// Visual tokens that every pack should have, instead of the mean. Default: none.
     pub(super) visual_tokens_per_pack: Option<usize>,
@@ -42,6 +47,7 @@ pub(super) struct RawData {
     /// Largest image that is decoded, pixels; larger ones count as unusable. Default: 50 million.
     pub(super) max_pixels: u64,
     /// Chat template: `chatml`, `sail`, `smollm` or `jinja` (the tokenizer's own). Default: `chatml`.
+    #[schemars(schema_with = "words::<Template>")]
     pub(super) template: Template,
     /// A Jinja template, instead of that in the tokenizer's folder; with `template: jinja` alone. Default: none.
     pub(super) template_file: Option<PathBuf>,
@@ -49,6 +55,7 @@ pub(super) struct RawData {
     pub(super) system: Option<String>,
     /// How much each of a sample's n answer tokens counts: `token` 1, `sample` 1/n, `square` 1/sqrt(n).
     /// Default: `token`.
+    #[schemars(schema_with = "words::<LossWeight>")]
     pub(super) loss_weight: LossWeight,
     /// The tokens an image is written as; each must be in the tokenizer.
     pub(super) image_tokens: RawImageTokens,
@@ -111,7 +118,7 @@ impl Default for RawData {
 }
 
 /// `data.image_tokens`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawImageTokens {
     /// Before an image. Default: `<img>`.
@@ -129,7 +136,7 @@ impl Default for RawImageTokens {
 }
 
 /// `data.tiling`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawTiling {
     /// Fewest tiles of an image, at least 1. Default: 1.
@@ -147,7 +154,7 @@ impl Default for RawTiling {
 }
 
 /// `data.any_resolution`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawAnyResolution {
     /// Fewest visual tokens of an image; a smaller one is enlarged. Default: 4.
@@ -163,7 +170,7 @@ impl Default for RawAnyResolution {
 }
 
 /// `data.reencode`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawReencode {
     /// Share of the images, in `[0, 1]`. Default: 0.5.
@@ -179,7 +186,7 @@ impl Default for RawReencode {
 }
 
 /// `data.store`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawStore {
     /// How often a request that fails is tried again. Default: 5.
@@ -200,7 +207,7 @@ impl Default for RawStore {
 }
 
 /// `data.store.cache`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawCache {
     /// The folder; processes may share it. Required.
@@ -210,7 +217,7 @@ pub(super) struct RawCache {
 }
 
 /// An item of `data.sources` and `eval.sources`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping with `name` and `shards`")]
 pub(super) struct RawSource {
     /// Name in logs, unique in its list. Required.
@@ -222,10 +229,12 @@ pub(super) struct RawSource {
     pub(super) images: Option<String>,
     /// How a sample's members become a conversation: `conversations`, `captions`, `pages` or `interleaved`.
     /// Default: `conversations`.
+    #[schemars(schema_with = "words::<Layout>")]
     pub(super) layout: Layout,
     /// What is asked where the layout has no questions, one of these by the sample's key. Default: the layout's own.
     pub(super) questions: Vec<String>,
     /// Which page of a document is taken: `first` (with text) or `random`, another each epoch. Default: `first`.
+    #[schemars(schema_with = "words::<PageChoice>")]
     pub(super) page: PageChoice,
     /// Share of the samples drawn from here, relative to the other sources; above 0. Default: 1.0.
     pub(super) weight: f64,

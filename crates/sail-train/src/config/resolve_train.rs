@@ -177,9 +177,10 @@ pub(super) fn schedule(checker: &mut Checker<'_>, raw: &RawSchedule) -> Option<S
     let mut part = |field: &str, raw| {
         let path = format!("schedule.{field}");
         let amount = amount(checker, &path, raw, length);
-        let must = format!("must not be more than `schedule.{name}`, {}", length.count());
-        checker.expect(amount.count() <= length.count(), &path, &must, amount.count());
-        if !amount.has_unit_of(length) {
+        if amount.has_unit_of(length) {
+            let must = format!("must not be more than `schedule.{name}`, {}", length.count());
+            checker.expect(amount.count() <= length.count(), &path, &must, amount.count());
+        } else {
             checker.invalid(&path, format!("is in other units than `schedule.{name}`"));
         }
         amount.count()

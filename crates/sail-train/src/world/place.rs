@@ -12,6 +12,8 @@ use super::slurm;
 const TORCHRUN: [&str; 6] =
     ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
 
+/// More are a slip of the pen; a rank remembers something of each of them.
+const MOST_RANKS: usize = 1 << 20;
 const START_HINT: &str = "start with `torchrun --no-python` or `sail-train launch`, which set RANK, WORLD_SIZE, \
 LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; unset RANK and WORLD_SIZE for one process alone";
 
@@ -124,6 +126,9 @@ fn torchrun(vars: &Vars<'_>, set: &str) -> Result<Place> {
     }
     let number = |name| vars.required(name, START_HINT);
     let (rank, size) = (number("RANK")?, number("WORLD_SIZE")?);
+    if size > MOST_RANKS {
+        return Err(Error::usage(format!("`WORLD_SIZE={size}` is more than {MOST_RANKS} ranks"), START_HINT));
+    }
     let (local_rank, local_size) = (number("LOCAL_RANK")?, number("LOCAL_WORLD_SIZE")?);
     below(("RANK", rank), ("WORLD_SIZE", size))?;
     below(("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", local_size))?;

@@ -2,6 +2,8 @@
 
 mod faults;
 mod plans;
+mod schema;
+mod wrong;
 
 use std::fs;
 use std::path::Path;

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::weights::ModelRef;
 
-use super::super::{Config, CurriculumPlan, ModelSource, Module, ModulePlan, Plan, Rates, VisualShape, load};
+use super::super::{
+    Amount, Config, CurriculumPlan, ModelSource, Module, ModulePlan, Plan, Rates, VisualShape, load,
+};
 use super::{STAGE, edited, load_files, plan};
 
 fn shipped(name: &str, sets: &[&str]) -> CurriculumPlan {
@@ -21,6 +23,15 @@ fn shipped(name: &str, sets: &[&str]) -> CurriculumPlan {
 /// As rates are where a file says no more than `lr`.
 fn trained(lr: f64) -> ModulePlan {
     ModulePlan::Train(Rates { lr, weight_decay: 0.0, betas: [0.9, 0.95], layer_decay: 1.0 })
+}
+
+#[test]
+fn large_numbers_may_be_written_short() {
+    let plan = plan(&STAGE.replace("steps: 60", "tokens: 121e9, warmup: 2e9 tokens"), &[]);
+    assert_eq!(
+        (plan.schedule.length, plan.schedule.warmup),
+        (Amount::Tokens(121_000_000_000), 2_000_000_000)
+    );
 }
 
 #[test]
