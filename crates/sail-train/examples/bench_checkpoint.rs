@@ -70,6 +70,7 @@ fn main() -> Result<(), Error> {
                 data: Position { next_stream: 0, streams: Vec::new() },
                 unlocked: BTreeMap::new(),
                 updates: Updates::default(),
+                ada_lrs: None,
                 guard: GuardState::default(),
                 init: None,
                 plan: (*plan).clone(),

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tracing::warn;
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::ada_lrs::{Trial, Verdict};
 use crate::checkpoint::{Save, Totals};
 use crate::config::{Amount, Plan, Progress, UnlockPlan};
 use crate::error::{Error, Result};
@@ -212,6 +213,22 @@ impl Events {
         self.write(&json!({"kind": "unlock", "step": step, "parts": parts, "tensors": freed.len()}));
         let (name, parts, tensors) = (&self.plan.run.name, parts.join(", "), freed.len());
         self.note(format!("{name}: after step {step} {parts} is trained as well, {tensors} tensors"));
+    }
+
+    /// Records and tells what a trial of another learning rate has led to.
+    pub fn trial(&mut self, step: u64, trial: &Trial) {
+        self.write(&json!({"kind": "ada_lrs", "step": step, "trial": trial}));
+        let Trial { trial, scale_before, scale_tried, before, tried, verdict, scale } = trial;
+        let found = match verdict {
+            Verdict::Keep => "is kept",
+            Verdict::Leave => "makes no difference",
+            Verdict::GoBack => "is worse: back to before it",
+        };
+        self.note(format!(
+            "{}: trial {trial} of the rates x{scale_tried:.3} for x{scale_before:.3} {found}; fall of the loss a step \
+             {:.2e} (+-{:.1e}), in the trial {:.2e}; now x{scale:.3}",
+            self.plan.run.name, before.speed, before.error, tried.speed
+        ));
     }
 
     /// Records checkpoints that were made.

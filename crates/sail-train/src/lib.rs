@@ -10,6 +10,7 @@
 //! | where a stage's weights come from | `origin` |
 //! | the processes that train together | [`world`] |
 //! | what is trained when, and at which rate | [`freeze`], [`schedule`] |
+//! | the search for a learning rate | [`ada_lrs`] |
 //! | freezing and its proof | [`stage`], [`optim`] |
 //! | what is said of a step that takes too long | `watchdog` |
 //! | how a stage begins or goes on | [`resume`] |
@@ -22,6 +23,7 @@
 //! | stages in a row | [`curriculum`] |
 //! | what stages take on machines that are not here | [`estimate`] |
 
+pub mod ada_lrs;
 pub mod batch;
 pub mod checkpoint;
 pub mod cli;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tch::Kind;
 
+use crate::ada_lrs;
 use crate::checkpoint::{Checkpoint, newest_before};
 use crate::config::{Amount, GuardAction, Module};
 use crate::error::{Error, Result};
@@ -156,19 +157,30 @@ fn make_again(session: &mut Session, trips: &[Value], wanted: u64) -> Result<()>
     match trip.map(|trip| trip["action"].as_str()) {
         None => {
             session.update(&step, &session.factors(&step))?;
-            session.advance(&step)
+            session.advance(&step)?;
+            match session.observe(verdict.loss) {
+                Some(trial) if trial.verdict == ada_lrs::Verdict::GoBack => Err(went_back(done + 1, wanted)),
+                _ => Ok(()),
+            }
         }
         Some(Some("skip")) => session.skip(),
-        Some(_) => Err(Error::usage(
-            format!("the run went back or ended at step {}, before it came to step {wanted}", done + 1),
-            "name a checkpoint made after that with `--checkpoint`",
-        )),
+        Some(_) => Err(went_back(done + 1, wanted)),
     }
+}
+
+fn went_back(step: u64, wanted: u64) -> Error {
+    Error::usage(
+        format!("the run went back or ended at step {step}, before it came to step {wanted}"),
+        "name a checkpoint made after that with `--checkpoint`",
+    )
 }
 
 fn next(session: &mut Session, wanted: u64) -> Result<Step> {
     let done = session.step;
     session.unlock_due()?;
+    if session.is_trial_due() {
+        session.begin_trial();
+    }
     session.next_step()?.ok_or_else(|| {
         Error::usage(format!("the data ends after step {done}, before step {wanted}"), "name an earlier step")
     })

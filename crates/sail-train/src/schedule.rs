@@ -35,6 +35,12 @@ impl Factors {
         Self { all: factor(schedule, schedule.length.of(after)), unlocked }
     }
 
+    /// All of them times `scale`.
+    #[must_use]
+    pub fn times(self, scale: f64) -> Self {
+        Self { all: self.all * scale, ..self }
+    }
+
     /// The same for all.
     pub fn flat(all: f64) -> Self {
         Self { all, unlocked: Vec::new() }
@@ -63,7 +69,7 @@ fn ramp(done: u64, length: u64) -> f64 {
 /// period), `linear` and `wsd` (Hu et al., arXiv 2404.06395, with a linear decay) reach `min_ratio` on the last step of
 /// the stage; `inverse_sqrt` is that of Vaswani et al., arXiv 1706.03762, section 5.3.
 pub fn factor(plan: &SchedulePlan, after: u64) -> f64 {
-    let SchedulePlan { kind, length, warmup, decay, min_ratio } = *plan;
+    let SchedulePlan { kind, length, warmup, decay, min_ratio, .. } = *plan;
     if after <= warmup {
         return ramp(after, warmup);
     }
@@ -111,6 +117,7 @@ mod tests {
             length,
             warmup,
             decay: (kind == ScheduleKind::Wsd).then_some(length.count() / 5),
+            ada_lrs: None,
             min_ratio: 0.1,
         }
     }

@@ -16,9 +16,10 @@ use sail_torch::ReduceOp;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
+use crate::ada_lrs::{AdaLrs, Trial};
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched, Updates};
-use crate::config::{GuardAction, ModelSource, Module, Plan, Progress, UnlockPlan, VisualShape};
+use crate::config::{AdaLrsPlan, GuardAction, ModelSource, Module, Plan, Progress, UnlockPlan, VisualShape};
 use crate::device::{choose_device, choose_precision, take_device};
 use crate::error::{Error, Result};
 use crate::eval::{EvalReport, Evaluator};
@@ -71,6 +72,8 @@ pub struct Session {
     pub freeze: FreezePlan,
     /// How far the stage had come at each unlock point that it has passed, by index in the plan.
     unlocked: BTreeMap<usize, Progress>,
+    /// The search for a learning rate, where the plan has one.
+    ada_lrs: Option<AdaLrs>,
     /// What was judged of the steps so far.
     guard: GuardState,
     /// Where this rank's data stood before the step that is being made.
@@ -124,6 +127,11 @@ impl Session {
             guard = state.guard.clone();
             init_record.clone_from(&state.init);
         }
+        let ada_lrs = plan.schedule.ada_lrs.map(|_| {
+            let then = resume.and_then(|resume| resume.state().ada_lrs.clone());
+            // A stage that has ended within a trial may be made longer.
+            then.map_or_else(AdaLrs::default, AdaLrs::without_trial)
+        });
         let evaluator = match (&plan.eval, plan.eval_spec(shape)) {
             (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
             _ => None,
@@ -152,6 +160,7 @@ impl Session {
             started_from: Arc::new(started_from),
             freeze,
             unlocked,
+            ada_lrs,
             guard,
             before,
         })
@@ -188,6 +197,8 @@ impl Session {
             }
             self.exact.retain(|name, _| !freed.contains_key(name));
             self.unlocked.insert(index, progress);
+            // What it could go back to has fewer parameters.
+            self.ada_lrs = self.ada_lrs.take().map(AdaLrs::without_trial);
         }
         Ok(due)
     }
@@ -195,7 +206,48 @@ impl Session {
     /// What the learning rates of a step are multiplied with.
     pub fn factors(&self, step: &Step) -> Factors {
         let Plan { schedule, train, .. } = &self.plan;
-        Factors::new(schedule, train, &self.unlocked, self.progress(), step.all.size.tokens)
+        let factors = Factors::new(schedule, train, &self.unlocked, self.progress(), step.all.size.tokens);
+        factors.times(self.ada_lrs.as_ref().map_or(1.0, |search| search.scale))
+    }
+
+    /// Whether a trial of another learning rate is to begin.
+    pub fn is_trial_due(&self) -> bool {
+        self.search().is_some_and(|(search, plan)| search.is_ready(plan))
+    }
+
+    /// Begins it; a snapshot of this moment is there.
+    pub fn begin_trial(&mut self) {
+        if let (Some(search), Some(plan)) = (&mut self.ada_lrs, &self.plan.schedule.ada_lrs) {
+            search.begin(plan);
+        }
+    }
+
+    /// Whether weights and moments may yet go back to the beginning of a trial.
+    pub fn in_trial(&self) -> bool {
+        self.ada_lrs.as_ref().is_some_and(AdaLrs::in_trial)
+    }
+
+    /// Takes note of the loss of a step that was made; the trial that ends with it, if one does.
+    pub fn observe(&mut self, loss: f64) -> Option<Trial> {
+        let schedule = &self.plan.schedule;
+        let has_warmed_up = schedule.length.of(self.progress()) > schedule.warmup;
+        let (Some(search), Some(plan)) = (&mut self.ada_lrs, &schedule.ada_lrs) else { return None };
+        has_warmed_up.then(|| search.observe(plan, loss))?
+    }
+
+    /// Goes back to where a trial began, with the rate that it has led to.
+    ///
+    /// # Errors
+    /// As [`Session::roll_back`].
+    pub fn undo_trial(&mut self, to: &Snapshot) -> Result<()> {
+        let search = self.ada_lrs.take();
+        self.roll_back(to)?;
+        self.ada_lrs = search;
+        Ok(())
+    }
+
+    fn search(&self) -> Option<(&AdaLrs, &AdaLrsPlan)> {
+        self.ada_lrs.as_ref().zip(self.plan.schedule.ada_lrs.as_ref())
     }
 
     /// This rank's packs of the next step, fewer where streams have ended; `None` when all ranks' have.
@@ -364,6 +416,7 @@ impl Session {
         self.optimizer
             .put_back(state.updates.clone(), |name, kind, elements| to.elements(name, kind, elements))?;
         (self.step, self.totals) = (state.step, state.totals);
+        self.ada_lrs.clone_from(&state.ada_lrs);
         self.guard = std::mem::take(&mut self.guard).back_to(&state.guard);
         Ok(())
     }
@@ -426,6 +479,7 @@ impl Session {
                 data: Position::merge(positions)?,
                 unlocked: self.unlocked.clone(),
                 updates: self.optimizer.updates().clone(),
+                ada_lrs: self.ada_lrs.clone(),
                 guard: self.guard.clone(),
                 init: self.init.clone(),
                 plan: self.plan.clone(),

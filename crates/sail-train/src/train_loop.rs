@@ -10,6 +10,7 @@ use sail_data::Tally;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
+use crate::ada_lrs::{self, Trial};
 use crate::checkpoint::{Checkpoint, Saver, Totals};
 use crate::config::{GuardAction, Module, Plan};
 use crate::error::{Error, Result};
@@ -120,13 +121,14 @@ fn steps(
     options: &RunOptions,
 ) -> Result<Option<u64>> {
     if session.step > 0 && !session.is_done() && options.stopping.is_reached(session.step) {
-        stopped(session, events, Some(&Reason::Step));
+        stopped(session, session.step, events, Some(&Reason::Step));
         return Ok(Some(session.step));
     }
     evaluate_at_start(session, saver, events)?;
     while !session.is_done() {
         let started = Instant::now();
         unlock_if_due(session, saver, events)?;
+        begin_trial_if_due(session, saver)?;
         let Some(step) = session.next_step()? else {
             data_ended(session, events)?;
             break;
@@ -145,13 +147,16 @@ fn steps(
             session.update(&step, &factors)?;
             session.advance(&step)?;
             events.step(&report(session, &step, &verdict, &factors, started)?);
+            if let Some(trial) = session.observe(verdict.loss) {
+                went_back = end_trial(&trial, session, saver, events)?;
+            }
         }
         watchdog.step_done(session.step, started.elapsed());
 
         if verdict.stop && !session.is_done() {
-            save_last(saver, session, events)?;
-            stopped(session, events, asked.as_ref());
-            return Ok(Some(session.step));
+            let saved = save_and_stop(saver, session, events)?;
+            stopped(session, saved, events, asked.as_ref());
+            return Ok(Some(saved));
         }
         if !session.is_done() && !went_back {
             save_if_due(saver, session)?;
@@ -200,8 +205,36 @@ fn unlock_if_due(session: &mut Session, saver: &mut Saver, events: &mut Events) 
     Ok(())
 }
 
+/// Takes the snapshot to which a trial of another learning rate may go back.
+fn begin_trial_if_due(session: &mut Session, saver: &mut Saver) -> Result<()> {
+    if session.is_trial_due() {
+        saver.hold(|old| session.snapshot(old))?;
+        session.begin_trial();
+    }
+    Ok(())
+}
+
+/// Does what a trial of another learning rate has led to, and says whether the run went back.
+fn end_trial(trial: &Trial, session: &mut Session, saver: &mut Saver, events: &mut Events) -> Result<bool> {
+    let goes_back = trial.verdict == ada_lrs::Verdict::GoBack;
+    if goes_back {
+        saver.leave()?;
+        let snapshot = saver.newest().expect("invariant: one is taken before a trial begins");
+        session.undo_trial(snapshot)?;
+        events.back_to(session.progress());
+    }
+    events.trial(session.step, trial);
+    Ok(goes_back)
+}
+
 fn save_if_due(saver: &mut Saver, session: &Session) -> Result<()> {
-    if is_due(session.plan.checkpoint.every, session.step) {
+    if !is_due(session.plan.checkpoint.every, session.step) {
+        return Ok(());
+    }
+    if session.in_trial() {
+        // A run that resumes makes the trial anew, from where it could go back to.
+        saver.begin_held()?;
+    } else {
         saver.begin(session.step, |old| session.snapshot(old))?;
     }
     Ok(())
@@ -235,10 +268,22 @@ fn save_last(saver: &mut Saver, session: &Session, events: &mut Events) -> Resul
     Ok(())
 }
 
-fn stopped(session: &Session, events: &mut Events, asked: Option<&Reason>) {
+/// Saves where the run stops before its end: the step that it resumes from.
+fn save_and_stop(saver: &mut Saver, session: &Session, events: &mut Events) -> Result<u64> {
+    if !session.in_trial() {
+        save_last(saver, session, events)?;
+        return Ok(session.step);
+    }
+    session.world.doing(session.step, "saving");
+    let step = saver.save_last_held()?;
+    events.saves(&saver.made());
+    Ok(step)
+}
+
+fn stopped(session: &Session, step: u64, events: &mut Events, asked: Option<&Reason>) {
     events.close();
     let reason = asked.map_or("another rank was asked to".to_owned(), ToString::to_string);
-    let (name, step) = (&session.plan.run.name, session.step);
+    let name = &session.plan.run.name;
     events
         .note(format!("{name}: saved at step {step} and stopped, since {reason}; the same command resumes"));
     if session.world.is_main() {

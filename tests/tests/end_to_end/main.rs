@@ -17,6 +17,7 @@ mod processes;
 mod rank_faults;
 mod reliability;
 mod resume;
+mod searching;
 mod shard_server;
 mod stopping;
 mod unlocking;

@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use sail_model::weights::ModelRef;
 use serde::{Deserialize, Serialize};
 
+use crate::ada_lrs::AdaLrs;
 use crate::config::{Module, Plan, Progress};
 use crate::error::{Error, Result};
 use crate::guard::GuardState;
@@ -54,6 +55,9 @@ pub struct RunState {
     pub unlocked: BTreeMap<usize, Progress>,
     /// Updates that the optimizer has made.
     pub updates: Updates,
+    /// Where the search for a learning rate stands, where the plan has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ada_lrs: Option<AdaLrs>,
     /// What was judged of the steps so far.
     pub guard: GuardState,
     /// Which checkpoint the run started from, where it continues another one.

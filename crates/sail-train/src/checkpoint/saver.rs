@@ -174,11 +174,13 @@ impl Saver {
         Ok(())
     }
 
-    /// Takes a snapshot without saving it. Every rank makes the same call.
+    /// Takes a snapshot without saving it; a save under way is waited for. Every rank makes the same call.
     ///
     /// # Errors
     /// Those of `take`.
     pub fn hold(&mut self, take: impl FnOnce(Vec<Tensor>) -> Result<Snapshot>) -> Result<&Snapshot> {
+        // What is being written is the newest one's.
+        self.finish()?;
         let memory = match (self.newest.take(), self.reserved.take()) {
             // The older one's memory is used again; its writer is done with it.
             (Some(old), _) => old.trained.into_iter().map(|piece| piece.tensor).collect(),
@@ -213,7 +215,27 @@ impl Saver {
             return Ok(());
         }
         let begun = Instant::now();
-        let snapshot = self.hold(take)?;
+        self.hold(take)?;
+        self.write_newest(started, begun)
+    }
+
+    /// Begins to save the newest snapshot, to whose course the run may yet go back; nothing when it is a checkpoint
+    /// already. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// As [`Saver::begin`].
+    pub fn begin_held(&mut self) -> Result<()> {
+        let started = Instant::now();
+        self.finish()?;
+        if self.newest.as_ref().is_none_or(|snapshot| self.saved == Some(snapshot.state.step)) {
+            return Ok(());
+        }
+        self.write_newest(started, started)
+    }
+
+    fn write_newest(&mut self, started: Instant, begun: Instant) -> Result<()> {
+        let snapshot = self.newest.as_ref().expect("invariant: one is held");
+        let step = snapshot.state.step;
         let (pieces, frozen) = (snapshot.pieces(), snapshot.frozen_check.clone());
         let bytes = pieces.iter().map(|piece| 4 * piece.tensor.numel() as u64).sum();
         let prepared = || check(self.lock.as_deref()).and_then(|()| prepare(&self.run_dir, step));
@@ -234,10 +256,23 @@ impl Saver {
     /// # Errors
     /// Those of [`Saver::begin`]; when it could not be saved.
     pub fn save_last(&mut self, step: u64, take: impl FnOnce(Vec<Tensor>) -> Result<Snapshot>) -> Result<()> {
+        self.saved_last(|saver| saver.begin(step, take))
+    }
+
+    /// The same of the newest snapshot; the step that it is of.
+    ///
+    /// # Errors
+    /// As [`Saver::save_last`].
+    pub fn save_last_held(&mut self) -> Result<u64> {
+        self.saved_last(Self::begin_held)?;
+        Ok(self.newest.as_ref().map_or(0, |snapshot| snapshot.state.step))
+    }
+
+    fn saved_last(&mut self, begin: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.finish()?;
         // There is no later one to rely on.
         self.plan.max_failures = 0;
-        self.begin(step, take)?;
+        begin(self)?;
         self.finish()?;
         // Also where there was nothing to save, since what follows writes into the folder.
         self.world.from_main(|| check(self.lock.as_deref()))

@@ -43,9 +43,9 @@ pub use error::{ConfigError, ConfigErrors, Origin, Problem};
 pub use identity::Difference;
 pub use path::{FieldPath, Step};
 pub use plan::{
-    AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, GuardPlan, InitPlan,
-    LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RulePlan, RunPlan, SchedulePlan,
-    TrainPlan, UnlockPlan, VisionPlan, VisualShape, WatchdogPlan,
+    AdaLrsPlan, AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, GuardPlan,
+    InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RulePlan, RunPlan,
+    SchedulePlan, TrainPlan, UnlockPlan, VisionPlan, VisualShape, WatchdogPlan,
 };
 pub use schema::schema;
 pub use select::Selector;

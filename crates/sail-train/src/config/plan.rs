@@ -221,6 +221,22 @@ pub struct SchedulePlan {
     pub decay: Option<u64>,
     /// Share of the peak rate below which no curve falls, in `[0, 1]`.
     pub min_ratio: f64,
+    /// A search for the rate, where wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ada_lrs: Option<AdaLrsPlan>,
+}
+
+/// A line search on the slope of the loss, see [`crate::ada_lrs`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdaLrsPlan {
+    /// Steps of a window, at least 3.
+    pub window: usize,
+    /// How far up, above 1.
+    pub alpha: u32,
+    /// How far down, above 1, co-prime with `alpha`.
+    pub beta: u32,
+    /// How fast both shrink, in `(0, 1)`.
+    pub lambda: f64,
 }
 
 impl SchedulePlan {

@@ -283,6 +283,8 @@ pub(super) struct RawSchedule {
     /// Share of the peak rate that `cosine`, `linear` and `wsd` end at, and below which `inverse_sqrt` does not fall, in
     /// `[0, 1]`. Default: 0.1.
     pub(super) min_ratio: f64,
+    /// A search that multiplies all rates by what it finds. Default: none.
+    pub(super) ada_lrs: Option<RawAdaLrs>,
 }
 
 impl Default for RawSchedule {
@@ -294,7 +296,31 @@ impl Default for RawSchedule {
             warmup: RawAmount::Percent(3.0),
             decay: None,
             min_ratio: 0.1,
+            ada_lrs: None,
         }
+    }
+}
+
+/// `schedule.ada_lrs`, after the warm-up: a window of steps measures how fast the loss falls, the next one tries the rate
+/// times `max(lambda^t alpha, 1)`, t trials after the first. Faster by more than twice the error of the slope: it stays.
+/// Slower by as much: weights and moments go back to before the trial, and the rate becomes the old one over
+/// `max(lambda^t beta, 1)`. Else the steps stay and the rate is the old one. It ends when both factors are 1.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawAdaLrs {
+    /// Steps of a window, at least 3. Default: 50.
+    pub(super) window: usize,
+    /// How far up, a whole number above 1. Default: 3.
+    pub(super) alpha: u32,
+    /// How far down, a whole number above 1 that has no divisor in common with `alpha`. Default: 2.
+    pub(super) beta: u32,
+    /// How fast both shrink, between 0 and 1. Default: 0.9.
+    pub(super) lambda: f64,
+}
+
+impl Default for RawAdaLrs {
+    fn default() -> Self {
+        Self { window: 50, alpha: 3, beta: 2, lambda: 0.9 }
     }
 }
 

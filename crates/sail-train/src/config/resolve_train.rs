@@ -1,8 +1,8 @@
 //! `train` and `schedule`: what is trained when, and at which rates. Called by [`super::resolve`].
 
 use super::check::Checker;
-use super::plan::{RulePlan, SchedulePlan, TrainPlan, UnlockPlan};
-use super::raw::{RawOptimizer, RawRates, RawRule, RawSchedule, RawTrain, RawUnlock};
+use super::plan::{AdaLrsPlan, RulePlan, SchedulePlan, TrainPlan, UnlockPlan};
+use super::raw::{RawAdaLrs, RawOptimizer, RawRates, RawRule, RawSchedule, RawTrain, RawUnlock};
 use super::raw_values::{RawAmount, RawList, RawModule};
 use super::values::{Amount, Module, ModulePlan, Rates, ScheduleKind};
 
@@ -202,7 +202,29 @@ pub(super) fn schedule(checker: &mut Checker<'_>, raw: &RawSchedule) -> Option<S
         let message = format!("begins within the warm-up: {decay} of {length}, of which {warmup} warm up");
         checker.invalid("schedule.decay", message);
     }
-    Some(SchedulePlan { kind: raw.kind, length, warmup, decay, min_ratio })
+    let ada_lrs = raw.ada_lrs.as_ref().map(|raw| ada_lrs(checker, raw));
+    Some(SchedulePlan { kind: raw.kind, length, warmup, decay, min_ratio, ada_lrs })
+}
+
+fn ada_lrs(checker: &mut Checker<'_>, raw: &RawAdaLrs) -> AdaLrsPlan {
+    let RawAdaLrs { window, alpha, beta, lambda } = *raw;
+    let path = |field: &str| format!("schedule.ada_lrs.{field}");
+    checker.expect((3..=1_000_000).contains(&window), &path("window"), "must be from 3 to 1000000", window);
+    for (field, value) in [("alpha", alpha), ("beta", beta)] {
+        checker.expect((2..=1000).contains(&value), &path(field), "must be from 2 to 1000", value);
+    }
+    let is_between = lambda > 0.0 && lambda < 1.0;
+    checker.expect(is_between, &path("lambda"), "must be above 0 and below 1", lambda);
+    let common =
+        (2..=alpha.min(beta).min(1000)).find(|by| alpha.is_multiple_of(*by) && beta.is_multiple_of(*by));
+    if let Some(common) = common {
+        checker.invalid_with_hint(
+            &path("beta"),
+            format!("{beta} and `alpha`, {alpha}, are both multiples of {common}"),
+            "without a common divisor ups and downs do not come to the same rates again",
+        );
+    }
+    AdaLrsPlan { window, alpha, beta, lambda }
 }
 
 /// An amount in the units that it is written in; a share is one of `whole`.

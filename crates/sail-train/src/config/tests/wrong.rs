@@ -6,7 +6,7 @@ use std::panic::catch_unwind;
 use super::{STAGE, edited, faults_of};
 
 /// A piece of [`STAGE`] and what stands there instead.
-const SLIPS: [(&str, &str); 71] = [
+const SLIPS: [(&str, &str); 74] = [
     // Names.
     ("run: {", "runs: {"),
     ("seed", "sed"),
@@ -59,6 +59,9 @@ const SLIPS: [(&str, &str); 71] = [
     ("{ steps: 60 }", "{ steps: 60, warmup: 1000 tokens }"),
     ("{ steps: 60 }", "{ steps: 60, decay: 10% }"),
     ("{ steps: 60 }", "{ steps: 60, kind: wsd, warmup: 50%, decay: 60% }"),
+    ("{ steps: 60 }", "{ steps: 60, ada_lrs: { window: 2 } }"),
+    ("{ steps: 60 }", "{ steps: 60, ada_lrs: { alpha: 6, beta: 4 } }"),
+    ("{ steps: 60 }", "{ steps: 60, ada_lrs: { lambda: 1 } }"),
     ("{ steps: 60 }", "{ steps: 0 }"),
     ("lr: 1e-3", "lr: 0"),
     ("lr: 1e-3", "lr: -1e-3"),
