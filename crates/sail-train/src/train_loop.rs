@@ -172,7 +172,8 @@ fn steps(
 fn data_ended(session: &Session, events: &Events) -> Result<()> {
     let (name, step, length) = (&session.plan.run.name, session.step, session.plan.schedule.length);
     let done = length.with_count(length.of(session.progress()));
-    events.note(format!("{name}: the data ends after {done} of {length}, and with it the stage"));
+    events
+        .note(format!("{name}: the data ends after step {step} ({done} of {length}), and with it the stage"));
     if step == 0 { Err(Error::NoData { name: name.clone() }) } else { Ok(()) }
 }
 
