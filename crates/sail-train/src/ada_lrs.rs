@@ -46,7 +46,7 @@ pub struct AdaLrs {
 /// What a trial has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verdict {
+pub enum Finding {
     /// The loss falls faster by more than twice the error: the higher rate stays.
     Keep,
     /// About as fast: the steps stay, the rate is the old one again.
@@ -69,7 +69,7 @@ pub struct Trial {
     /// The slope in it.
     pub tried: Slope,
     /// What follows.
-    pub verdict: Verdict,
+    pub verdict: Finding,
     /// The scale from now on.
     pub scale: f64,
 }
@@ -88,6 +88,11 @@ impl AdaLrs {
             Some((scale, _)) => Self { scale, losses: Vec::new(), trial: None, ..self },
             None => self,
         }
+    }
+
+    /// Trials that have ended.
+    pub fn trials(&self) -> u64 {
+        self.trials.unsigned_abs().into()
     }
 
     /// Whether a trial runs: weights and moments may go back to its beginning.
@@ -112,8 +117,8 @@ impl AdaLrs {
         self.losses.push(loss);
         let full = self.losses.len() >= plan.window;
         let Some((scale_before, before)) = self.trial.filter(|_| full) else {
-            // A search that is over only has to remember that.
-            let most = plan.window;
+            // Nothing is measured any more once the search is over, and of a window that waits only the last steps.
+            let most = if self.factors(plan) == (1.0, 1.0) { 0 } else { plan.window };
             self.losses.drain(..self.losses.len().saturating_sub(most));
             return None;
         };
@@ -121,11 +126,11 @@ impl AdaLrs {
         let (scale_tried, (_, down)) = (self.scale, self.factors(plan));
         let change = tried.speed - before.speed;
         let (verdict, scale) = if change > 2.0 * before.error {
-            (Verdict::Keep, scale_tried)
+            (Finding::Keep, scale_tried)
         } else if change < -2.0 * before.error {
-            (Verdict::GoBack, scale_before * down)
+            (Finding::GoBack, scale_before * down)
         } else {
-            (Verdict::Leave, scale_before)
+            (Finding::Leave, scale_before)
         };
         self.trials += 1;
         (self.scale, self.trial) = (scale, None);
@@ -176,26 +181,24 @@ mod tests {
         assert!((search.scale - 3.0).abs() < 1e-12);
         // Faster: kept.
         let trial = window(&mut search, 0.2).unwrap();
-        assert_eq!((trial.verdict, trial.trial), (Verdict::Keep, 1));
+        assert_eq!((trial.verdict, trial.trial), (Finding::Keep, 1));
         assert!((search.scale - 3.0).abs() < 1e-12 && !search.in_trial());
         // The next one goes up by 1.5 only, and about as fast is left.
         assert_eq!(window(&mut search, 0.2), None);
         search.begin(&PLAN);
         assert!((search.scale - 4.5).abs() < 1e-12);
-        assert_eq!(window(&mut search, 0.2).unwrap().verdict, Verdict::Leave);
+        assert_eq!(window(&mut search, 0.2).unwrap().verdict, Finding::Leave);
         assert!((search.scale - 3.0).abs() < 1e-12);
         // By now both factors have come to 1, and the search is over.
         assert_eq!(window(&mut search, 0.2), None);
         assert!(!search.is_ready(&PLAN));
-        assert_eq!(search.losses.len(), 4);
-        assert_eq!(window(&mut search, 0.2), None);
-        assert_eq!(search.losses.len(), 4);
+        assert!(search.losses.is_empty());
 
         let mut search = AdaLrs::default();
         window(&mut search, 0.2);
         search.begin(&PLAN);
         let trial = window(&mut search, -0.3).unwrap();
-        assert_eq!(trial.verdict, Verdict::GoBack);
+        assert_eq!(trial.verdict, Finding::GoBack);
         assert!((search.scale - 0.5).abs() < 1e-12 && (trial.scale_tried - 3.0).abs() < 1e-12);
     }
 

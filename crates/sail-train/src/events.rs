@@ -3,7 +3,7 @@
 //! The only place that prints while training. `metrics.jsonl` has one object a line with a `kind`
 //! of `train`, `eval` or `checkpoint`; after a resume it holds the line of each training step once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tracing::warn;
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::ada_lrs::{Trial, Verdict};
+use crate::ada_lrs::{Finding, Trial};
 use crate::checkpoint::{Save, Totals};
 use crate::config::{Amount, Plan, Progress, UnlockPlan};
 use crate::error::{Error, Result};
@@ -119,6 +119,34 @@ pub struct StepReport {
     pub coverage: BTreeMap<String, Tally>,
 }
 
+/// Where a run stands when it begins or resumes; what was recorded later is not of its course.
+#[derive(Clone, Debug, Default)]
+pub struct Standing {
+    /// How far the stage has come.
+    pub progress: Progress,
+    /// Steps that were judged on the way.
+    pub judged: u64,
+    /// Trials of another learning rate that have ended.
+    pub trials: u64,
+    /// Unlock points that it has passed, by index in the plan.
+    pub unlocked: BTreeSet<usize>,
+}
+
+impl Standing {
+    /// Whether a line of `metrics.jsonl` was written before. Some things happen between a step and the next one, before
+    /// or after a checkpoint is made there: these count by themselves.
+    fn knows(&self, line: &Value) -> bool {
+        let own = match line["kind"].as_str() {
+            Some("ada_lrs") => line["trial"]["trial"].as_u64().is_some_and(|trial| trial <= self.trials),
+            Some("unlock") => {
+                line["point"].as_u64().is_some_and(|point| self.unlocked.contains(&(point as usize)))
+            }
+            _ => true,
+        };
+        own && is_at_most(line, "step", self.progress.steps)
+    }
+}
+
 /// The voice of one run.
 pub struct Events {
     console: Console,
@@ -134,9 +162,10 @@ pub struct Events {
 
 impl Events {
     /// Opens `metrics.jsonl`: anew for a run that starts, without what was written after `step` for
-    /// one that resumes there; and `trips.jsonl` without what was written after `judged` steps were.
-    /// `writes` says whether this rank is the one that does.
-    pub fn open(console: Console, plan: &Plan, at: Progress, judged: u64, writes: bool) -> Result<Self> {
+    /// one that resumes there; and `trips.jsonl` without what was written later. `writes` says whether this rank is
+    /// the one that does.
+    pub fn open(console: Console, plan: &Plan, standing: &Standing, writes: bool) -> Result<Self> {
+        let at = standing.progress;
         let step = at.steps;
         let open = || {
             let [metrics, trips] = [METRICS, TRIPS].map(|name| plan.run.dir.join(name));
@@ -144,8 +173,8 @@ impl Events {
                 File::create(&metrics).map_err(Error::io(&metrics))?;
             }
             // A step that the run has left by going back is no later one.
-            let trips = Lines::open(trips, "judged", judged)?;
-            Ok::<_, Error>(Files { metrics: Lines::open(metrics, "step", step)?, trips })
+            let trips = Lines::open(trips, |line| is_at_most(line, "judged", standing.judged))?;
+            Ok::<_, Error>(Files { metrics: Lines::open(metrics, |line| standing.knows(line))?, trips })
         };
         let files = writes.then(open).transpose()?;
         let bar = console.shows_bars().then(|| {
@@ -207,10 +236,12 @@ impl Events {
         self.note(format!("\n{} after step {step}\n{report}", self.plan.run.name));
     }
 
-    /// Records and tells that parts which were frozen are trained from now on.
-    pub fn unlocked(&mut self, step: u64, unlock: &UnlockPlan, freed: &RatesByName) {
+    /// Records and tells that the parts of an unlock point are trained after `step`.
+    pub fn unlocked(&mut self, step: u64, point: usize, unlock: &UnlockPlan, freed: &RatesByName) {
         let parts: Vec<String> = unlock.parts.iter().map(ToString::to_string).collect();
-        self.write(&json!({"kind": "unlock", "step": step, "parts": parts, "tensors": freed.len()}));
+        self.write(
+            &json!({"kind": "unlock", "step": step, "point": point, "parts": parts, "tensors": freed.len()}),
+        );
         let (name, parts, tensors) = (&self.plan.run.name, parts.join(", "), freed.len());
         self.note(format!("{name}: after step {step} {parts} is trained as well, {tensors} tensors"));
     }
@@ -220,9 +251,9 @@ impl Events {
         self.write(&json!({"kind": "ada_lrs", "step": step, "trial": trial}));
         let Trial { trial, scale_before, scale_tried, before, tried, verdict, scale } = trial;
         let found = match verdict {
-            Verdict::Keep => "is kept",
-            Verdict::Leave => "makes no difference",
-            Verdict::GoBack => "is worse: back to before it",
+            Finding::Keep => "is kept",
+            Finding::Leave => "makes no difference",
+            Finding::GoBack => "is worse: back to before it",
         };
         self.note(format!(
             "{}: trial {trial} of the rates x{scale_tried:.3} for x{scale_before:.3} {found}; fall of the loss a step \
@@ -289,7 +320,7 @@ impl Events {
         self.at = to;
         let step = to.steps;
         if let Some(Files { metrics, .. }) = &mut self.files
-            && let Err(error) = metrics.keep_until("step", step)
+            && let Err(error) = metrics.keep_if(|line| is_at_most(line, "step", step))
         {
             warn!("{error}; the steps after {step} stay in it beside those that are made instead");
         }
@@ -340,9 +371,9 @@ struct Lines {
 }
 
 impl Lines {
-    /// Opened to write to, without the lines whose `field` is above `last`.
-    fn open(path: PathBuf, field: &str, last: u64) -> Result<Self> {
-        keep_until(&path, field, last)?;
+    /// Opened to write to, with the lines to `keep`.
+    fn open(path: PathBuf, keep: impl Fn(&Value) -> bool) -> Result<Self> {
+        keep_if(&path, keep)?;
         let file = Self::append_to(&path)?;
         Ok(Self { path, file, unwritten: Vec::new() })
     }
@@ -351,10 +382,10 @@ impl Lines {
         OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))
     }
 
-    /// Takes away the lines whose `field` is above `last`.
-    fn keep_until(&mut self, field: &str, last: u64) -> Result<()> {
+    /// Takes away all but the lines to `keep`.
+    fn keep_if(&mut self, keep: impl Fn(&Value) -> bool) -> Result<()> {
         self.catch_up()?;
-        keep_until(&self.path, field, last)?;
+        keep_if(&self.path, keep)?;
         self.file = Self::append_to(&self.path)?;
         Ok(())
     }
@@ -390,17 +421,31 @@ fn write_what_fits(file: &mut impl Write, bytes: &mut Vec<u8>) -> io::Result<()>
 
 /// The records in a run's `trips.jsonl`, newest first.
 pub(crate) fn trips(run_dir: &Path) -> Result<Vec<Value>> {
-    let path = run_dir.join(TRIPS);
+    newest_lines(&run_dir.join(TRIPS))
+}
+
+/// The steps that a run went back to from trials of another learning rate, newest first.
+pub(crate) fn undone_trials(run_dir: &Path) -> Result<Vec<u64>> {
+    let lines = newest_lines(&run_dir.join(METRICS))?;
+    let undone = |line: &Value| (line["trial"]["verdict"] == "go_back").then(|| line["step"].as_u64())?;
+    Ok(lines.iter().filter_map(undone).collect())
+}
+
+fn newest_lines(path: &Path) -> Result<Vec<Value>> {
     if !path.exists() {
         return Ok(Vec::new());
     }
-    let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let text = fs::read_to_string(path).map_err(Error::io(path))?;
     // The last one may be cut off.
     Ok(text.lines().rev().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
-/// Rewrites a file of lines without those whose `field` is above `last`, and without a line cut off in writing.
-fn keep_until(path: &Path, field: &str, last: u64) -> Result<()> {
+fn is_at_most(line: &Value, field: &str, last: u64) -> bool {
+    line[field].as_u64().is_some_and(|known| known <= last)
+}
+
+/// Rewrites a file of lines with those to `keep`, and without a line cut off in writing.
+fn keep_if(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<()> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -410,8 +455,7 @@ fn keep_until(path: &Path, field: &str, last: u64) -> Result<()> {
     // Bytes: a line may be cut within a character.
     for line in BufReader::new(file).split(b'\n') {
         let line = line.map_err(Error::io(path))?;
-        let known = serde_json::from_slice::<Value>(&line).ok().and_then(|value| value[field].as_u64());
-        if known.is_some_and(|known| known <= last) {
+        if serde_json::from_slice::<Value>(&line).is_ok_and(|line| keep(&line)) {
             kept.extend(line);
             kept.push(b'\n');
         }
@@ -433,15 +477,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(METRICS);
         fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"st").unwrap();
-        keep_until(&path, "step", 2).unwrap();
+        keep_if(&path, |line| is_at_most(line, "step", 2)).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
-        keep_until(&dir.path().join("absent"), "step", 2).unwrap();
+        keep_if(&dir.path().join("absent"), |_| true).unwrap();
 
         // Within a character, as a kill or a full disk cuts it.
         let whole = "{\"step\":1,\"source\":\"\u{e9}\"}\n";
         fs::write(&path, [whole.as_bytes(), &whole.as_bytes()[..21]].concat()).unwrap();
         assert!(fs::read_to_string(&path).is_err(), "it is cut within the letter");
-        keep_until(&path, "step", 2).unwrap();
+        keep_if(&path, |line| is_at_most(line, "step", 2)).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), whole);
     }
 

@@ -111,13 +111,19 @@ impl FreezePlan {
                     if let Some(index) = matched.unlock(train, name, &place) {
                         let rates = place.rates(name, shape, &train.unfreeze[index].rates, Some(index));
                         plan.unlocks[index].insert(name.to_owned(), rates);
-                        row = rows.first_unlock + index;
+                        row = rows.unlocks[&(index, place.module)];
                     }
                 }
             }
             plan.table.0[row].parameters += numel;
         }
         matched.check(train)?;
+        if plan.first.is_empty() {
+            return Err(Error::usage(
+                "`train`: the rules freeze every parameter, so there is nothing to train at first",
+                "unlock points come after the first step: leave something trained from the start",
+            ));
+        }
         // A module of which rules and unlock points have every parameter decides about nothing.
         plan.table.0.retain(|row| row.parameters > 0);
         Ok(plan)
@@ -143,7 +149,9 @@ impl FreezePlan {
         let lr = |row: &FreezeRow| {
             let ModulePlan::Train(rates) = row.plan else { return None };
             let unlock = row.from.as_ref().map(|from| from.unlock);
-            Some((row.part.clone(), rates.lr * factors.reached(unlock)?))
+            // The same part may have been named before, for what of it was trained then.
+            let after = row.from.as_ref().map_or(String::new(), |from| format!(" after {}", from.after));
+            Some((format!("{}{after}", row.part), rates.lr * factors.reached(unlock)?))
         };
         self.table.0.iter().filter_map(lr).collect()
     }
@@ -244,7 +252,8 @@ struct Rows {
     table: FreezeTable,
     module: BTreeMap<Module, usize>,
     first_rule: usize,
-    first_unlock: usize,
+    /// By unlock point and module.
+    unlocks: BTreeMap<(usize, Module), usize>,
 }
 
 impl Rows {
@@ -258,14 +267,17 @@ impl Rows {
             let part = &rule.part;
             row(part.to_string(), part.module, rule.train, None)
         }));
-        let first_unlock = rows.len();
-        rows.extend(train.unfreeze.iter().enumerate().map(|(index, unlock)| {
-            let parts: Vec<String> = unlock.parts.iter().map(ToString::to_string).collect();
-            let from = UnlockedFrom { unlock: index, after: unlock.at.to_string() };
-            let module = unlock.parts.first().map_or(Module::Llm, |part| part.module);
-            row(parts.join(" "), module, ModulePlan::Train(unlock.rates), Some(from))
-        }));
-        Self { table: FreezeTable(rows), module, first_rule, first_unlock }
+        let mut unlocks = BTreeMap::new();
+        for (index, unlock) in train.unfreeze.iter().enumerate() {
+            for module in Module::ALL {
+                let parts = unlock.parts.iter().filter(|part| part.module == module);
+                let parts: Vec<String> = parts.map(ToString::to_string).collect();
+                let from = UnlockedFrom { unlock: index, after: unlock.at.to_string() };
+                unlocks.insert((index, module), rows.len());
+                rows.push(row(parts.join(" "), module, ModulePlan::Train(unlock.rates), Some(from)));
+            }
+        }
+        Self { table: FreezeTable(rows), module, first_rule, unlocks }
     }
 }
 
@@ -500,7 +512,19 @@ mod tests {
         assert!(plan.rates("vision.norm.weight").is_some_and(|rates| rates.unlock == Some(1)));
         assert_eq!(plan.rates("llm.model.embed_tokens.weight"), None);
         let text = plan.table().to_string();
-        assert!(text.contains("vision llm.blocks[0]") && text.contains("after 5 steps"), "{text}");
+        assert_eq!(text.matches("after 5 steps").count(), 2, "{text}");
+        let now = BTreeMap::from([(1, crate::config::Progress::default())]);
+        let schedule = crate::config::SchedulePlan {
+            kind: crate::config::ScheduleKind::Constant,
+            length: Amount::Steps(9),
+            warmup: 0,
+            decay: None,
+            min_ratio: 0.0,
+            ada_lrs: None,
+        };
+        let factors = Factors::new(&schedule, &train, &now, crate::config::Progress::default(), 1);
+        let rates: Vec<String> = plan.lrs(&factors).into_keys().collect();
+        assert_eq!(rates, ["llm.blocks[0] after 5 steps", "projector", "vision after 5 steps"]);
     }
 
     #[test]

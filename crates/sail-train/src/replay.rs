@@ -13,7 +13,7 @@ use crate::ada_lrs;
 use crate::checkpoint::{Checkpoint, newest_before};
 use crate::config::{Amount, GuardAction, Module};
 use crate::error::{Error, Result};
-use crate::events::{Console, trips};
+use crate::events::{Console, trips, undone_trials};
 use crate::session::Session;
 use crate::stage::module_of;
 use crate::step::Step;
@@ -68,6 +68,10 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
         Some(path) => before(Checkpoint::open(path)?, step)?,
         None => find(run_dir, step, trip)?,
     };
+    let from = checkpoint.state().step;
+    if let Some(to) = undone_trials(run_dir)?.into_iter().find(|to| (from..step).contains(to)) {
+        return Err(went_back(to, step));
+    }
     let mut plan = checkpoint.state().plan.clone();
     if let Amount::Steps(last) = plan.schedule.length
         && step > last
@@ -159,7 +163,7 @@ fn make_again(session: &mut Session, trips: &[Value], wanted: u64) -> Result<()>
             session.update(&step, &session.factors(&step))?;
             session.advance(&step)?;
             match session.observe(verdict.loss) {
-                Some(trial) if trial.verdict == ada_lrs::Verdict::GoBack => Err(went_back(done + 1, wanted)),
+                Some(trial) if trial.verdict == ada_lrs::Finding::GoBack => Err(went_back(done + 1, wanted)),
                 _ => Ok(()),
             }
         }

@@ -19,10 +19,13 @@ use tch::{Device, Kind, Tensor};
 use crate::ada_lrs::{AdaLrs, Trial};
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched, Updates};
-use crate::config::{AdaLrsPlan, GuardAction, ModelSource, Module, Plan, Progress, UnlockPlan, VisualShape};
+use crate::config::{
+    AdaLrsPlan, Amount, GuardAction, ModelSource, Module, Plan, Progress, UnlockPlan, VisualShape,
+};
 use crate::device::{choose_device, choose_precision, take_device};
 use crate::error::{Error, Result};
 use crate::eval::{EvalReport, Evaluator};
+use crate::events::Standing;
 use crate::first_step::FirstStep;
 use crate::freeze::{FreezePlan, RatesByName};
 use crate::guard::{GuardState, Trip};
@@ -110,7 +113,7 @@ impl Session {
         let untouched = untouched(plan, stored, &started_from, &modules_of(&trained)?)?;
         let exact = match precision {
             Kind::Float => Params::new(),
-            _ => exact_frozen(&model, &freeze, &trained, &untouched)?,
+            _ => exact_frozen(&model, plan, &trained, &untouched)?,
         };
         world.agree(|| model_fields(&model, &started_from))?;
         let mut optimizer = optimizer(plan, &model, &trained, precision, world)?;
@@ -210,9 +213,13 @@ impl Session {
         factors.times(self.ada_lrs.as_ref().map_or(1.0, |search| search.scale))
     }
 
-    /// Whether a trial of another learning rate is to begin.
+    /// Whether a trial of another learning rate is to begin; none does that the stage would end before.
     pub fn is_trial_due(&self) -> bool {
-        self.search().is_some_and(|(search, plan)| search.is_ready(plan))
+        let ends_before = |window: usize| match self.plan.schedule.length {
+            Amount::Steps(steps) => self.step + window as u64 > steps,
+            Amount::Tokens(_) => false,
+        };
+        self.search().is_some_and(|(search, plan)| search.is_ready(plan) && !ends_before(plan.window))
     }
 
     /// Begins it; a snapshot of this moment is there.
@@ -355,6 +362,16 @@ impl Session {
             "packing": step.all.packing(self.plan.batch.tokens_per_pack),
             "samples": samples, "position": position,
         }))
+    }
+
+    /// Where the run stands, for its record.
+    pub fn standing(&self) -> Standing {
+        Standing {
+            progress: self.progress(),
+            judged: self.guard.judged(),
+            trials: self.ada_lrs.as_ref().map_or(0, AdaLrs::trials),
+            unlocked: self.unlocked.keys().copied().collect(),
+        }
     }
 
     /// Steps that are done, and steps that were judged on the way.
@@ -621,18 +638,20 @@ fn modules_of(trained: &[&RatesByName]) -> Result<BTreeSet<Module>> {
     trained.iter().flat_map(|trained| trained.keys()).map(|name| module_of(name)).collect()
 }
 
-/// fp32 copies, on the CPU, of the frozen weights that checkpoints store, an export writes or an unlock point frees.
+/// fp32 copies, on the CPU, of the frozen weights that checkpoints may come to store, an export writes or an unlock
+/// point frees.
 fn exact_frozen(
     model: &Vlm,
-    freeze: &FreezePlan,
+    plan: &Plan,
     trained: &[&RatesByName],
     untouched: &BTreeMap<Module, Untouched>,
 ) -> Result<Params> {
     let mut exact = Params::new();
     for (name, tensor) in model.params() {
         let module = module_of(name)?;
-        let may_train = freeze.rates(name).is_some();
-        let wanted = module == Module::Vision || may_train || !untouched.contains_key(&module);
+        // Once a part of a module is unlocked, checkpoints store all of it.
+        let may_be_stored = plan.train.ever_trains(module) || !untouched.contains_key(&module);
+        let wanted = module == Module::Vision || may_be_stored;
         if wanted && !trained.iter().any(|trained| trained.contains_key(name)) {
             exact.insert(name.clone(), tensor.detach().to_device(Device::Cpu));
         }

@@ -10,7 +10,7 @@ use sail_data::Tally;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use crate::ada_lrs::{self, Trial};
+use crate::ada_lrs::{Finding, Trial};
 use crate::checkpoint::{Checkpoint, Saver, Totals};
 use crate::config::{GuardAction, Module, Plan};
 use crate::error::{Error, Result};
@@ -29,6 +29,7 @@ use crate::world::World;
 
 /// What a stage leaves in its folder when it has ended.
 pub(crate) const SUMMARY: &str = "summary.json";
+
 /// How to run, apart from what to run.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
@@ -94,8 +95,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let watchdog = Watchdog::start(&plan.watchdog, world, &options.console)?;
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
-    let mut events =
-        Events::open(options.console.clone(), plan, session.progress(), session.place().1, world.is_main())?;
+    let mut events = Events::open(options.console.clone(), plan, &session.standing(), world.is_main())?;
     let mut saver = saver_for(&session, &events, resume.as_deref())?.with_lock(lock);
     announce(&session, &events, resume.as_deref());
     let made = steps(&mut session, &mut saver, &mut events, &watchdog, options);
@@ -197,7 +197,12 @@ fn saver_for(session: &Session, events: &Events, resume: Option<&Checkpoint>) ->
 fn unlock_if_due(session: &mut Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
     let due = session.unlock_due()?;
     for &index in &due {
-        events.unlocked(session.step, &session.plan.train.unfreeze[index], session.freeze.unlocked_by(index));
+        events.unlocked(
+            session.step,
+            index,
+            &session.plan.train.unfreeze[index],
+            session.freeze.unlocked_by(index),
+        );
     }
     // What is put back must be what is trained.
     if !due.is_empty() && session.plan.guard.rolls_back() {
@@ -217,7 +222,7 @@ fn begin_trial_if_due(session: &mut Session, saver: &mut Saver) -> Result<()> {
 
 /// Does what a trial of another learning rate has led to, and says whether the run went back.
 fn end_trial(trial: &Trial, session: &mut Session, saver: &mut Saver, events: &mut Events) -> Result<bool> {
-    let goes_back = trial.verdict == ada_lrs::Verdict::GoBack;
+    let goes_back = trial.verdict == Finding::GoBack;
     if goes_back {
         saver.leave()?;
         let snapshot = saver.newest().expect("invariant: one is taken before a trial begins");
@@ -318,7 +323,12 @@ fn tripped(
         GuardAction::Stop => {
             events.trip(&record, format!("{name}: {what}; saving as it was before"));
             session.optimizer.discard();
-            saver.save_last(session.step, |old| session.give_back(session.snapshot(old)?))?;
+            if session.in_trial() {
+                // The trial is made anew, and with it the step.
+                saver.save_last_held()?;
+            } else {
+                saver.save_last(session.step, |old| session.give_back(session.snapshot(old)?))?;
+            }
             events.saves(&saver.made());
             events.close();
             let samples = session.world.gather(&step.samples())?.concat().join(" ");

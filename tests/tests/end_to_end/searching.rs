@@ -5,6 +5,7 @@ use std::fs;
 use serde_json::Value;
 
 use crate::processes::{Job, assert_same, steps};
+use crate::{run, stderr};
 
 const LR: f64 = 1e-2;
 
@@ -65,6 +66,26 @@ fn rates_follow_the_trials() {
     let made = steps(&job.run_dir());
     let numbers: Vec<u64> = made.iter().map(|step| step["step"].as_u64().unwrap()).collect();
     assert_eq!(numbers, (1..=24).collect::<Vec<u64>>());
+}
+
+/// A step of a trial that was undone is on no course that the run is on.
+#[test]
+fn a_replay_says_that_the_run_went_back() {
+    let job = job(&[]);
+    job.run(job.alone(), 0);
+    let undone = course(&job).into_iter().find(|line| line["trial"]["verdict"] == "go_back").unwrap();
+    let to = undone["step"].as_u64().unwrap();
+    let replay = |step: u64, checkpoint: u64| {
+        let (dir, step) = (job.run_dir().display().to_string(), step.to_string());
+        let checkpoint = format!("{dir}/step-{checkpoint:08}");
+        ["replay", "--run", &dir, "--step", &step, "--checkpoint", &checkpoint].map(str::to_owned)
+    };
+    let refused = replay(to + 2, 2);
+    let said = stderr(&run(&refused.each_ref().map(String::as_str), 2));
+    assert!(said.contains(&format!("step {to}")) && said.contains("hint:"), "{said}");
+    // From after it all is well.
+    let allowed = replay(to + 8, to + 6);
+    run(&allowed.each_ref().map(String::as_str), 0);
 }
 
 /// A checkpoint within a trial is of its beginning, so that the trial is made again.

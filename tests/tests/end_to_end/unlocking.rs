@@ -111,6 +111,56 @@ fn a_run_resumes_on_either_side_of_every_point() {
     }
 }
 
+/// In bf16 the rest of a module of which a part was unlocked was stored as it computes, not as it was read.
+#[test]
+fn what_stays_frozen_in_a_module_that_is_unlocked_stays_exact() {
+    let unlock = "train.unfreeze=[{at: 1, match: 'llm.blocks[1]', lr: 1e-3}]";
+    let sets =
+        ["checkpoint={every: 1, keep_last: 9}", "schedule.steps=2", "batch.tokens_per_pack=128", unlock];
+    let [exact, rounded] = ["fp32", "bf16"].map(|precision| {
+        let mut job = Job::new(&sets);
+        job.set(&[&format!("run.precision={precision}")]);
+        job.run(job.alone(), 0);
+        job
+    });
+    let (read, kept) = (weights(&exact, 1), weights(&rounded, 2));
+    let frozen = read.iter().filter(|(name, _)| name.starts_with("llm.") && !name.contains("layers.1."));
+    let mut count = 0;
+    for (name, tensor) in frozen {
+        assert!(kept[name].equal(tensor) && kept[name].kind() == tensor.kind(), "{name}");
+        count += 1;
+    }
+    assert!(count > 5);
+}
+
+/// A kill between an unlock point and the next save left its line in the record, and the run wrote it once more.
+#[test]
+fn a_point_is_recorded_once_though_the_run_is_killed_after_it() {
+    let unlock = "train.unfreeze=[{at: 2, match: 'llm.blocks[1]', lr: 1e-3}]";
+    let mut job = Job::new(&["checkpoint={every: 2, keep_last: 9999}", "batch.tokens_per_pack=128", unlock]);
+    job.set(&["schedule.steps=100000"]);
+    let count = || {
+        let metrics = fs::read_to_string(job.run_dir().join("metrics.jsonl")).unwrap();
+        metrics.lines().filter(|line| line.contains("\"unlock\"")).count()
+    };
+    let mut process = [job.start("run", job.alone())];
+    job.wait_for_step(3, &mut process);
+    drop(process);
+    assert_eq!(count(), 1);
+    // Back to before the point, as if the later checkpoints had not been written in time.
+    for step in 3..1000 {
+        let path = job.run_dir().join(format!("step-{step:08}"));
+        if path.exists() {
+            fs::remove_dir_all(path).unwrap();
+        }
+    }
+    let mut command = job.alone();
+    command.args(["--stop-at", "4"]);
+    let said = job.run(command, 3);
+    assert!(said.contains("resumes after step 2"), "{said}");
+    assert_eq!(count(), 1);
+}
+
 /// Each stop on other ranks than before: what is unlocked is cut anew.
 #[test]
 fn other_ranks_go_on_with_what_is_unlocked() {

@@ -95,8 +95,12 @@ impl Blocks {
     /// Gives away a full block; what stands past its end begins the next one.
     fn hand_over(&mut self) {
         let rest = self.used - BLOCK;
-        let next = if self.made < SPARE { Some(Block::new()) } else { self.empty.recv().ok() };
-        self.made += 1;
+        let next = if self.made < SPARE {
+            self.made += 1;
+            Some(Block::new())
+        } else {
+            self.empty.recv().ok()
+        };
         if let (Some(mut next), false) = (next, self.failed) {
             next.bytes()[..rest].copy_from_slice(&self.block.bytes()[BLOCK..self.used]);
             let full = std::mem::replace(&mut self.block, next);
@@ -170,7 +174,7 @@ impl Write for Direct {
 }
 
 fn is_not_supported(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(Errno::INVAL.raw_os_error())
+    [Errno::INVAL, Errno::OPNOTSUPP].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 #[cfg(test)]

@@ -36,7 +36,7 @@ pub use saver::{Save, Saver};
 pub use snapshot::{Piece, Snapshot};
 pub(crate) use write::{checksum, remove_partial};
 
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const STATE: &str = "state.json";
 pub(crate) const MANIFEST: &str = "manifest.json";
 const COMPLETE: &str = "COMPLETE";

@@ -63,7 +63,8 @@ pub(crate) fn remove_partial(run_dir: &Path) -> Result<()> {
 /// Writes a rank's tensors, fp32 all of them.
 ///
 /// # Errors
-/// [`Error::WeightsNotFinite`] where one has a value that is not a number or 2^64 and more; what was written is then of no use.
+/// [`Error::WeightsNotFinite`] where one has a value that is not a number, or 2^64 and more; what was written is then of
+/// no use.
 pub(super) fn write_pieces(dir: &Path, step: u64, pieces: Vec<Piece>, rank: usize) -> Result<Written> {
     let file = format!("rank-{rank:05}.safetensors");
     let mut tensors = BTreeMap::new();

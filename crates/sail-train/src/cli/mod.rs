@@ -1,6 +1,6 @@
 //! The command line: arguments in, an exit code out.
 //!
-//! 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
+//! 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving, 130 ended at once by a second signal.
 
 mod configuration;
 mod launch;
@@ -46,7 +46,7 @@ Examples:
 Ctrl-C, SIGTERM, SIGUSR1, a file `stop` in the run's folder or the end of its time (`run.time_limit_secs`, or
 Slurm's) save after the step and exit with 3; the same command resumes. A second Ctrl-C or SIGTERM, a second or
 more later, ends it at once, with 130.
-Exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving.
+Exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving, 130 ended at once.
 SAIL_LOG=debug shows more of the log, SAIL_LOG=error less.";
 
 /// Trains the vision encoder of a multimodal LLM stage by stage.

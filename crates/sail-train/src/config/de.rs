@@ -17,6 +17,7 @@ use super::check::Checker;
 use super::error::{Problem, nearest};
 use super::path::{FieldPath, Step};
 use super::tree::{Content, Node};
+use super::values::whole;
 
 /// Reads `T` from the checker's tree; faults go to the checker.
 pub(super) fn read<T: for<'de> Deserialize<'de> + Default>(checker: &mut Checker<'_>) -> T {
@@ -181,12 +182,11 @@ impl<'de> Deserializer<'de> for Reader<'_> {
 
     /// Large numbers are written as `2e9`.
     fn deserialize_u64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
-        /// From here on not every whole number is a float.
-        const EXACT: f64 = (1u64 << 53) as f64;
         match self.0.content {
-            Content::Float(value) if value.fract() == 0.0 && (0.0..EXACT).contains(&value) => {
-                visitor.visit_u64(value as u64)
-            }
+            Content::Float(value) => match whole(value) {
+                Some(value) => visitor.visit_u64(value),
+                None => self.deserialize_any(visitor),
+            },
             _ => self.deserialize_any(visitor),
         }
     }

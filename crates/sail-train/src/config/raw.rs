@@ -193,7 +193,7 @@ pub(super) struct RawTrain {
 pub(super) struct RawRates {
     /// Peak learning rate, above 0. Required.
     pub(super) lr: Option<f64>,
-    /// Decoupled weight decay; norms, biases and embeddings have none. Default: 0.
+    /// Decoupled weight decay; norms, biases, token and position tables have none. Default: 0.
     pub(super) weight_decay: f64,
     /// Factor on the rate from each block to the one below it, in `(0, 1]`: what is above the blocks has `lr`, the last
     /// block `lr` times this, embeddings the least. Default: 1.

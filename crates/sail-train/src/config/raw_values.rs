@@ -8,7 +8,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor};
 
 use super::raw::RawRates;
-use super::values::tokens;
+use super::values::{tokens, whole};
 
 /// `frozen`, or rates.
 #[derive(Debug)]
@@ -70,6 +70,12 @@ impl<'de> Deserialize<'de> for RawAmount {
 
             fn visit_u64<E: Error>(self, count: u64) -> Result<RawAmount, E> {
                 Ok(RawAmount::Count(count))
+            }
+
+            fn visit_f64<E: Error>(self, count: f64) -> Result<RawAmount, E> {
+                // Large numbers are written as `2e9`.
+                let whole = whole(count).ok_or_else(|| E::invalid_value(Unexpected::Float(count), &self))?;
+                Ok(RawAmount::Count(whole))
             }
 
             fn visit_str<E: Error>(self, text: &str) -> Result<RawAmount, E> {

@@ -198,9 +198,13 @@ pub(super) fn schedule(checker: &mut Checker<'_>, raw: &RawSchedule) -> Option<S
             None
         }
     };
-    if let Some(decay) = decay.filter(|decay| warmup + decay > length.count()) {
+    if let Some(decay) = decay.filter(|decay| warmup.saturating_add(*decay) > length.count()) {
         let message = format!("begins within the warm-up: {decay} of {length}, of which {warmup} warm up");
         checker.invalid("schedule.decay", message);
+    }
+    if raw.kind == ScheduleKind::InverseSqrt && warmup == 0 {
+        let hint = "the curve falls with the root of the warm-up over what is done";
+        checker.invalid_with_hint("schedule.warmup", "must be above 0 with `kind: inverse_sqrt`", hint);
     }
     let ada_lrs = raw.ada_lrs.as_ref().map(|raw| ada_lrs(checker, raw));
     Some(SchedulePlan { kind: raw.kind, length, warmup, decay, min_ratio, ada_lrs })

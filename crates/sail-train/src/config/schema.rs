@@ -147,7 +147,7 @@ impl JsonSchema for RawAmount {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        let text = r"^\s*[0-9][0-9_]*(\.[0-9]+)?([eE][+]?[0-9]+)?\s*(%|tokens)$";
+        let text = r"^([0-9][0-9_]*\s*tokens|[0-9]+(\.[0-9]+)?([eE][+]?[0-9]+)?\s*(tokens|%))$";
         json_schema!({ "anyOf": [{ "type": "integer", "minimum": 0 }, { "type": "string", "pattern": text }] })
     }
 }

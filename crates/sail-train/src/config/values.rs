@@ -347,11 +347,15 @@ pub(super) mod amount_as_text {
     }
 }
 
-/// `2000000 tokens` or `2e9 tokens`.
+/// `2000000 tokens`, `2_000_000 tokens` or `2e6 tokens`.
 pub(super) fn tokens(text: &str) -> Option<u64> {
     let number = text.strip_suffix("tokens")?.trim();
-    let whole = number.replace('_', "").parse::<u64>().ok();
-    let float =
-        || number.parse::<f64>().ok().filter(|count| (0.0..1e18).contains(count) && count.fract() == 0.0);
-    whole.or_else(|| float().map(|count| count as u64))
+    let digits = number.replace('_', "").parse::<u64>().ok();
+    digits.or_else(|| whole(number.parse().ok()?))
+}
+
+/// A float that is a whole number from 0, and every one below it as well.
+pub(super) fn whole(value: f64) -> Option<u64> {
+    const EXACT: f64 = (1u64 << 53) as f64;
+    (value.fract() == 0.0 && (0.0..EXACT).contains(&value)).then_some(value as u64)
 }

@@ -12,7 +12,7 @@ use super::slurm;
 const TORCHRUN: [&str; 6] =
     ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
 
-/// More are a slip of the pen; a rank remembers something of each of them.
+/// More are a slip of the pen; the main rank keeps a place for the word of each.
 const MOST_RANKS: usize = 1 << 20;
 const START_HINT: &str = "start with `torchrun --no-python` or `sail-train launch`, which set RANK, WORLD_SIZE, \
 LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; unset RANK and WORLD_SIZE for one process alone";

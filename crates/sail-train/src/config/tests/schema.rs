@@ -7,7 +7,7 @@ use jsonschema::Validator;
 use serde_json::Value;
 
 use super::super::{load, schema};
-use super::STAGE;
+use super::{STAGE, load_files};
 
 fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs")
@@ -88,6 +88,28 @@ fn slips_of_the_pen_are_underlined() {
     ] {
         assert!(STAGE.contains(old), "{old}");
         assert!(!fits(&STAGE.replacen(old, new, 1)), "{new}");
+    }
+    // Editors and the program are of one mind.
+    for (amount, is_one) in [
+        ("5", true),
+        ("2e1", true),
+        ("2.5", false),
+        ("10%", true),
+        ("2.5 %", true),
+        ("-5", false),
+        ("\"x%\"", false),
+    ] {
+        let text = STAGE.replacen("{ steps: 60 }", &format!("{{ steps: 60, warmup: {amount} }}"), 1);
+        assert_eq!(fits(&text), is_one, "{amount}");
+        assert_eq!(load_files(&[("stage.yaml", &text)], &[]).is_ok(), is_one, "{amount}");
+    }
+    for (amount, is_one) in [("2_000_000 tokens", true), ("2e1 tokens", true), ("2_0.5e3 tokens", false)] {
+        let text = STAGE.replacen("{ steps: 60 }", &format!("{{ tokens: 9000000000, warmup: {amount} }}"), 1);
+        assert_eq!(
+            (fits(&text), load_files(&[("stage.yaml", &text)], &[]).is_ok()),
+            (is_one, is_one),
+            "{amount}"
+        );
     }
     assert!(fits("name: all\nstages: [a.yaml, b.yaml]\n"));
     assert!(!fits("name: all\nstages: [a.yaml]\nsteps: 3\n"));
