@@ -35,7 +35,7 @@ fn the_file_in_the_repository_is_this_one() {
     assert!(kept == made, "run `target/release/sail-train config schema > configs/schema.json`");
 }
 
-/// Every file in the repository fits, says so to editors, and names the command that runs it first.
+/// Every file in the repository fits and has no faults, says so to editors, and names the command that runs it first.
 #[test]
 fn configurations_fit_and_name_their_schema() {
     let (validator, mut found) = (validator(), Vec::new());
@@ -46,6 +46,9 @@ fn configurations_fit_and_name_their_schema() {
         let value: Value = serde_yaml::from_str(&text).unwrap();
         let faults: Vec<String> = validator.iter_errors(&value).map(|error| error.to_string()).collect();
         assert!(faults.is_empty(), "{}: {faults:?}", path.display());
+        if let Err(faults) = load(&path, &[]) {
+            panic!("{}: {faults}", path.display());
+        }
         let mut lines = text.lines();
         let first = lines.next().unwrap();
         assert!(first.starts_with("# ") && first.contains("configs/"), "{}: {first}", path.display());
