@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Module, ModulePlan, Rates, TrainPlan};
+use crate::config::{Module, ModulePlan, Rates, RulePlan, TrainPlan};
 use crate::error::{Error, Result};
 use crate::schedule::Factors;
 use crate::stage::{grouped, module_of};
@@ -296,14 +296,10 @@ impl Matched {
 
     /// The first rule that names a parameter.
     fn rule(&mut self, train: &TrainPlan, name: &str, place: &Place) -> Option<usize> {
-        let mut first = None;
-        for (index, rule) in train.rules.iter().enumerate() {
-            if rule.part.matches(name, place.module, place.block) {
-                first = first.or(Some(index));
-                self.rules[index] |= first == Some(index);
-            }
-        }
-        first
+        let names = |rule: &RulePlan| rule.part.matches(name, place.module, place.block);
+        let first = train.rules.iter().position(names)?;
+        self.rules[first] = true;
+        Some(first)
     }
 
     fn trained_from_the_start(&mut self, train: &TrainPlan, name: &str, place: &Place) {
@@ -396,7 +392,7 @@ impl fmt::Display for FreezeTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Amount, RulePlan, UnlockPlan};
+    use crate::config::{Amount, UnlockPlan};
 
     const RATES: Rates = Rates { lr: 1.0, weight_decay: 0.1, betas: [0.9, 0.95], layer_decay: 0.5 };
     const FROZEN: ModulePlan = ModulePlan::Frozen;

@@ -152,7 +152,7 @@ fn before(checkpoint: Checkpoint, step: u64) -> Result<Checkpoint> {
 
 /// Makes a step as the run did, going by what is recorded of it.
 fn make_again(session: &mut Session, trips: &[Value], wanted: u64) -> Result<()> {
-    let (done, judged) = session.place();
+    let (done, judged) = (session.step, session.standing().judged);
     let trip = trips.iter().find(|trip| trip["judged"].as_u64() == Some(judged + 1));
     let step = next(session, wanted)?;
     let loss = session.accumulate(&step)?;

@@ -101,10 +101,9 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let made = steps(&mut session, &mut saver, &mut events, &watchdog, options);
     if made.is_err() {
         saver.finish_alone();
-        world.on_main(|| {
+        if world.is_main() {
             remove_file(plan);
-            Ok(())
-        })?;
+        }
     }
     match made? {
         Some(step) => Ok(Outcome::Interrupted { step }),

@@ -80,8 +80,11 @@ fn unlock(
     let rates = rates(checker, &path, &RawRates { lr, weight_decay, layer_decay, betas: own }, betas, module);
     let at = checker.required(&format!("{path}.at"), raw.at);
     let (at, schedule) = (at?, schedule?);
-    let [at, warmup] = [("at", at), ("warmup", raw.warmup)]
-        .map(|(name, raw)| amount(checker, &format!("{path}.{name}"), raw, schedule.length));
+    let [at, warmup] = [("at", at), ("warmup", raw.warmup)].map(|(name, raw)| match raw {
+        // Also where the stage's length is in tokens.
+        RawAmount::Count(steps) => Amount::Steps(steps),
+        raw => amount(checker, &format!("{path}.{name}"), raw, schedule.length),
+    });
     if at.count() == 0 {
         checker.invalid_with_hint(
             &format!("{path}.at"),

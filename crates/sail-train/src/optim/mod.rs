@@ -115,8 +115,8 @@ pub struct StatePiece<'a> {
 
 impl Optimizer {
     /// Takes over the parameters of `trained`, one set after the other as unlock points would, and turns all of `params`
-    /// into `precision`; they are fp32 when this is called. `blocks` says how the names of each block's parameters begin; `group` is all
-    /// ranks, `None` for one alone. Every rank makes the same call.
+    /// into `precision`; they are fp32 when this is called. `blocks` says how the names of each block's parameters begin;
+    /// `group` is all ranks, `None` for one alone. Every rank makes the same call.
     ///
     /// # Errors
     /// Those of libtorch.

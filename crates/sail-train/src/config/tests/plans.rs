@@ -25,6 +25,17 @@ fn trained(lr: f64) -> ModulePlan {
     ModulePlan::Train(Rates { lr, weight_decay: 0.0, betas: [0.9, 0.95], layer_decay: 1.0 })
 }
 
+/// A number was taken for tokens where the stage's length is in tokens.
+#[test]
+fn a_number_at_an_unlock_point_is_of_steps() {
+    let unlock = "llm: frozen\n  unfreeze: [{ at: 7, match: llm, lr: 1e-3, warmup: 10% }]";
+    let text = STAGE.replace("steps: 60", "tokens: 5000").replace("llm: frozen", unlock);
+    let first = plan(&text, &[]);
+    let point = &first.train.unfreeze[0];
+    assert_eq!((point.at, point.warmup), (Amount::Steps(7), Amount::Tokens(500)));
+    assert_eq!(plan(&first.to_yaml(), &[]), first);
+}
+
 #[test]
 fn large_numbers_may_be_written_short() {
     let plan = plan(&STAGE.replace("steps: 60", "tokens: 121e9, warmup: 2e9 tokens"), &[]);
