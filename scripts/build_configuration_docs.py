@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes docs/configuration.md from the doc comments of raw.rs and raw_data.rs in crates/sail-train/src/config.
+"""Writes docs/configuration.md from the doc comments of raw.rs, raw_train.rs and raw_data.rs in
+    crates/sail-train/src/config.
 
     python3 scripts/build_configuration_docs.py           writes the page
     python3 scripts/build_configuration_docs.py --check   fails when the page is out of date
@@ -11,11 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = ROOT / "crates/sail-train/src/config"
-SOURCES = [FORMS / "raw.rs", FORMS / "raw_data.rs"]
+SOURCES = [FORMS / name for name in ("raw.rs", "raw_train.rs", "raw_data.rs")]
 PAGE = ROOT / "docs/configuration.md"
 HEAD = """# Configuration
 
-<!-- Made by scripts/build_configuration_docs.py from the doc comments of raw.rs and raw_data.rs in
+<!-- Made by scripts/build_configuration_docs.py from the doc comments of raw.rs, raw_train.rs and raw_data.rs in
      crates/sail-train/src/config. -->
 
 A file describes one stage, or lists the stage files of a curriculum. `sail-train --config FILE` runs

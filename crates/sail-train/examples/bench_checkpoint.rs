@@ -49,7 +49,7 @@ fn main() -> Result<(), Error> {
     let numel = args.parameters / TENSORS;
     let state: Vec<(String, Vec<Tensor>)> = (0..TENSORS)
         .map(|i| {
-            let tensors = StateKind::ALL.map(|_| Tensor::randn([numel], (Kind::Float, Device::Cpu)));
+            let tensors = StateKind::ALWAYS.map(|_| Tensor::randn([numel], (Kind::Float, Device::Cpu)));
             (format!("llm.layers.{i}.weight"), tensors.into())
         })
         .collect();
@@ -72,13 +72,14 @@ fn main() -> Result<(), Error> {
                 updates: Updates::default(),
                 ada_lrs: None,
                 guard: GuardState::default(),
-                init: None,
+                lineage: Vec::new(),
                 plan: (*plan).clone(),
             },
             trained: Piece::copies(pieces(), old)?,
             frozen: Vec::new(),
             untouched: BTreeMap::new(),
             frozen_check: Arc::new(Fingerprints::new(&nothing)).frozen_check(&nothing, &BTreeSet::new()),
+            held_out: BTreeMap::new(),
         })
     };
     println!(
@@ -102,7 +103,7 @@ fn main() -> Result<(), Error> {
         let begun = Instant::now();
         let checkpoint = newest(&plan.run.dir)?.expect("invariant: just written");
         for (name, _) in &state {
-            for kind in StateKind::ALL {
+            for kind in StateKind::ALWAYS {
                 assert_eq!(checkpoint.tensor(name, kind)?.numel() as i64, numel);
             }
         }
@@ -122,7 +123,7 @@ fn main() -> Result<(), Error> {
 fn pieces_of<'a>(state: &'a [(String, Vec<Tensor>)], shape: &'a [i64]) -> Vec<StatePiece<'a>> {
     let mut pieces = Vec::new();
     for (name, tensors) in state {
-        for (kind, tensor) in StateKind::ALL.into_iter().zip(tensors) {
+        for (kind, tensor) in StateKind::ALWAYS.into_iter().zip(tensors) {
             let (elements, tensor) = (0..shape[0], tensor.shallow_clone());
             pieces.push(StatePiece { name, kind, shape, elements, tensor });
         }

@@ -517,6 +517,7 @@ mod tests {
             decay: None,
             min_ratio: 0.0,
             ada_lrs: None,
+            early_stop: None,
         };
         let factors = Factors::new(&schedule, &train, &now, crate::config::Progress::default(), 1);
         let rates: Vec<String> = plan.lrs(&factors).into_keys().collect();

@@ -41,6 +41,7 @@ pub mod freeze;
 pub mod generate;
 pub mod guard;
 pub mod launch;
+pub mod lineage;
 pub mod lock;
 pub mod optim;
 mod origin;

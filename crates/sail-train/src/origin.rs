@@ -28,7 +28,8 @@ pub(crate) fn open_finished(from: &Path) -> Result<Checkpoint> {
     })?;
     let state = checkpoint.state();
     let (progress, length) = (state.progress(), state.plan.schedule.length);
-    if !length.is_reached(progress) && checkpoint.dir() != from && !ended_with_its_data(from, state.step) {
+    if !length.is_reached(progress) && checkpoint.dir() != from && !ended_before_its_length(from, state.step)
+    {
         let done = length.with_count(length.of(progress));
         return Err(Error::usage(
             format!("`init.from`: the run in `{}` stopped after {done} of {length}", from.display()),
@@ -39,7 +40,7 @@ pub(crate) fn open_finished(from: &Path) -> Result<Checkpoint> {
 }
 
 /// Whether the run's summary, which is written when it ends, is of this step.
-fn ended_with_its_data(run_dir: &Path, step: u64) -> bool {
+fn ended_before_its_length(run_dir: &Path, step: u64) -> bool {
     let summary = fs::read(run_dir.join(SUMMARY)).ok();
     let summary = summary.and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
     summary.is_some_and(|summary| summary["steps"] == step)
@@ -48,17 +49,19 @@ fn ended_with_its_data(run_dir: &Path, step: u64) -> bool {
 /// Refuses to go on from `resume` where `init.from` holds other weights now than the run started from;
 /// where they are gone there is nothing to compare.
 pub(crate) fn check_lineage(plan: &Plan, resume: &Checkpoint) -> Result<()> {
-    let (Some(init), Some(then)) = (&plan.init, &resume.state().init) else { return Ok(()) };
+    let (Some(init), Some(then)) = (&plan.init, resume.state().lineage.last()) else { return Ok(()) };
     match checkpoint::open_or_newest(&init.from)? {
         // One that is damaged now was passed over for an older one; it is what the run started from all the same.
-        Some(now) if now.record().seal != then.seal && !then.is_still_there() => Err(Error::usage(
-            format!(
-                "`{}` started from other weights than `{}` holds now",
-                plan.run.dir.display(),
-                init.from.display()
-            ),
-            format!("remove `{}` to train this stage anew from them", plan.run.dir.display()),
-        )),
+        Some(now) if now.seal() != then.seal && !checkpoint::is_there(&then.dir, &then.seal) => {
+            Err(Error::usage(
+                format!(
+                    "`{}` started from other weights than `{}` holds now",
+                    plan.run.dir.display(),
+                    init.from.display()
+                ),
+                format!("remove `{}` to train this stage anew from them", plan.run.dir.display()),
+            ))
+        }
         _ => Ok(()),
     }
 }
@@ -151,7 +154,10 @@ impl<'a> Sources<'a> {
         for module in Module::ALL {
             let in_checkpoint = stored.filter(|checkpoint| holds(checkpoint, module));
             let source = match (in_checkpoint, source_of(plan, module)) {
-                (Some(checkpoint), _) => Source::Checkpoint(CheckpointSource { checkpoint, module }),
+                (Some(checkpoint), _) => {
+                    let kind = StateKind::Param;
+                    Source::Checkpoint(CheckpointSource { checkpoint, module, kind })
+                }
                 (None, Some(ModelSource::From(_))) => {
                     let naming = match module {
                         Module::Vision => config.vision.naming(),
@@ -167,6 +173,16 @@ impl<'a> Sources<'a> {
             sources.insert(module, source);
         }
         Ok(Self(sources))
+    }
+
+    /// The same with moving averages in place of parameters, where a checkpoint has some.
+    pub(crate) fn averaged(mut self) -> Self {
+        for source in self.0.values_mut() {
+            if let Source::Checkpoint(source) = source {
+                source.kind = StateKind::Ema;
+            }
+        }
+        self
     }
 
     /// As the model's constructor takes them.
@@ -255,6 +271,8 @@ fn holds(checkpoint: &Checkpoint, module: Module) -> bool {
 struct CheckpointSource<'a> {
     checkpoint: &'a Checkpoint,
     module: Module,
+    /// What is wanted of each tensor that has it; of others the parameter.
+    kind: StateKind,
 }
 
 impl TensorSource for CheckpointSource<'_> {
@@ -264,7 +282,8 @@ impl TensorSource for CheckpointSource<'_> {
             path: self.checkpoint.dir().to_owned(),
             reason: error.to_string(),
         };
-        let tensor = self.checkpoint.tensor(&full, StateKind::Param).map_err(unreadable)?;
+        let kind = if self.checkpoint.holds(&full, self.kind) { self.kind } else { StateKind::Param };
+        let tensor = self.checkpoint.tensor(&full, kind).map_err(unreadable)?;
         if tensor.size() == target.size() {
             target.shallow_clone().f_copy_(&tensor)?;
             return Ok(());

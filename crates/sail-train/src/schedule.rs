@@ -118,6 +118,7 @@ mod tests {
             warmup,
             decay: (kind == ScheduleKind::Wsd).then_some(length.count() / 5),
             ada_lrs: None,
+            early_stop: None,
             min_ratio: 0.1,
         }
     }

@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::ada_lrs::{AdaLrs, Trial};
 use crate::batch::to_batch;
-use crate::checkpoint::{Checkpoint, InitRecord, Piece, RunState, Snapshot, Totals, Untouched};
+use crate::checkpoint::{Checkpoint, Piece, RunState, Snapshot, Totals, Untouched};
 use crate::config::{AdaLrsPlan, Amount, GuardAction, Module, Plan, Progress, UnlockPlan};
 use crate::device::{choose_precision, take_device};
 use crate::error::Result;
@@ -26,7 +26,8 @@ use crate::events::Standing;
 use crate::first_step::FirstStep;
 use crate::freeze::FreezePlan;
 use crate::guard::{GuardState, Trip};
-use crate::optim::Optimizer;
+use crate::lineage::Ancestor;
+use crate::optim::{Optimizer, StateKind};
 use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::schedule::Factors;
 use crate::stage::{Fingerprints, FrozenCheck, module_of};
@@ -70,7 +71,8 @@ pub struct Session {
     loader: Loader,
     /// What the loader reads, as `sail-data --spec` takes it.
     data_spec: Value,
-    init: Option<InitRecord>,
+    /// The checkpoints that the stages before this one ended with.
+    lineage: Vec<Ancestor>,
     untouched: BTreeMap<Module, Untouched>,
     /// fp32 weights of frozen modules, where the model computes in another type.
     exact: Params,
@@ -83,6 +85,8 @@ pub struct Session {
     ada_lrs: Option<AdaLrs>,
     /// What was judged of the steps so far.
     guard: GuardState,
+    /// Held-out losses by step.
+    held_out: BTreeMap<u64, f64>,
     /// Where this rank's data stood before the step that is being made.
     before: Position,
 }
@@ -125,14 +129,18 @@ impl Session {
             started_from = Fingerprints::new(model.params());
         }
         let (mut step, mut totals, mut guard, mut data) = (0, Totals::default(), GuardState::default(), None);
-        let mut init_record = init.as_ref().map(Checkpoint::record);
+        let mut lineage = init.as_ref().map(Checkpoint::lineage).unwrap_or_default();
         if let Some(checkpoint) = resume {
             let state = checkpoint.state();
             let updates = updates(&optimizer, checkpoint);
-            optimizer.restore(updates, |name, kind, elements| checkpoint.elements(name, kind, elements))?;
+            optimizer.restore(updates, |name, kind, elements| {
+                // An average that the run did not have begins with the parameter.
+                let begins = kind == StateKind::Ema && !checkpoint.holds(name, kind);
+                checkpoint.elements(name, if begins { StateKind::Param } else { kind }, elements)
+            })?;
             (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
             guard = state.guard.clone();
-            init_record.clone_from(&state.init);
+            lineage.clone_from(&state.lineage);
         }
         let ada_lrs = plan.schedule.ada_lrs.map(|_| {
             let then = resume.and_then(|resume| resume.state().ada_lrs.clone());
@@ -161,7 +169,7 @@ impl Session {
             warm: false,
             loader,
             data_spec: json!({"tokenizer": tokenizer, "data": spec}),
-            init: init_record,
+            lineage,
             untouched,
             exact,
             started_from: Arc::new(started_from),
@@ -169,6 +177,7 @@ impl Session {
             unlocked,
             ada_lrs,
             guard,
+            held_out: BTreeMap::new(),
             before,
         })
     }
@@ -180,7 +189,23 @@ impl Session {
 
     /// Whether it has come to its end.
     pub fn is_done(&self) -> bool {
-        self.plan.schedule.is_done(self.progress())
+        self.plan.schedule.length.is_reached(self.progress()) || self.stops_early()
+    }
+
+    /// Whether the held-out loss says that it ends before its length.
+    pub fn stops_early(&self) -> bool {
+        let early_stop = self.plan.schedule.early_stop;
+        early_stop.is_some_and(|early_stop| early_stop.is_reached(self.held_out.values().copied()))
+    }
+
+    /// Held-out losses by step, as this run measured them.
+    pub fn held_out(&self) -> &BTreeMap<u64, f64> {
+        &self.held_out
+    }
+
+    /// Takes note of what was measured before this process began. Every rank is given the same.
+    pub fn remember(&mut self, held_out: BTreeMap<u64, f64>) {
+        self.held_out = held_out;
     }
 
     /// Begins to train what unlock points that the stage has come to free: their indices in the plan. Every rank makes
@@ -390,15 +415,18 @@ impl Session {
         before.map_or(Ok(()), |before| before.check(self, step, factors))
     }
 
-    /// Measures the held-out loss, where the plan does.
+    /// Measures the held-out loss, where the plan does, with moving averages where it has some.
     ///
     /// # Errors
     /// Those of the model, of c10d, and [`crate::Error::HeldOutNotFinite`].
-    pub fn evaluate(&self) -> Result<Option<EvalReport>> {
+    pub fn evaluate(&mut self) -> Result<Option<EvalReport>> {
         let Some(evaluator) = &self.evaluator else { return Ok(None) };
         self.world.doing(self.step, "evaluating");
-        self.optimizer.settle()?;
-        evaluator.run(&self.model, &self.encoder, self.device, &self.world).map(Some)
+        let report = self
+            .optimizer
+            .with_averages(|| evaluator.run(&self.model, &self.encoder, self.device, &self.world))?;
+        self.held_out.insert(self.step, report.total.loss);
+        Ok(Some(report))
     }
 
     /// Takes note that the update for `step` was made.
@@ -434,6 +462,7 @@ impl Session {
         (self.step, self.totals) = (state.step, state.totals);
         self.ada_lrs.clone_from(&state.ada_lrs);
         self.guard = std::mem::take(&mut self.guard).back_to(&state.guard);
+        self.held_out.retain(|step, _| *step <= state.step);
         Ok(())
     }
 
@@ -497,13 +526,14 @@ impl Session {
                 updates: self.optimizer.updates().clone(),
                 ada_lrs: self.ada_lrs.clone(),
                 guard: self.guard.clone(),
-                init: self.init.clone(),
+                lineage: self.lineage.clone(),
                 plan: self.plan.clone(),
             },
             trained: Piece::copies(self.optimizer.state()?, old)?,
             frozen,
             untouched: self.untouched.clone(),
             frozen_check: self.frozen_check(),
+            held_out: self.held_out.clone(),
         })
     }
 
@@ -512,11 +542,11 @@ impl Session {
         self.started_from.frozen_check(self.model.params(), &self.optimizer.names().collect())
     }
 
-    /// The parameters of a module in fp32, by full name: masters where it is trained. Every rank makes the same
-    /// call.
-    pub fn exact_params(&self, module: Module) -> Result<Params> {
+    /// What is exported of a module, in fp32 by full name: moving averages where there are some, masters of what else is
+    /// trained. Every rank makes the same call.
+    pub fn final_params(&self, module: Module) -> Result<Params> {
         let prefix = format!("{module}.");
-        let mut exact = self.optimizer.masters(&prefix)?;
+        let mut exact = self.optimizer.final_params(&prefix)?;
         for (name, compute) in self.model.params().iter().filter(|(name, _)| name.starts_with(&prefix)) {
             if !exact.contains_key(name) {
                 let frozen = self.exact.get(name);

@@ -96,7 +96,8 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
     let mut events = Events::open(options.console.clone(), plan, &session.standing(), world.is_main())?;
-    let mut saver = saver_for(&session, &events, resume.as_deref())?.with_lock(lock);
+    session.remember(world.from_main(|| events.held_out())?);
+    let mut saver = saver_for(&session, resume.as_deref())?.with_lock(lock);
     announce(&session, &events, resume.as_deref());
     let made = steps(&mut session, &mut saver, &mut events, &watchdog, options);
     if made.is_err() {
@@ -107,7 +108,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     }
     match made? {
         Some(step) => Ok(Outcome::Interrupted { step }),
-        None => finish(&session, &saver, &mut events).map(|summary| Outcome::Finished(Box::new(summary))),
+        None => finish(&mut session, &saver, &mut events).map(|summary| Outcome::Finished(Box::new(summary))),
     }
 }
 
@@ -163,6 +164,9 @@ fn steps(
         }
         events.saves(&saver.made());
     }
+    if session.stops_early() {
+        stopped_early(session, events);
+    }
     save_last(saver, session, events)?;
     Ok(None)
 }
@@ -176,14 +180,20 @@ fn data_ended(session: &Session, events: &Events) -> Result<()> {
     if step == 0 { Err(Error::NoData { name: name.clone() }) } else { Ok(()) }
 }
 
+/// The held-out loss falls no more: the stage ends here.
+fn stopped_early(session: &Session, events: &Events) {
+    let (name, step) = (&session.plan.run.name, session.step);
+    let lowest = session.held_out().iter().min_by(|a, b| a.1.total_cmp(b.1));
+    let best =
+        lowest.map_or_else(String::new, |(at, loss)| format!("; it was lowest, {loss:.4}, after step {at}"));
+    events.note(format!("{name}: ends early, after step {step}: the held-out loss falls no more{best}"));
+}
+
 /// What writes the checkpoints of a stage.
-fn saver_for(session: &Session, events: &Events, resume: Option<&Checkpoint>) -> Result<Saver> {
+fn saver_for(session: &Session, resume: Option<&Checkpoint>) -> Result<Saver> {
     let Plan { run, checkpoint, guard, .. } = &session.plan;
     let resumed = resume.map(|resume| resume.state().step);
     let mut saver = Saver::new(run.dir.clone(), checkpoint.clone(), &session.world, resumed);
-    for (step, loss) in events.held_out()? {
-        saver.measured(step, loss);
-    }
     if guard.rolls_back() {
         saver.hold(|old| session.snapshot(old))?;
     } else if checkpoint.every.is_some() {
@@ -246,22 +256,20 @@ fn save_if_due(saver: &mut Saver, session: &Session) -> Result<()> {
 }
 
 /// Before the first step, and where a run resumes at a step that was saved and not evaluated any more.
-fn evaluate_at_start(session: &Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
+fn evaluate_at_start(session: &mut Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
     if session.step == 0 {
         evaluate(session, events)?;
-    } else if !session.is_done() && !saver.has_measured(session.step)? {
+    } else if !session.is_done() && !session.held_out().contains_key(&session.step) {
         evaluate_if_due(session, saver, events)?;
     }
     Ok(())
 }
 
-fn evaluate_if_due(session: &Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
+fn evaluate_if_due(session: &mut Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
     if session.plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step)) {
         // It takes its time: what is being saved should be safe before.
         saver.finish()?;
-        if let Some(report) = evaluate(session, events)? {
-            saver.measured(session.step, report.total.loss);
-        }
+        evaluate(session, events)?;
     }
     Ok(())
 }
@@ -409,7 +417,7 @@ fn where_it_runs(session: &Session) -> String {
     }
 }
 
-fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>> {
+fn evaluate(session: &mut Session, events: &mut Events) -> Result<Option<EvalReport>> {
     if session.evaluator.is_some() {
         events.note(format!("{}: measuring the held-out loss", session.plan.run.name));
     }
@@ -421,19 +429,22 @@ fn evaluate(session: &Session, events: &mut Events) -> Result<Option<EvalReport>
 }
 
 /// After the last step: evaluation, export and summary.
-fn finish(session: &Session, saver: &Saver, events: &mut Events) -> Result<StageSummary> {
+fn finish(session: &mut Session, saver: &Saver, events: &mut Events) -> Result<StageSummary> {
     let after = evaluate(session, events)?;
     let (plan, world) = (&session.plan, &session.world);
     world.doing(session.step, "exporting");
     // What one rank writes and reads back may take longer than a step.
     world.set_timeout(plan.parallel.first_step_timeout_secs)?;
     let coverage = session.coverage()?;
-    let weights = plan.export.as_ref().map(|_| session.exact_params(Module::Vision)).transpose()?;
+    let weights = plan.export.as_ref().map(|_| session.final_params(Module::Vision)).transpose()?;
     let summary = world.from_main(|| {
         saver.check_folder()?;
         let out = plan.run.dir.join("export/vit");
         let export = match (&plan.export, weights) {
-            (Some(export), Some(weights)) => Some(export::vit(session, weights, export.vit, &out)?),
+            (Some(export), Some(weights)) => {
+                let saved = Checkpoint::of_step(&plan.run.dir, session.step)?;
+                Some(export::vit(session, weights, &saved, export.vit, &out)?)
+            }
             _ => None,
         };
         let (train_loss, before) = events.history(session.step)?;

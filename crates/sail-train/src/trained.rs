@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use sail_data::{ImageSpec, TextEncoder, TextSpec};
 use sail_model::params::Params;
 use sail_model::vlm::{Vlm, VlmConfig};
+use serde_json::Value;
 use tch::{Device, Kind};
 
 use crate::checkpoint::{self, Checkpoint};
@@ -16,6 +17,7 @@ use crate::config::{DeviceChoice, Module, Plan, Precision};
 use crate::device::{choose_device, choose_precision};
 use crate::error::{Error, Result};
 use crate::export;
+use crate::lineage;
 use crate::origin::{Folders, Sources, untouched};
 use crate::session;
 use crate::stage::Fingerprints;
@@ -34,6 +36,8 @@ pub struct Trained {
     pub encoder: TextEncoder,
     /// Where the tensors are.
     pub device: Device,
+    /// Where its weights come from, see [`crate::lineage`]; `None` for a folder that does not say.
+    pub lineage: Option<Value>,
 }
 
 impl Trained {
@@ -52,8 +56,8 @@ impl Trained {
         Ok(trained)
     }
 
-    /// The model of a checkpoint in fp32; the modules that it names instead of storing them are read from
-    /// their folders.
+    /// The model of a checkpoint in fp32, with moving averages where it has some; the modules that it names instead of
+    /// storing them are read from their folders.
     ///
     /// # Errors
     /// When a folder holds other weights than those that the checkpoint was trained with.
@@ -61,13 +65,14 @@ impl Trained {
         let plan = &checkpoint.state().plan;
         let folders = Folders::for_model(plan, Some(checkpoint))?;
         let config = session::model_config(plan, &folders)?;
-        let sources = Sources::open(plan, &folders, &config, Some(checkpoint))?;
+        let sources = Sources::open(plan, &folders, &config, Some(checkpoint))?.averaged();
         let model = Vlm::new(&config, sources.for_model(), (Kind::Float, device))?;
         untouched(plan, Some(checkpoint), &Fingerprints::new(model.params()), &BTreeSet::new())?;
         let (image, text) = specs(plan, &config)?;
         let tokenizer = folders.tokenizer(plan);
         let encoder = session::encoder(&tokenizer, &text, &config.llm)?;
-        Ok(Self { model, image, text, tokenizer, encoder, device })
+        let lineage = Some(lineage::of_checkpoint(checkpoint));
+        Ok(Self { model, image, text, tokenizer, encoder, device, lineage })
     }
 
     /// The parameters of a module by the names of its own files.

@@ -12,6 +12,7 @@ use sail_train::config::{self, Config, Module};
 use sail_train::optim::StateKind;
 use sail_train::session::Session;
 use sail_train::world::World;
+use serde_json::{Value, json};
 
 use crate::{root, run, under};
 
@@ -29,6 +30,7 @@ fn three_stages_train_and_export() {
     frozen_modules_are_bit_equal(&[], dir.path());
     transformers_loads_the_export(dir.path());
     a_checkpoint_evaluates_and_exports_again(dir.path());
+    exports_say_where_they_come_from(dir.path());
 
     // What an export is missing is made again; all else is left alone.
     std::fs::remove_dir_all(dir.path().join("runs/tiny/stage3/export")).unwrap();
@@ -99,7 +101,7 @@ fn frozen_modules_are_bit_equal(sets: &[&str], dir: &Path) {
     let [one, two, three] = ["stage1", "stage2", "stage3"]
         .map(|stage| newest(&dir.join("runs/tiny").join(stage)).unwrap().unwrap());
     let exact =
-        [Module::Vision, Module::Projector, Module::Llm].map(|module| fresh.exact_params(module).unwrap());
+        [Module::Vision, Module::Projector, Module::Llm].map(|module| fresh.final_params(module).unwrap());
     let exact: Params = exact.into_iter().flatten().collect();
     let mut changed_last = 0;
     for (name, start) in fresh.model.params() {
@@ -166,6 +168,34 @@ fn a_checkpoint_evaluates_and_exports_again(dir: &Path) {
     let [first, second] = [dir.join("runs/tiny/stage3/export/vit"), again.into()]
         .map(|path| std::fs::read(path.join("model.safetensors")).unwrap());
     assert!(first == second, "the same weights are exported");
+}
+
+/// Every export names the stages that its weights went through, and no folder of this machine.
+fn exports_say_where_they_come_from(dir: &Path) {
+    let read = |path: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(dir.join(path).join("config.json")).unwrap()).unwrap()
+    };
+    let checkpoint = newest(&dir.join("runs/tiny/stage3")).unwrap().unwrap();
+    let lineage = &read("runs/tiny/stage3/export/vit")["sail_lineage"];
+    assert_eq!(lineage["weights"], json!({"vision": "random", "llm": "random"}));
+    let stages = lineage["stages"].as_array().unwrap();
+    let of = |field: &str| stages.iter().map(|stage| stage[field].clone()).collect::<Vec<Value>>();
+    assert_eq!(of("run"), ["tiny-stage1", "tiny-stage2", "tiny-stage3"]);
+    for (stage, (name, field)) in stages.iter().zip([("stage1", 0), ("stage2", 1), ("stage3", 2)]) {
+        let ended = newest(&dir.join("runs/tiny").join(name)).unwrap().unwrap();
+        assert_eq!(stage["checkpoint"], ended.seal(), "{name}");
+        assert_eq!(stage["step"], ended.state().step, "{name}");
+        assert_eq!(stage["samples"], ended.state().totals.samples, "{name}");
+        assert_eq!(checkpoint.lineage()[field].seal, ended.seal(), "{name}");
+    }
+    assert!(!lineage.to_string().contains(dir.to_str().unwrap()), "{lineage}");
+    let run_dir = dir.join("runs/tiny/stage3").display().to_string();
+    for (what, layout) in [("llm", "transformers"), ("mllm", "sail"), ("vit", "transformers")] {
+        let out = dir.join(format!("again-{what}"));
+        let out = out.to_str().unwrap();
+        run(&["export", "--checkpoint", &run_dir, "--what", what, "--layout", layout, "--out", out], 0);
+        assert_eq!(&read(&format!("again-{what}"))["sail_lineage"], lineage, "{what}");
+    }
 }
 
 /// In bf16 the masters and the frozen weights stay exact: nothing is rounded on the way from stage to

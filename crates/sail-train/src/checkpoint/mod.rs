@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! step-00001200/
-//!   rank-00000.safetensors   a rank's pieces, keyed `<kind>/<full parameter name>`; kinds: param, exp_avg, exp_avg_sq
+//!   rank-00000.safetensors   a rank's pieces, keyed `<kind>/<full parameter name>`; kinds: param, exp_avg, exp_avg_sq, ema
 //!   rank-00001.safetensors   ...
 //!   state.json               step, counters, data position, the resolved plan
 //!   manifest.json            every file's size and CRC-32, every piece's global shape and slice
@@ -30,13 +30,14 @@ use crate::ada_lrs::AdaLrs;
 use crate::config::{Module, Plan, Progress};
 use crate::error::{Error, Result};
 use crate::guard::GuardState;
+use crate::lineage::Ancestor;
 
 pub use read::{Checkpoint, newest, newest_before};
 pub use saver::{Save, Saver};
 pub use snapshot::{Piece, Snapshot};
 pub(crate) use write::{checksum, remove_partial};
 
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 const STATE: &str = "state.json";
 pub(crate) const MANIFEST: &str = "manifest.json";
 const COMPLETE: &str = "COMPLETE";
@@ -60,9 +61,9 @@ pub struct RunState {
     pub ada_lrs: Option<AdaLrs>,
     /// What was judged of the steps so far.
     pub guard: GuardState,
-    /// Which checkpoint the run started from, where it continues another one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub init: Option<InitRecord>,
+    /// The checkpoints that the stages before this one ended with, the oldest first: the run started from the last one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lineage: Vec<Ancestor>,
     /// The plan the run follows.
     pub plan: Plan,
 }
@@ -96,20 +97,9 @@ impl Updates {
     }
 }
 
-/// The checkpoint that a run started from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct InitRecord {
-    /// Its folder.
-    pub dir: PathBuf,
-    /// What its `COMPLETE` holds: a checksum over everything in it.
-    pub seal: String,
-}
-
-impl InitRecord {
-    /// Whether a checkpoint of this seal is in its place, whole or not.
-    pub(crate) fn is_still_there(&self) -> bool {
-        std::fs::read_to_string(self.dir.join(COMPLETE)).is_ok_and(|seal| seal.trim() == self.seal)
-    }
+/// Whether a checkpoint of this seal is in `dir`, whole or not.
+pub(crate) fn is_there(dir: &Path, seal: &str) -> bool {
+    std::fs::read_to_string(dir.join(COMPLETE)).is_ok_and(|found| found.trim() == seal)
 }
 
 /// The checkpoint in `path` itself, or the newest of a run that verifies.

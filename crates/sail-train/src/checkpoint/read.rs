@@ -11,9 +11,10 @@ use tch::{Device, Kind, Tensor};
 use tracing::warn;
 
 use super::write::checksum;
-use super::{COMPLETE, FORMAT, InitRecord, MANIFEST, Manifest, PieceRecord, RunState, STATE, Untouched};
+use super::{COMPLETE, FORMAT, MANIFEST, Manifest, PieceRecord, RunState, STATE, Untouched};
 use crate::config::Module;
 use crate::error::{Error, Result};
+use crate::lineage::Ancestor;
 use crate::optim::StateKind;
 
 /// A complete and verified checkpoint.
@@ -52,7 +53,12 @@ impl Checkpoint {
         Self::open_with(dir, true)
     }
 
-    /// As [`Checkpoint::open`], where another rank has looked at every byte already.
+    /// The one that this process has written of a step.
+    pub(crate) fn of_step(run_dir: &Path, step: u64) -> Result<Self> {
+        Self::open_verified(&run_dir.join(super::folder_name(step)))
+    }
+
+    /// As [`Checkpoint::open`], where every byte has been looked at already.
     pub(crate) fn open_verified(dir: &Path) -> Result<Self> {
         Self::open_with(dir, false)
     }
@@ -105,9 +111,23 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// Names exactly this content, see [`InitRecord`].
-    pub fn record(&self) -> InitRecord {
-        InitRecord { dir: self.dir.clone(), seal: self.seal.clone() }
+    /// What its `COMPLETE` holds: a checksum over everything in it.
+    pub fn seal(&self) -> &str {
+        &self.seal
+    }
+
+    /// The checkpoints that its weights went through, itself the last one.
+    pub fn lineage(&self) -> Vec<Ancestor> {
+        let RunState { step, totals, plan, lineage, .. } = &self.state;
+        let own = Ancestor {
+            run: plan.run.name.clone(),
+            step: *step,
+            totals: *totals,
+            plan_hash: plan.hash(),
+            dir: self.dir.clone(),
+            seal: self.seal.clone(),
+        };
+        lineage.iter().cloned().chain([own]).collect()
     }
 
     /// Step, counters, data position and plan.

@@ -5,7 +5,6 @@
 //! older ones. Each part runs on a thread; the ranks go from one to the next together, at a step's one host read, so
 //! that no collective waits for tensors to be written. Used by the train loop.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -60,8 +59,6 @@ pub struct Saver {
     /// The step of the newest checkpoint of this course.
     saved: Option<u64>,
     made: Vec<Save>,
-    /// Losses that were measured, by step.
-    held_out: BTreeMap<u64, f64>,
 }
 
 struct UnderWay {
@@ -113,21 +110,7 @@ impl Saver {
             failures: 0,
             saved: resumed,
             made: Vec::new(),
-            held_out: BTreeMap::new(),
         }
-    }
-
-    /// Takes note of a held-out loss after `step`, by which checkpoints are kept.
-    pub fn measured(&mut self, step: u64, loss: f64) {
-        self.held_out.insert(step, loss);
-    }
-
-    /// Whether the main rank knows of a held-out loss after `step`.
-    ///
-    /// # Errors
-    /// Those of c10d.
-    pub fn has_measured(&self, step: u64) -> Result<bool> {
-        self.world.from_main(|| Ok(self.held_out.contains_key(&step)))
     }
 
     /// Where the run ends with an error of its own: what is under way is waited for, in a process alone. Among ranks
@@ -198,8 +181,6 @@ impl Saver {
     pub fn leave(&mut self) -> Result<()> {
         self.finish()?;
         self.saved = None;
-        let to = self.newest.as_ref().map_or(0, |snapshot| snapshot.state.step);
-        self.held_out.retain(|step, _| *step <= to);
         Ok(())
     }
 
@@ -389,7 +370,7 @@ impl Saver {
             return Ok(Ok(None));
         };
         let (state, untouched) = (snapshot.state.clone(), snapshot.untouched.clone());
-        let (run_dir, plan, held_out) = (self.run_dir.clone(), self.plan.clone(), self.held_out.clone());
+        let (run_dir, plan, held_out) = (self.run_dir.clone(), self.plan.clone(), snapshot.held_out.clone());
         let lock = self.lock.clone();
         let thread = spawn(THREAD, move || {
             check(lock.as_deref())?;

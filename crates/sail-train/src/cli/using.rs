@@ -291,11 +291,10 @@ fn generate(trained: &Trained, question: &Question, json: bool) -> Result<()> {
 fn eval(checkpoint: &Path, json: Option<&Path>) -> Result<()> {
     let checkpoint = open_any(checkpoint)?;
     let world = Arc::new(World::alone());
-    let session = Session::build(&checkpoint.state().plan, &world, Some(&checkpoint))?;
-    let Some(evaluator) = &session.evaluator else {
+    let mut session = Session::build(&checkpoint.state().plan, &world, Some(&checkpoint))?;
+    let Some(report) = session.evaluate()? else {
         return Err(Error::usage("the plan of this checkpoint has no `eval`", "train with `eval.sources`"));
     };
-    let report = evaluator.run(&session.model, &session.encoder, session.device, &world)?;
     print(&report)?;
     for generation in &report.generations {
         let (sample, truth) = (&generation.sample, &generation.truth);

@@ -25,6 +25,7 @@ mod path;
 mod plan;
 mod raw;
 mod raw_data;
+mod raw_train;
 mod raw_values;
 mod resolve;
 mod resolve_data;
@@ -43,9 +44,9 @@ pub use error::{ConfigError, ConfigErrors, Origin, Problem};
 pub use identity::Difference;
 pub use path::{FieldPath, Step};
 pub use plan::{
-    AdaLrsPlan, AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EvalPlan, ExportPlan, GuardPlan,
-    InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RulePlan, RunPlan,
-    SchedulePlan, TrainPlan, UnlockPlan, VisionPlan, VisualShape, WatchdogPlan,
+    AdaLrsPlan, AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EarlyStopPlan, EmaPlan, EvalPlan,
+    ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan,
+    RulePlan, RunPlan, SchedulePlan, TrainPlan, UnlockPlan, VisionPlan, VisualShape, WatchdogPlan,
 };
 pub use schema::schema;
 pub use select::Selector;

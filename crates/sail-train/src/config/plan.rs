@@ -4,6 +4,7 @@
 //! configuration file has, so what is written to the run folder can be given to `--config` again.
 //! Made by [`load`](super::load) only; hashing and comparing live in `identity.rs`.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use sail_data::{
@@ -204,6 +205,27 @@ pub struct OptimizerPlan {
     pub eps: f64,
     /// Largest global gradient norm; `None`: gradients are not clipped.
     pub clip_norm: Option<f64>,
+    /// Moving averages of parameters, where there are some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<EmaPlan>,
+}
+
+/// Moving averages of parameters, which evaluation and exports use.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EmaPlan {
+    /// How much of the average stays after many updates, above 0 and below 1.
+    pub decay: f64,
+    /// Of all that is trained of these.
+    pub modules: BTreeSet<Module>,
+}
+
+impl EmaPlan {
+    /// How much of the average stays after `updates` of them: little at first, so that it does not hold on to where
+    /// training began (as `ExponentialMovingAverage` of TensorFlow with `num_updates`).
+    pub fn decay_of(&self, updates: u64) -> f64 {
+        let updates = updates as f64;
+        self.decay.min((1.0 + updates) / (10.0 + updates))
+    }
 }
 
 /// Length and learning rate curve. All amounts are in what the length is given in.
@@ -224,6 +246,33 @@ pub struct SchedulePlan {
     /// A search for the rate, where wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ada_lrs: Option<AdaLrsPlan>,
+    /// What ends the stage before its length, where there is something.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub early_stop: Option<EarlyStopPlan>,
+}
+
+/// When the held-out loss falls no more.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EarlyStopPlan {
+    /// Evaluations one after the other without a new lowest loss, at least 1.
+    pub patience: usize,
+    /// How far below the lowest one a new one must be, not negative.
+    pub min_delta: f64,
+}
+
+impl EarlyStopPlan {
+    /// Whether a stage with these held-out losses, in the order of their steps, is to end.
+    pub fn is_reached(&self, losses: impl IntoIterator<Item = f64>) -> bool {
+        let (mut lowest, mut since) = (f64::INFINITY, 0);
+        for loss in losses {
+            if loss < lowest - self.min_delta || lowest.is_infinite() {
+                (lowest, since) = (loss, 0);
+            } else {
+                since += 1;
+            }
+        }
+        since >= self.patience
+    }
 }
 
 /// A line search on the slope of the loss, see [`crate::ada_lrs`].

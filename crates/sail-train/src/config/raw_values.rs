@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor};
 
-use super::raw::RawRates;
+use super::raw_train::RawRates;
 use super::values::{tokens, whole};
 
 /// `frozen`, or rates.

@@ -1,6 +1,6 @@
 //! The file's form to a [`Plan`]: defaults and derived values filled in, everything checked that can be checked
 //! without opening a model or a shard. The data sections are in `resolve_data.rs`,
-//! `train` and `schedule` in `resolve_train.rs`.
+//! `train`, `optimizer` and `schedule` in `resolve_train.rs`.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -15,12 +15,12 @@ use super::de;
 use super::error::{ConfigError, Problem};
 use super::path::FieldPath;
 use super::plan::{
-    BatchPlan, CheckpointPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan,
-    ParallelPlan, Plan, RunPlan, VisionPlan, WatchdogPlan,
+    BatchPlan, CheckpointPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, ParallelPlan,
+    Plan, RunPlan, VisionPlan, WatchdogPlan,
 };
 use super::raw::{
-    RawBatch, RawCheckpoint, RawExport, RawGuard, RawInit, RawLlm, RawLog, RawModel, RawOptimizer,
-    RawParallel, RawProjector, RawRun, RawRunSection, RawVision, RawWatchdog,
+    RawBatch, RawCheckpoint, RawExport, RawGuard, RawInit, RawLlm, RawLog, RawModel, RawParallel,
+    RawProjector, RawRun, RawRunSection, RawVision, RawWatchdog,
 };
 use super::tree::Node;
 use super::values::ModelSource;
@@ -49,7 +49,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
     let init = raw.init.map(|init| self::init(checker, init, &root));
     let schedule = resolve_train::schedule(checker, &raw.schedule);
     let train = resolve_train::train(checker, raw.train, &raw.optimizer, schedule.as_ref());
-    let optimizer = optimizer(checker, &raw.optimizer);
+    let optimizer = resolve_train::optimizer(checker, raw.optimizer, train.as_ref());
     let batch = batch(checker, &raw.batch);
     let data = resolve_data::data(checker, raw.data, batch.as_ref());
     let parallel = parallel(checker, &raw.parallel);
@@ -65,7 +65,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
         model: model?,
         init: wanted(init)?,
         train: train?,
-        optimizer,
+        optimizer: optimizer?,
         schedule: schedule?,
         batch: batch?,
         data: data?,
@@ -78,6 +78,13 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
         export: wanted(export)?,
     };
     keep_rules(checker, &plan);
+    if plan.schedule.early_stop.is_some() && !plan.eval.as_ref().is_some_and(|eval| eval.every.is_some()) {
+        checker.invalid_with_hint(
+            "schedule.early_stop",
+            "needs held-out losses during the stage",
+            "give `eval.every`",
+        );
+    }
     if plan.init.as_ref().is_some_and(|init| init.from == plan.run.dir) {
         checker.invalid("init.from", "is this run's own folder, `run.dir`");
     }
@@ -262,21 +269,6 @@ fn random_keys(
 fn init(checker: &mut Checker<'_>, raw: RawInit, root: &Path) -> Option<InitPlan> {
     let from = checker.required("init.from", raw.from)?;
     Some(InitPlan { from: under(root, &from) })
-}
-
-fn optimizer(checker: &mut Checker<'_>, raw: &RawOptimizer) -> OptimizerPlan {
-    resolve_train::betas(checker, "optimizer.betas", raw.betas);
-    checker.expect(raw.eps > 0.0, "optimizer.eps", "must be above 0", raw.eps);
-    if let Some(norm) = raw.clip_norm
-        && norm <= 0.0
-    {
-        checker.invalid_with_hint(
-            "optimizer.clip_norm",
-            format!("must be above 0, found {norm}"),
-            "write `clip_norm: null` for no clipping",
-        );
-    }
-    OptimizerPlan { eps: raw.eps, clip_norm: raw.clip_norm }
 }
 
 fn batch(checker: &mut Checker<'_>, raw: &RawBatch) -> Option<BatchPlan> {

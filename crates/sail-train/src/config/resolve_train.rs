@@ -1,8 +1,12 @@
-//! `train` and `schedule`: what is trained when, and at which rates. Called by [`super::resolve`].
+//! `train`, `optimizer` and `schedule`: what is trained when, how, and at which rates. Called by [`super::resolve`].
 
 use super::check::Checker;
-use super::plan::{AdaLrsPlan, RulePlan, SchedulePlan, TrainPlan, UnlockPlan};
-use super::raw::{RawAdaLrs, RawOptimizer, RawRates, RawRule, RawSchedule, RawTrain, RawUnlock};
+use super::plan::{
+    AdaLrsPlan, EarlyStopPlan, EmaPlan, OptimizerPlan, RulePlan, SchedulePlan, TrainPlan, UnlockPlan,
+};
+use super::raw_train::{
+    RawAdaLrs, RawEarlyStop, RawEma, RawOptimizer, RawRates, RawRule, RawSchedule, RawTrain, RawUnlock,
+};
 use super::raw_values::{RawAmount, RawList, RawModule};
 use super::values::{Amount, Module, ModulePlan, Rates, ScheduleKind};
 
@@ -145,8 +149,56 @@ fn rates(
     Some(Rates { lr: lr?, weight_decay, betas: own.unwrap_or(betas), layer_decay })
 }
 
+/// Resolves `optimizer`; its averages are checked against `train` where that resolved.
+pub(super) fn optimizer(
+    checker: &mut Checker<'_>,
+    raw: RawOptimizer,
+    train: Option<&TrainPlan>,
+) -> Option<OptimizerPlan> {
+    let RawOptimizer { betas, eps, clip_norm, ema } = raw;
+    self::betas(checker, "optimizer.betas", betas);
+    checker.expect(eps > 0.0, "optimizer.eps", "must be above 0", eps);
+    if let Some(norm) = clip_norm
+        && norm <= 0.0
+    {
+        checker.invalid_with_hint(
+            "optimizer.clip_norm",
+            format!("must be above 0, found {norm}"),
+            "write `clip_norm: null` for no clipping",
+        );
+    }
+    let ema = match ema {
+        None => None,
+        Some(raw) => Some(self::ema(checker, raw, train)?),
+    };
+    Some(OptimizerPlan { eps, clip_norm, ema })
+}
+
+fn ema(checker: &mut Checker<'_>, raw: RawEma, train: Option<&TrainPlan>) -> Option<EmaPlan> {
+    let RawEma { decay, modules } = raw;
+    let must = "must be above 0 and below 1";
+    checker.expect(decay > 0.0 && decay < 1.0, "optimizer.ema.decay", must, decay);
+    let RawList(modules) = checker.required("optimizer.ema.modules", modules)?;
+    if modules.is_empty() {
+        checker.invalid_with_hint(
+            "optimizer.ema.modules",
+            "is empty",
+            "name a module, or leave `ema` out for no averages",
+        );
+    }
+    let never = |module: &&Module| train.is_some_and(|train| !train.ever_trains(**module));
+    if let Some(module) = modules.iter().find(never) {
+        checker.invalid_with_hint(
+            "optimizer.ema.modules",
+            format!("`{module}` is never trained"),
+            "a frozen module is its own average: leave it out",
+        );
+    }
+    Some(EmaPlan { decay, modules: modules.into_iter().collect() })
+}
+
 /// Checks the decay of both moments.
-pub(super) fn betas(checker: &mut Checker<'_>, path: &str, betas: [f64; 2]) {
+fn betas(checker: &mut Checker<'_>, path: &str, betas: [f64; 2]) {
     for (index, beta) in betas.iter().enumerate() {
         let must = "must be from 0 to below 1";
         checker.expect((0.0..1.0).contains(beta), &format!("{path}[{index}]"), must, beta);
@@ -210,7 +262,11 @@ pub(super) fn schedule(checker: &mut Checker<'_>, raw: &RawSchedule) -> Option<S
         checker.invalid_with_hint("schedule.warmup", "must be above 0 with `kind: inverse_sqrt`", hint);
     }
     let ada_lrs = raw.ada_lrs.as_ref().map(|raw| ada_lrs(checker, raw));
-    Some(SchedulePlan { kind: raw.kind, length, warmup, decay, min_ratio, ada_lrs })
+    let early_stop = match &raw.early_stop {
+        None => None,
+        Some(raw) => Some(early_stop(checker, raw)?),
+    };
+    Some(SchedulePlan { kind: raw.kind, length, warmup, decay, min_ratio, ada_lrs, early_stop })
 }
 
 fn ada_lrs(checker: &mut Checker<'_>, raw: &RawAdaLrs) -> AdaLrsPlan {
@@ -232,6 +288,16 @@ fn ada_lrs(checker: &mut Checker<'_>, raw: &RawAdaLrs) -> AdaLrsPlan {
         );
     }
     AdaLrsPlan { window, alpha, beta, lambda }
+}
+
+fn early_stop(checker: &mut Checker<'_>, raw: &RawEarlyStop) -> Option<EarlyStopPlan> {
+    let patience = checker.required("schedule.early_stop.patience", raw.patience);
+    if let Some(patience) = patience {
+        checker.expect(patience >= 1, "schedule.early_stop.patience", "must be at least 1", patience);
+    }
+    let must = "must not be negative";
+    checker.expect(raw.min_delta >= 0.0, "schedule.early_stop.min_delta", must, raw.min_delta);
+    Some(EarlyStopPlan { patience: patience?, min_delta: raw.min_delta })
 }
 
 /// An amount in the units that it is written in; a share is one of `whole`.

@@ -11,9 +11,11 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 use serde_json::{Value, json};
 
-use super::raw::{RawCurriculum, RawRates, RawRun};
+use super::raw::{RawCurriculum, RawRun};
+use super::raw_train::RawRates;
 use super::raw_values::{RawAmount, RawList, RawModule};
 use super::select::Selector;
+use super::values::Module;
 
 /// The schema of stage and curriculum files (JSON Schema, draft 2020-12).
 pub fn schema() -> Value {
@@ -105,6 +107,20 @@ impl<'de> Deserializer<'de> for Asked {
     serde::forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
         newtype_struct seq tuple tuple_struct map struct identifier ignored_any
+    }
+}
+
+impl JsonSchema for Module {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "Module".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        words::<Self>(generator)
     }
 }
 

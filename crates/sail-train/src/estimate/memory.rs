@@ -20,7 +20,7 @@ pub struct Memory {
     pub masters: u64,
     /// Sums of gradients, and copies of them that travel.
     pub gradients: u64,
-    /// Both moments.
+    /// Both moments, and moving averages.
     pub moments: u64,
     /// What a pass takes, but for the head.
     pub activations: u64,
@@ -43,6 +43,8 @@ pub struct Sizes {
     pub frozen: u64,
     /// Of each bucket of trained ones, padding included.
     pub buckets: Vec<u64>,
+    /// Of those buckets together of which there are moving averages.
+    pub averaged: u64,
 }
 
 impl Sizes {
@@ -61,7 +63,8 @@ impl Sizes {
     ) -> Memory {
         let trained = self.trained();
         let part = trained / world;
-        let owned = if strategy == Strategy::Ddp { trained } else { part };
+        let shared_by = if strategy == Strategy::Ddp { 1 } else { world };
+        let owned = trained / shared_by;
         let mut gradients = FLOAT * if strategy == Strategy::Zero2 && world > 1 { part } else { trained };
         if world > 1 {
             let narrow = if reduce == ReduceDtype::Bf16 { 2 } else { 0 };
@@ -75,7 +78,7 @@ impl Sizes {
             parameters: compute_bytes * (self.frozen + trained),
             masters: if compute_bytes == FLOAT { 0 } else { FLOAT * owned },
             gradients,
-            moments: 2 * FLOAT * owned,
+            moments: FLOAT * (2 * owned + self.averaged / shared_by),
             activations: pass.trunk,
             logits: pass.head,
         }
@@ -98,11 +101,12 @@ mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::config::{OptimizerPlan, ParallelPlan};
+    use crate::config::{EmaPlan, Module, OptimizerPlan, ParallelPlan};
     use crate::freeze::ParamRates;
+    use crate::optim::layout::Layout;
     use crate::optim::{HeldBytes, Optimizer, layout};
 
-    const SIZES: fn() -> Sizes = || Sizes { frozen: 1000, buckets: vec![400, 800, 400, 400] };
+    const SIZES: fn() -> Sizes = || Sizes { frozen: 1000, buckets: vec![400, 800, 400, 400], averaged: 0 };
 
     fn memory(strategy: Strategy, reduce: ReduceDtype, world: u64, compute_bytes: u64) -> Memory {
         SIZES().memory((strategy, reduce), world, compute_bytes, Live { trunk: 7, head: 5 })
@@ -126,7 +130,7 @@ mod tests {
         let zero2 = memory(Strategy::Zero2, ReduceDtype::Fp32, 4, 2);
         assert_eq!(zero2, Memory { gradients: 2000 + 4 * 2000, ..zero1 });
         assert_eq!(zero2.total(), 6000 + 2000 + 10_000 + 4000 + 12);
-        let large = Sizes { frozen: 0, buckets: vec![8 << 20; 100] };
+        let large = Sizes { frozen: 0, buckets: vec![8 << 20; 100], averaged: 0 };
         let pass = Live::default();
         let zero2 = large.memory((Strategy::Zero2, ReduceDtype::Fp32), 100, 2, pass);
         assert_eq!(
@@ -165,7 +169,8 @@ mod tests {
         let params: Params = SHAPES.map(|(name, shape)| (name.to_owned(), ones(shape))).into();
         let rates = ParamRates { lr: 1e-3, weight_decay: 0.0, betas: [0.9, 0.95], unlock: None };
         let trained = params.keys().map(|name| (name.clone(), rates)).collect();
-        let plan = OptimizerPlan { eps: 1e-8, clip_norm: None };
+        let ema = Some(EmaPlan { decay: 0.9, modules: [Module::Llm].into() });
+        let plan = OptimizerPlan { eps: 1e-8, clip_norm: None, ema };
         let optimizer =
             Optimizer::new(&params, Vec::new(), &[&trained], plan, parallel, precision, Some(group)).unwrap();
         optimizer.begin_pass(0, 1);
@@ -193,18 +198,19 @@ mod tests {
                 let shapes = SHAPES.map(|(name, shape)| (name, shape.to_vec()));
                 let buckets = layout::cut(shapes, &[], parallel.bucket_elements(), 2).unwrap();
                 assert_eq!(buckets.len(), 3);
-                let sizes =
-                    Sizes { frozen: 0, buckets: buckets.iter().map(|bucket| bucket.numel as u64).collect() };
+                let numel = |bucket: &Layout| bucket.numel as u64;
+                let averaged =
+                    buckets.iter().filter(|bucket| bucket.module() == Module::Llm).map(numel).sum();
+                let sizes = Sizes { frozen: 0, buckets: buckets.iter().map(numel).collect(), averaged };
                 let memory = sizes.memory((strategy, reduce), 2, compute_bytes, Live::default());
                 // Whole buckets exist only during a pass.
                 let passing = if strategy == Strategy::Zero2 { FLOAT * sizes.trained() } else { 0 };
                 let gradients = (memory.gradients - passing) as usize;
-                let (masters, moments) = (memory.masters as usize, memory.moments as usize);
-                assert_eq!(
-                    found,
-                    [HeldBytes { masters, moments, gradients }; 2],
-                    "{strategy:?} {precision:?}"
-                );
+                let averages =
+                    (FLOAT * if strategy == Strategy::Ddp { averaged } else { averaged / 2 }) as usize;
+                let (masters, moments) = (memory.masters as usize, memory.moments as usize - averages);
+                let held = HeldBytes { masters, moments, averages, gradients };
+                assert_eq!(found, [held; 2], "{strategy:?} {precision:?}");
             }
         }
     }

@@ -149,6 +149,7 @@ impl StageEstimate {
             sizes: Sizes {
                 frozen: modules.values().map(|counts| counts.frozen).sum(),
                 buckets: buckets.iter().map(|bucket| bucket.numel as u64).collect(),
+                averaged: averaged(plan, &buckets),
             },
             in_blocks: buckets.iter().map(Layout::is_in_blocks).collect(),
             packs_per_rank: packs.div_ceil(cluster.world),
@@ -178,6 +179,16 @@ impl StageEstimate {
             pass: step.pass,
         })
     }
+}
+
+/// Elements of the buckets of which the plan keeps moving averages.
+fn averaged(plan: &Plan, buckets: &[Layout]) -> u64 {
+    let Some(ema) = &plan.optimizer.ema else { return 0 };
+    buckets
+        .iter()
+        .filter(|bucket| ema.modules.contains(&bucket.module()))
+        .map(|bucket| bucket.numel as u64)
+        .sum()
 }
 
 /// What a plan says about kernels and types; a machine that is not here has GPUs unless the plan says `cpu`.

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind};
 
 use super::text::{self, TextKeys};
-use super::{Mllm, with_keys};
+use super::{Mllm, with_keys, with_lineage};
 use crate::error::{Error, Result};
 use crate::trained::Trained;
 
@@ -90,7 +90,7 @@ fn config_json(mllm: &Mllm, vision_config: &Value, kind: Kind) -> Value {
         "vision_config": vision_config,
         "text_config": config.llm.to_json(),
     });
-    with_keys(json, TextKeys::of(mllm.text).to_json())
+    with_lineage(with_keys(json, TextKeys::of(mllm.text).to_json()), mllm.lineage.cloned())
 }
 
 fn preprocessor_json(mllm: &Mllm) -> Value {

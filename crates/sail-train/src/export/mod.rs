@@ -27,6 +27,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::checkpoint::Checkpoint;
 use crate::config::Module;
 use crate::error::{Error, Result};
+use crate::lineage::{self, LINEAGE};
 use crate::origin::{Folders, Sources, as_in_its_folder};
 use crate::session::{self, Session};
 use crate::stage::Fingerprints;
@@ -54,6 +55,7 @@ struct Mllm<'a> {
     text: &'a TextSpec,
     tokenizer: &'a Path,
     encoder: &'a TextEncoder,
+    lineage: Option<&'a Value>,
 }
 
 impl<'a> Mllm<'a> {
@@ -65,6 +67,7 @@ impl<'a> Mllm<'a> {
             text: &trained.text,
             tokenizer: &trained.tokenizer,
             encoder: &trained.encoder,
+            lineage: trained.lineage.as_ref(),
         }
     }
 
@@ -73,11 +76,18 @@ impl<'a> Mllm<'a> {
     }
 }
 
-/// Writes a session's vision encoder, `exact` in fp32 by full names, to `out` and returns `out`.
+/// Writes a session's vision encoder, `exact` in fp32 by full names, to `out` and returns `out`. `saved` is the
+/// checkpoint of the same step.
 ///
 /// # Errors
 /// [`Error::ExportMismatch`] when what was written gives other features than what is in memory.
-pub fn vit(session: &Session, exact: Params, layout: VitLayout, out: &Path) -> Result<PathBuf> {
+pub fn vit(
+    session: &Session,
+    exact: Params,
+    saved: &Checkpoint,
+    layout: VitLayout,
+    out: &Path,
+) -> Result<PathBuf> {
     let config = session.model.config();
     let (image, _) = specs(&session.plan, config)?;
     // Of the exact weights: those that the model computes with may be rounded ones.
@@ -85,7 +95,7 @@ pub fn vit(session: &Session, exact: Params, layout: VitLayout, out: &Path) -> R
     let params = Rc::new(RefCell::new(Params::new()));
     let builder = Builder::new(params.clone(), "vision", &exact, (Kind::Float, Device::Cpu));
     let model = Vision::new(&config.vision, &builder)?;
-    write_vit(model, params.take(), &image, layout, Kind::Float, out)
+    write_vit(model, params.take(), &image, (layout, Kind::Float), lineage::of_checkpoint(saved), out)
 }
 
 /// Writes a checkpoint's vision encoder to `out`, in fp32 or bf16, and returns `out`. Nothing else of the
@@ -97,7 +107,7 @@ pub fn vit_of(checkpoint: &Checkpoint, layout: VitLayout, kind: Kind, out: &Path
     let plan = &checkpoint.state().plan;
     let folders = Folders::for_model(plan, Some(checkpoint))?;
     let config = session::model_config(plan, &folders)?;
-    let sources = Sources::open(plan, &folders, &config, Some(checkpoint))?;
+    let sources = Sources::open(plan, &folders, &config, Some(checkpoint))?.averaged();
     let params = Rc::new(RefCell::new(Params::new()));
     let source = sources.for_model().vision;
     let builder = Builder::new(params.clone(), "vision", source, (Kind::Float, Device::Cpu));
@@ -107,7 +117,7 @@ pub fn vit_of(checkpoint: &Checkpoint, layout: VitLayout, kind: Kind, out: &Path
     let (image, _) = specs(plan, &config)?;
     vision::fit_positions(&config.vision, &local(shared(&params)), image.tile_px as i64, false)?;
     round(&params, kind);
-    write_vit(model, params, &image, layout, kind, out)
+    write_vit(model, params, &image, (layout, kind), lineage::of_checkpoint(checkpoint), out)
 }
 
 /// `params` are the model's own, under their full names.
@@ -115,8 +125,8 @@ fn write_vit(
     model: Vision,
     params: Params,
     image: &ImageSpec,
-    layout: VitLayout,
-    kind: Kind,
+    (layout, kind): (VitLayout, Kind),
+    lineage: Value,
     out: &Path,
 ) -> Result<PathBuf> {
     let (px, config) = (image.tile_px, model.config().clone());
@@ -124,7 +134,7 @@ fn write_vit(
     let VisionExport { tensors, config } = vision::export(&config, local(params), px as i64, layout, "")?;
     // From here on the folder alone holds the weights, until they are written.
     drop(model);
-    let config = with_dtype(config, kind);
+    let config = with_lineage(with_dtype(config, kind), Some(lineage));
     let folder = Folder::new(tensors).in_kind(kind);
     let (folder, config) = match layout {
         VitLayout::Sail => sail::with_vision_code(folder, config),
@@ -160,9 +170,10 @@ pub fn llm(trained: Trained, kind: Kind, out: &Path) -> Result<PathBuf> {
     let expected = scores_of(trained.model.llm())?;
     let tensors = arrange(&trained.local_params(Module::Llm)?, config.export_layout(), "")?;
     let folder = text::add_files(Folder::new(tensors).in_kind(kind), &Mllm::of(&trained), "<image>")?;
+    let json = with_lineage(with_dtype(config.to_json(), kind), trained.lineage.clone());
     // From here on the folder alone holds the weights, until they are written.
     drop(trained);
-    folder.json("config.json", &with_dtype(config.to_json(), kind)).write_checked(out, |written| {
+    folder.json("config.json", &json).write_checked(out, |written| {
         let config = LlmConfig::read(written)?;
         let source = FileSource::open(written)?.with(config.naming());
         let builder = Builder::new(Rc::default(), "llm", &source, (Kind::Float, Device::Cpu));
@@ -270,6 +281,13 @@ fn with_keys(mut json: Value, keys: Value) -> Value {
     json
 }
 
+fn with_lineage(mut config: Value, lineage: Option<Value>) -> Value {
+    if let Some(lineage) = lineage {
+        config[LINEAGE] = lineage;
+    }
+    config
+}
+
 fn with_dtype(mut config: Value, kind: Kind) -> Value {
     config["dtype"] = vision::dtype_name(kind).into();
     config
@@ -309,7 +327,8 @@ fn open_parts(
     let model = Vlm::new(config, sources, (Kind::Float, device))?;
     let tokenizer = path.join("tokenizer.json");
     let encoder = session::encoder(&tokenizer, &text, &config.llm)?;
-    Ok(Trained { model, image, text, tokenizer, encoder, device })
+    let lineage = read_json(&path.join("config.json"))?.get(LINEAGE).cloned();
+    Ok(Trained { model, image, text, tokenizer, encoder, device, lineage })
 }
 
 /// The merge factor that `downsample_ratio` of a config.json means.

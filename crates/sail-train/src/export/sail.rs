@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::text::{self, TextKeys};
-use super::{Mllm, with_keys};
+use super::{Mllm, with_keys, with_lineage};
 use crate::error::{Error, Result};
 use crate::trained::Trained;
 
@@ -119,7 +119,7 @@ fn config_json(mllm: &Mllm, vision_config: &Value, kind: Kind) -> Value {
         "vision_config": vision_config,
         "llm_config": config.llm.to_json(),
     });
-    with_keys(json, TextKeys::of(mllm.text).to_json())
+    with_lineage(with_keys(json, TextKeys::of(mllm.text).to_json()), mllm.lineage.cloned())
 }
 
 /// Reads a model in this layout, in fp32.

@@ -59,6 +59,11 @@ impl Layout {
         })
     }
 
+    /// The module whose parameters it holds.
+    pub fn module(&self) -> Module {
+        self.key.module
+    }
+
     /// Whether it holds parameters of blocks; otherwise what a forward pass may need from its beginning.
     pub fn is_in_blocks(&self) -> bool {
         self.key.in_block

@@ -5,27 +5,32 @@
 //! parameters travel back while the next forward pass has begun (`gathers`). Under `zero1` and `zero2` a rank
 //! keeps masters and moments of its part of each bucket alone (`layout`). In fp32 a compute copy is its own
 //! master; in bf16 the master is a separate fp32 tensor, and the compute copy is cast anew after each update.
-//! Built by [`crate::session`] from the freeze plan; knows nothing of files or schedules.
+//! Built by [`crate::session`] from the freeze plan; knows nothing of files or schedules. What checkpoints and exports
+//! take out of it and put back is in `state`.
 
+mod bucket;
 mod gathers;
 pub mod layout;
 mod reducer;
+mod state;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use sail_model::params::Params;
-use sail_torch::{AdamWOptions, AdamWSlot, ProcessGroup};
+use sail_torch::{AdamWOptions, AdamWSlot, ProcessGroup, Work};
 use tch::{Kind, Tensor, no_grad};
 
+use self::bucket::{Bucket, Piece, copied, within};
 use self::gathers::Gathers;
-use self::layout::{Entry, Layout};
+use self::layout::Layout;
 use self::reducer::{Reducer, Reduction, narrow};
 pub(crate) use self::reducer::{UNDER_WAY, UNDER_WAY_ELEMENTS};
+pub use self::state::{HeldBytes, StateKind, StatePiece};
 use crate::checkpoint::Updates;
 use crate::config::{OptimizerPlan, ParallelPlan};
 use crate::error::Result;
-use crate::freeze::{ParamRates, RatesByName};
+use crate::freeze::RatesByName;
 use crate::schedule::Factors;
 
 /// Every trained parameter with its state.
@@ -41,76 +46,6 @@ pub struct Optimizer {
     plan: OptimizerPlan,
     precision: Kind,
     updates: Updates,
-}
-
-/// Trained parameters that lie together.
-struct Bucket {
-    /// Its index with the reducer.
-    id: usize,
-    layout: Arc<Layout>,
-    /// What the model computes with: its parameters are views of this.
-    compute: Tensor,
-    /// What of the bucket this rank updates; all of it under `ddp`.
-    owned: Range<i64>,
-    /// fp32, of `owned`; in fp32 a view of `compute`.
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    pieces: Vec<Piece>,
-}
-
-/// What this rank updates of one parameter.
-struct Piece {
-    entry: usize,
-    /// In the bucket.
-    range: Range<i64>,
-    /// Views of the bucket's tensors of these names.
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    /// 0-dimensional, the number of updates; the kernel counts it up.
-    step: Tensor,
-    rates: ParamRates,
-}
-
-/// One tensor of the optimizer's state, for checkpoints.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum StateKind {
-    /// The fp32 parameter.
-    Param,
-    /// The first moment.
-    ExpAvg,
-    /// The second moment.
-    ExpAvgSq,
-}
-
-impl StateKind {
-    /// Every kind, in the order checkpoints hold them.
-    pub const ALL: [Self; 3] = [Self::Param, Self::ExpAvg, Self::ExpAvgSq];
-
-    /// The name in checkpoint files.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Param => "param",
-            Self::ExpAvg => "exp_avg",
-            Self::ExpAvgSq => "exp_avg_sq",
-        }
-    }
-}
-
-/// A part of one tensor of the state: what this rank writes into a checkpoint.
-#[derive(Debug)]
-pub struct StatePiece<'a> {
-    /// Full parameter name.
-    pub name: &'a str,
-    /// Which of its tensors.
-    pub kind: StateKind,
-    /// Of the whole tensor.
-    pub shape: &'a [i64],
-    /// Elements of the flattened tensor that this is.
-    pub elements: Range<i64>,
-    /// These, flat and fp32; shared, not copied.
-    pub tensor: Tensor,
 }
 
 impl Optimizer {
@@ -221,9 +156,11 @@ impl Optimizer {
             Ok::<_, crate::Error>(())
         })?;
         let leaves: Vec<Tensor> = of_bucket.iter().map(|param| param.set_requires_grad(true)).collect();
+        let averages = self.plan.ema.as_ref().is_some_and(|ema| ema.modules.contains(&layout.module()));
+        let average = averages.then(|| copied(&master)).transpose()?;
         let id = self.buckets.len();
         self.reducer.add(&layout, &leaves)?;
-        Ok(Bucket { id, layout, compute, owned, master, exp_avg, exp_avg_sq, pieces })
+        Ok(Bucket { id, layout, compute, owned, master, exp_avg, exp_avg_sq, average, pieces })
     }
 
     /// To be called before each micro-batch. A step has `passes` on every rank, numbered from 0, also where a rank
@@ -292,10 +229,7 @@ impl Optimizer {
             self.buckets.iter().partition(|bucket| bucket.layout.is_in_blocks());
         for bucket in outside.into_iter().chain(in_blocks) {
             self.update(bucket, factors)?;
-            if self.reduction.is_sharded()
-                && let Some(group) = &self.reduction.group
-            {
-                let work = group.all_gather(&bucket.compute, &narrow(&bucket.compute, &bucket.owned)?)?;
+            if let Some(work) = self.gather(bucket)? {
                 self.gathers.push(Arc::clone(&bucket.layout), work);
             }
         }
@@ -331,56 +265,25 @@ impl Optimizer {
         for (options, slots) in groups {
             sail_torch::fused_adamw(&slots, options)?;
         }
+        if let Some(ema) = &self.plan.ema {
+            bucket.average_in(ema.decay_of(self.updates.all + 1))?;
+        }
         bucket.refresh_compute()
+    }
+
+    /// Begins to bring all parts of a bucket's compute copy together, where ranks have one each.
+    fn gather(&self, bucket: &Bucket) -> Result<Option<Work>> {
+        match &self.reduction.group {
+            Some(group) if self.reduction.is_sharded() => {
+                Ok(Some(group.all_gather(&bucket.compute, &narrow(&bucket.compute, &bucket.owned)?)?))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Forgets the gradients of a step that is not made.
     pub fn discard(&self) {
         self.reducer.discard();
-    }
-
-    /// Puts masters and moments back to what they were: `get` gives this rank's part of them, as [`Optimizer::state`]
-    /// gave it. Every rank makes the same call.
-    ///
-    /// # Errors
-    /// What `get` reports, and those of the collectives.
-    pub fn put_back(
-        &mut self,
-        updates: Updates,
-        get: impl Fn(&str, StateKind, Range<i64>) -> Result<Tensor>,
-    ) -> Result<()> {
-        self.settle()?;
-        self.discard();
-        let (rank, world) = self.reduction.place();
-        no_grad(|| {
-            for bucket in &self.buckets {
-                let shard = bucket.layout.shard(rank, world);
-                for (index, range) in bucket.layout.pieces(&shard) {
-                    let entry = &bucket.layout.entries[index];
-                    for kind in StateKind::ALL {
-                        let value = get(&entry.name, kind, within(entry, &range))?;
-                        narrow(bucket.tensor(kind), &bucket.in_owned(&range))?.f_copy_(&value)?;
-                    }
-                }
-                for piece in &bucket.pieces {
-                    let count = updates.of(&bucket.layout.entries[piece.entry].name);
-                    let _ = piece.step.shallow_clone().fill_(count as f64);
-                }
-                if let Some(group) = self.reduction.group.as_ref().filter(|_| !self.reduction.is_sharded()) {
-                    for kind in StateKind::ALL {
-                        let whole = bucket.tensor(kind);
-                        group.all_gather(whole, &narrow(whole, &shard)?)?.wait()?;
-                    }
-                }
-                bucket.refresh_compute()?;
-                if let Some(group) = self.reduction.group.as_ref().filter(|_| self.reduction.is_sharded()) {
-                    group.all_gather(&bucket.compute, &narrow(&bucket.compute, &bucket.owned)?)?.wait()?;
-                }
-            }
-            Ok::<_, crate::Error>(())
-        })?;
-        self.updates = updates;
-        Ok(())
     }
 
     /// This rank's part of the gradients of the step, as [`Optimizer::state`] cuts them: full name, elements of the
@@ -421,142 +324,6 @@ impl Optimizer {
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.buckets.iter().flat_map(|bucket| bucket.layout.entries.iter().map(|entry| entry.name.as_str()))
     }
-
-    /// The fp32 tensors of the trained parameters whose names begin with `prefix`, collected from all ranks.
-    /// Every rank makes the same call.
-    ///
-    /// # Errors
-    /// Those of the collectives.
-    pub fn masters(&self, prefix: &str) -> Result<Params> {
-        self.settle()?;
-        let mut masters = Params::new();
-        for bucket in self.buckets.iter().filter(|bucket| bucket.layout.entries[0].name.starts_with(prefix)) {
-            let whole = match &self.reduction.group {
-                _ if self.precision == Kind::Float => bucket.compute.shallow_clone(),
-                Some(group) if self.reduction.is_sharded() => {
-                    let whole =
-                        Tensor::f_empty([bucket.layout.numel], (Kind::Float, bucket.master.device()))?;
-                    group.all_gather(&whole, &bucket.master)?.wait()?;
-                    whole
-                }
-                _ => bucket.master.shallow_clone(),
-            };
-            for entry in &bucket.layout.entries {
-                let value = narrow(&whole, &entry.range)?.f_view(&entry.shape[..])?;
-                masters.insert(entry.name.clone(), value.detach());
-            }
-        }
-        Ok(masters)
-    }
-
-    /// This rank's part of the state: all ranks' together are everything, each element once.
-    ///
-    /// # Errors
-    /// Those of libtorch.
-    pub fn state(&self) -> Result<Vec<StatePiece<'_>>> {
-        let (rank, world) = self.reduction.place();
-        let mut pieces = Vec::new();
-        for bucket in &self.buckets {
-            for (index, range) in bucket.layout.pieces(&bucket.layout.shard(rank, world)) {
-                let entry = &bucket.layout.entries[index];
-                for kind in StateKind::ALL {
-                    pieces.push(StatePiece {
-                        name: &entry.name,
-                        kind,
-                        shape: &entry.shape,
-                        elements: within(entry, &range),
-                        tensor: narrow(bucket.tensor(kind), &bucket.in_owned(&range))?,
-                    });
-                }
-            }
-        }
-        Ok(pieces)
-    }
-
-    /// Puts other moments in place of these. The parameters are as they should be already; `get` gives a range of
-    /// elements of a flattened tensor by name and kind, and is not asked for what was never updated.
-    ///
-    /// # Errors
-    /// What `get` reports.
-    pub fn restore(
-        &mut self,
-        updates: Updates,
-        get: impl Fn(&str, StateKind, Range<i64>) -> Result<Tensor>,
-    ) -> Result<()> {
-        no_grad(|| {
-            for bucket in &mut self.buckets {
-                for piece in &bucket.pieces {
-                    let entry = &bucket.layout.entries[piece.entry];
-                    let count = updates.of(&entry.name);
-                    let moments =
-                        [(StateKind::ExpAvg, &piece.exp_avg), (StateKind::ExpAvgSq, &piece.exp_avg_sq)];
-                    for (kind, moment) in moments {
-                        let mut moment = moment.shallow_clone();
-                        if count == 0 {
-                            let _ = moment.f_zero_()?;
-                        } else {
-                            moment.f_copy_(&get(&entry.name, kind, within(entry, &piece.range))?)?;
-                        }
-                    }
-                    let _ = piece.step.shallow_clone().fill_(count as f64);
-                }
-            }
-            Ok::<_, crate::Error>(())
-        })?;
-        self.updates = updates;
-        Ok(())
-    }
-
-    /// Bytes of masters and moments that this rank holds beside what the model computes with, and of gradients
-    /// that it keeps between micro-batches.
-    pub fn held_bytes(&self) -> HeldBytes {
-        let numel: usize = self.buckets.iter().map(|bucket| bucket.exp_avg.numel()).sum();
-        HeldBytes {
-            masters: if self.precision == Kind::Float { 0 } else { 4 * numel },
-            moments: 8 * numel,
-            gradients: self.reducer.kept_bytes(),
-        }
-    }
-}
-
-/// What a rank holds for training, bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct HeldBytes {
-    /// fp32 masters beside the compute copies.
-    pub masters: usize,
-    /// Both moments.
-    pub moments: usize,
-    /// Gradients between micro-batches.
-    pub gradients: usize,
-}
-
-impl Bucket {
-    fn in_owned(&self, range: &Range<i64>) -> Range<i64> {
-        range.start - self.owned.start..range.end - self.owned.start
-    }
-
-    fn tensor(&self, kind: StateKind) -> &Tensor {
-        match kind {
-            StateKind::Param => &self.master,
-            StateKind::ExpAvg => &self.exp_avg,
-            StateKind::ExpAvgSq => &self.exp_avg_sq,
-        }
-    }
-
-    /// After the master changed; in fp32 they are one tensor.
-    fn refresh_compute(&self) -> Result<()> {
-        if self.compute.kind() != Kind::Float {
-            no_grad(|| {
-                narrow(&self.compute, &self.owned)?.f_copy_(&self.master).map_err(crate::Error::from)
-            })?;
-        }
-        Ok(())
-    }
-}
-
-/// A range of a bucket as elements of one of its parameters.
-fn within(entry: &Entry, range: &Range<i64>) -> Range<i64> {
-    range.start - entry.range.start..range.end - entry.range.start
 }
 
 #[cfg(test)]

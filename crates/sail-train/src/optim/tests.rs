@@ -7,10 +7,11 @@ use tch::{Device, Reduction as Mean};
 
 use super::*;
 use crate::checkpoint::Piece;
-use crate::config::{ReduceDtype, Strategy};
+use crate::config::{EmaPlan, Module, ReduceDtype, Strategy};
+use crate::freeze::ParamRates;
 
 const RATES: ParamRates = ParamRates { lr: 1e-3, weight_decay: 0.0, betas: [0.9, 0.95], unlock: None };
-const PLAN: OptimizerPlan = OptimizerPlan { eps: 1e-8, clip_norm: None };
+const PLAN: OptimizerPlan = OptimizerPlan { eps: 1e-8, clip_norm: None, ema: None };
 const PARALLEL: ParallelPlan = ParallelPlan {
     strategy: Strategy::Zero1,
     reduce: ReduceDtype::Fp32,
@@ -92,7 +93,7 @@ fn bf16_masters_keep_what_the_compute_copy_cannot() {
         optimizer.step(&Factors::flat(1.0)).unwrap();
     }
     // Ten steps of 1e-3 each; one alone is lost between two neighbouring bf16 numbers at 2.
-    let master = optimizer.masters("projector.").unwrap()[name].double_value(&[1]);
+    let master = optimizer.final_params("projector.").unwrap()[name].double_value(&[1]);
     assert!((master - 1.99).abs() < 1e-4, "{master}");
     assert_eq!(params[name].kind(), Kind::BFloat16);
     assert!((params[name].double_value(&[1]) - 1.99).abs() < 8e-3);
@@ -247,7 +248,7 @@ impl Run {
             }
         }
         optimizer.settle().unwrap();
-        let mut last = optimizer.masters("").unwrap();
+        let mut last = optimizer.final_params("").unwrap();
         for (name, param) in &params {
             last.entry(name.clone()).or_insert_with(|| param.to_kind(Kind::Float));
         }
@@ -380,6 +381,98 @@ fn masters_of_bf16_are_shared_as_well() {
     }
 }
 
+/// The values of a kind by name, on one rank alone or under `ddp`.
+fn values(optimizer: &Optimizer, kind: StateKind) -> Vec<(String, Tensor)> {
+    let state = optimizer.state().unwrap().into_iter().filter(|piece| piece.kind == kind);
+    state.map(|piece| (piece.name.to_owned(), piece.tensor.to_kind(Kind::Double))).collect()
+}
+
+#[test]
+fn averages_follow_the_parameters() {
+    for precision in [Kind::Float, Kind::BFloat16] {
+        let params = params();
+        let ema = EmaPlan { decay: 0.5, modules: [Module::Projector].into() };
+        let mut optimizer = alone(&params, OptimizerPlan { ema: Some(ema), ..PLAN }, precision);
+        let mut expected = values(&optimizer, StateKind::Param);
+        for updates in 1..=12 {
+            let loss = || Some(params["projector.1.weight"].square().sum(Kind::Float));
+            pass(&optimizer, (0, 1), loss);
+            optimizer.step(&Factors::flat(30.0)).unwrap();
+            // (1 + 8) / (10 + 8) is the first that is not below 0.5.
+            let decay =
+                if updates < 8 { (1.0 + f64::from(updates)) / (10.0 + f64::from(updates)) } else { 0.5 };
+            for ((_, average), (_, value)) in expected.iter_mut().zip(values(&optimizer, StateKind::Param)) {
+                *average = &*average * decay + value * (1.0 - decay);
+            }
+        }
+        let exported = optimizer.final_params("projector.").unwrap();
+        for ((name, average), (_, found)) in expected.iter().zip(values(&optimizer, StateKind::Ema)) {
+            assert!((average - &found).abs().max().double_value(&[]) < 1e-6, "{name}");
+            assert!(exported[name].to_kind(Kind::Double).equal(&found), "{name}");
+        }
+        let computes = || params["projector.1.weight"].detach().copy();
+        let trained = computes();
+        let averaged = optimizer.with_averages(|| Ok(computes())).unwrap();
+        assert!(averaged.equal(&exported["projector.1.weight"].to_kind(precision)));
+        assert!(!averaged.equal(&trained) && computes().equal(&trained), "and trains on as before");
+        let error = optimizer.with_averages(|| Err::<(), _>(crate::Error::usage("no", "no")));
+        assert!(error.is_err() && computes().equal(&trained));
+    }
+}
+
+/// What is frozen is its own average, and one that is unlocked begins with its value.
+#[test]
+fn every_strategy_has_the_same_averages() {
+    let averages = |world: usize, strategy, precision| -> Params {
+        let run = Run { world, parallel: ParallelPlan { strategy, ..PARALLEL }, precision, unlock: Some(2) };
+        let server = Store::serve(0, Duration::from_secs(30)).unwrap();
+        let port = server.port();
+        std::thread::scope(|scope| {
+            let run = &run;
+            let on_rank = move |rank| {
+                let (params, blocks) = small_model();
+                let group = (world > 1).then(|| run.join(rank, port));
+                let ema = Some(EmaPlan { decay: 0.8, modules: [Module::Llm, Module::Projector].into() });
+                let (plan, trained) = (OptimizerPlan { ema, ..PLAN }, of(&params, &["llm."], FASTER));
+                let mut optimizer =
+                    Optimizer::new(&params, blocks, &[&trained], plan, &run.parallel, run.precision, group)
+                        .unwrap();
+                let on_block = optimizer.on_block();
+                for step in 0..4 {
+                    if run.unlock == Some(step) {
+                        let freed = of(&params, &["projector."], FASTER);
+                        optimizer.take_over(&params, &Params::new(), &freed).unwrap();
+                    }
+                    run.accumulate(&optimizer, &params, (step, rank), &on_block);
+                    optimizer.step(&Factors::flat(1.0)).unwrap();
+                }
+                let averages = optimizer.final_params("").unwrap();
+                let computed = || params.iter().map(|(name, param)| (name.clone(), param.detach().copy()));
+                let trained: Params = computed().collect();
+                let averaged: Params = optimizer.with_averages(|| Ok(computed().collect())).unwrap();
+                for (name, average) in &averages {
+                    assert!(averaged[name].equal(&average.to_kind(run.precision)), "{name}");
+                    assert!(!averaged[name].equal(&trained[name]), "{name}");
+                    assert!(params[name].equal(&trained[name]), "{name}");
+                }
+                averages
+            };
+            let ranks: Vec<_> = (0..world).map(|rank| scope.spawn(move || on_rank(rank))).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).next_back().unwrap()
+        })
+    };
+    for precision in [Kind::Float, Kind::BFloat16] {
+        let expected = averages(2, Strategy::Ddp, precision);
+        assert_eq!(expected.len(), 5);
+        for strategy in [Strategy::Zero1, Strategy::Zero2] {
+            for (name, average) in averages(2, strategy, precision) {
+                let difference = (average - &expected[&name]).abs().max().double_value(&[]);
+                assert!(difference < 1e-6, "{strategy:?} {precision:?} {name}: {difference}");
+            }
+        }
+    }
+}
+
 /// Bits of everything that an update changes on this rank, and what the model computes with.
 fn state_of(
     optimizer: &Optimizer,
@@ -417,7 +510,8 @@ fn put_back_on(run: &Run, rank: usize, port: Option<u16>) {
     let what = format!("{:?} {:?}, rank {rank} of {}", run.parallel.strategy, run.precision, run.world);
     let (params, blocks) = small_model();
     let trained = of(&params, &["llm."], FASTER);
-    let plan = OptimizerPlan { clip_norm: Some(0.5), ..PLAN };
+    let ema = Some(EmaPlan { decay: 0.9, modules: [Module::Llm].into() });
+    let plan = OptimizerPlan { clip_norm: Some(0.5), ema, ..PLAN };
     let group = port.map(|port| run.join(rank, port));
     let mut optimizer =
         Optimizer::new(&params, blocks, &[&trained], plan, &run.parallel, run.precision, group).unwrap();

@@ -16,7 +16,7 @@ fn unknown_field_lists_the_known_ones() {
     insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60, zzz: 1 }")]), @r"
     error: `schedule.zzz`: unknown field
       --> stage.yaml:9
-      hint: known here: `kind`, `steps`, `tokens`, `warmup`, `decay`, `min_ratio`, `ada_lrs`
+      hint: known here: `kind`, `steps`, `tokens`, `warmup`, `decay`, `min_ratio`, `ada_lrs`, `early_stop`
     ");
 }
 
