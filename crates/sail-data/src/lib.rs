@@ -46,6 +46,7 @@ mod tally;
 mod text;
 mod tiling;
 mod tools;
+mod weights;
 
 #[cfg(test)]
 mod testing;

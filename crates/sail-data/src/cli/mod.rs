@@ -7,6 +7,7 @@ mod index;
 mod inspect;
 mod options;
 mod pack;
+mod rebalance;
 mod stats;
 mod terminal;
 
@@ -24,6 +25,7 @@ Examples:
   sail-data check 'shards/llava/*.tar'
   sail-data stats 'shards/llava/*.tar' --tokenizer tokenizer.json --html stats.html
   sail-data inspect shards/llava/shard-000000.tar --tokenizer tokenizer.json --tiles
+  sail-data rebalance 'shards/captions/*.tar' --layout captions --out captions.safetensors
 
 SHARD is a path with braces ({000..099}) and globs (*); quote it, so that the shell leaves it alone.
 Exit codes: 0 done, 1 failed or something is wrong with the data, 2 bad usage.
@@ -44,6 +46,7 @@ enum Command {
     Check(Box<check::Args>),
     Stats(Box<stats::Args>),
     Inspect(Box<inspect::Args>),
+    Rebalance(Box<rebalance::Args>),
 }
 
 /// Runs the command that the process was started with.
@@ -68,5 +71,6 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Check(args) => args.run(),
         Command::Stats(args) => args.run(),
         Command::Inspect(args) => args.run(),
+        Command::Rebalance(args) => args.run(),
     }
 }

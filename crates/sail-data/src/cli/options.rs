@@ -1,4 +1,4 @@
-//! What `check`, `stats` and `inspect` have in common: which shards, and how they are read.
+//! What commands that read samples have in common: which shards, and how they are read.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,11 +16,25 @@ use crate::tools::error::{Result, ToolError};
 const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 const STD: [f32; 3] = [0.229, 0.224, 0.225];
 
+/// For a command with an option `--spec`.
 #[derive(Debug, clap::Args)]
-pub(super) struct DataArgs {
+pub(super) struct ShardArgs {
     /// Shards: paths with braces and globs
     #[arg(value_name = "SHARD", required_unless_present = "spec")]
-    shards: Vec<String>,
+    pub(super) shards: Vec<String>,
+    /// `conversations`, `captions`, `pages` or `interleaved` [default: conversations]
+    #[arg(long, requires = "shards", value_parser = by_name::<Layout>, help_heading = "How samples are read")]
+    layout: Option<Layout>,
+    /// The folder of the images that JSON lines name [default: that of the file]
+    #[arg(long, value_name = "FOLDER", requires = "shards", help_heading = "How samples are read")]
+    images: Option<String>,
+    /// Number of threads [default: one a core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct DataArgs {
     /// A specification with `tokenizer` and `data`, such as the `data.yaml` of a run; gives all that follows
     #[arg(
         long, value_name = "FILE", help_heading = "How samples are read",
@@ -57,23 +71,16 @@ pub(super) struct DataArgs {
     /// Tokens of a pack; a sample with more is too long
     #[arg(long, value_name = "N", requires = "tokenizer", help_heading = "How samples are read")]
     tokens_per_pack: Option<usize>,
-    /// `conversations`, `captions`, `pages` or `interleaved` [default: conversations]
-    #[arg(long, requires = "shards", value_parser = by_name::<Layout>, help_heading = "How samples are read")]
-    layout: Option<Layout>,
-    /// The folder of the images that JSON lines name [default: that of the file]
-    #[arg(long, value_name = "FOLDER", requires = "shards", help_heading = "How samples are read")]
-    images: Option<String>,
-    /// Number of threads [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    shards: ShardArgs,
 }
 
 /// The file that a run leaves in its folder.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct SpecFile {
+pub(super) struct SpecFile {
     tokenizer: PathBuf,
-    data: DataSpec,
+    pub(super) data: DataSpec,
 }
 
 /// The value of an enum that the specification names in snake case.
@@ -90,10 +97,23 @@ pub(super) fn threads(threads: Option<u16>) -> Result<rayon::ThreadPool> {
         .map_err(|error| crate::Error::Threads { threads, detail: error.to_string() }.into())
 }
 
-impl DataArgs {
+impl ShardArgs {
     /// The threads that were asked for.
     pub(super) fn threads(&self) -> Result<rayon::ThreadPool> {
         threads(self.threads)
+    }
+
+    /// A source of these shards, read as the options say.
+    pub(super) fn source(&self, name: &str, shards: Vec<String>) -> SourceSpec {
+        let layout = self.layout.unwrap_or_default();
+        SourceSpec { layout, images: self.images.clone(), ..SourceSpec::new(name, shards) }
+    }
+}
+
+impl DataArgs {
+    /// The threads that were asked for.
+    pub(super) fn threads(&self) -> Result<rayon::ThreadPool> {
+        self.shards.threads()
     }
 
     /// Finds the shards and loads the tokenizer.
@@ -126,13 +146,8 @@ impl DataArgs {
     }
 
     fn sources(&self) -> Vec<SourceSpec> {
-        let layout = self.layout.unwrap_or_default();
-        let source = |(name, shards): (String, Vec<String>)| SourceSpec {
-            layout,
-            images: self.images.clone(),
-            ..SourceSpec::new(&name, shards)
-        };
-        by_stem(&self.shards).into_iter().map(source).collect()
+        let groups = by_stem(&self.shards.shards).into_iter();
+        groups.map(|(name, shards)| self.shards.source(&name, shards)).collect()
     }
 
     fn text(&self) -> Result<TextSpec> {
@@ -163,7 +178,8 @@ impl DataArgs {
     }
 }
 
-fn read_spec(path: &Path) -> Result<SpecFile> {
+/// Reads a specification file.
+pub(super) fn read_spec(path: &Path) -> Result<SpecFile> {
     let text = std::fs::read_to_string(path).map_err(ToolError::io("read", path))?;
     // JSON is YAML as well.
     serde_yaml::from_str(&text)

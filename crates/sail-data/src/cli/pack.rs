@@ -125,7 +125,7 @@ fn prefix(name: &str) -> std::result::Result<String, String> {
 }
 
 /// A number of bytes, with or without a unit.
-fn bytes(text: &str) -> std::result::Result<u64, String> {
+pub(super) fn bytes(text: &str) -> std::result::Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor: u64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 1,

@@ -8,9 +8,11 @@ use serde_json::{Value, json};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 use super::error::{Result, ToolError};
+use crate::annotation::Turn;
 use crate::draft::{Draft, Rejected};
 use crate::error::BadSample;
 use crate::image::{Picture, Size, frame_count};
+use crate::layout::{self, Context, Conversation};
 use crate::sample::{IGNORE, Sample};
 use crate::shard::{Member, RawSample, SampleRef};
 use crate::source::Source;
@@ -180,8 +182,29 @@ pub(crate) fn find_files(pattern: &str) -> Result<Vec<String>> {
 
 /// One source alone, with its shards found.
 pub(crate) fn find_shards(source: SourceSpec) -> Result<Source> {
+    find_shards_in(source, StoreSpec::default())
+}
+
+/// The same, fetched as `store` says.
+pub(crate) fn find_shards_in(source: SourceSpec, store: StoreSpec) -> Result<Source> {
     let spec = DataSpec::in_order(vec![source], text_spec(IMAGE_TOKENS), ImageSpec::square(1, 1));
-    Ok(Source::open_all(&spec)?.remove(0))
+    Ok(Source::open_all(&DataSpec { store, ..spec })?.remove(0))
+}
+
+/// The answers of the sample at `place`: what is learnt of it. Images are not looked at.
+///
+/// # Errors
+/// The outer error is one of the shard; the inner one says why the sample cannot be used.
+pub(crate) fn answers(
+    source: &Source,
+    place: SampleRef,
+) -> crate::Result<std::result::Result<Vec<String>, BadSample>> {
+    let raw = source.open(place.shard as usize)?.read(place.extent)?;
+    let learnt = |conversation: Conversation| {
+        let answers = conversation.turns.into_iter().filter(Turn::is_answer);
+        answers.map(|turn| turn.text).collect()
+    };
+    Ok(layout::read(&raw, Context::new(source, place.epoch)).map(learnt))
 }
 
 /// The tokens before, for and after an image, where nobody says otherwise.

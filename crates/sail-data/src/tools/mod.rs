@@ -6,6 +6,7 @@
 //! check     shards                                    -> bad samples and broken shards
 //! stats     shards                                    -> distributions, in fixed memory
 //! inspect   one sample                                -> as the model sees it
+//! rebalance the text of a source                      -> sampling weights
 //! ```
 //!
 //! `access` is the one place that meets the rest of the crate; `walk` visits all samples on all threads.
@@ -18,6 +19,7 @@ pub(crate) mod index;
 pub(crate) mod inspect;
 pub(crate) mod pack;
 pub(crate) mod page;
+pub(crate) mod rebalance;
 pub(crate) mod sketch;
 pub(crate) mod stats;
 pub(crate) mod walk;

@@ -97,17 +97,20 @@ fn flush<T: Send>(
     Ok(())
 }
 
+/// Nobody is told.
+#[cfg(test)]
+pub(crate) struct Silent;
+
+#[cfg(test)]
+impl Progress for Silent {
+    fn samples(&self, _: u64) {}
+    fn shard(&self) {}
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{spec, write_shards};
-
-    struct Silent;
-
-    impl Progress for Silent {
-        fn samples(&self, _: u64) {}
-        fn shard(&self) {}
-    }
 
     #[test]
     fn a_broken_shard_does_not_hide_the_others() {

@@ -4,7 +4,7 @@ use crate::support::{Folder, demo, run, sail_data, succeed};
 
 #[test]
 fn help_has_examples() {
-    for command in ["", "pack", "index", "check", "stats", "inspect"] {
+    for command in ["", "pack", "index", "check", "stats", "inspect", "rebalance"] {
         let args: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
         let help = succeed(&args);
         assert!(help.contains("Example"), "{help}");
@@ -43,6 +43,13 @@ fn mistakes_exit_with_2_and_say_what_to_do() {
         (&["pack", &json, "--out", &out, "--bytes-per-shard", "1 mile"], "MiB"),
         (&["pack", &json, "--out", &out, "--layout", "captions"], "hint: `--layout` says"),
         (&["index", "s3://bucket/a.tar"], "is not a local file"),
+        (&["rebalance", &shard], "--out"),
+        (&["rebalance", "--out", &out], "SHARD"),
+        (&["rebalance", &shard, "--out", &out, "--spec", &spec], "cannot be used with"),
+        (&["rebalance", &shard, "--out", &out, "--source", "a"], "cannot be used with"),
+        (&["rebalance", &shard, "--out", &out, "--n", "0"], "0 is not in 1..=64"),
+        (&["rebalance", &shard, "--out", &out, "--threshold", "0"], "above 0 and at most 1"),
+        (&["rebalance", &shard, "--out", &out, "--threshold", "1e-4"], "hint: give a higher `--threshold`"),
     ];
     for (args, part) in cases {
         let (code, stdout, stderr) = run(args);

@@ -1,0 +1,98 @@
+//! `sail-data rebalance`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use serde_json::json;
+
+use super::options::{ShardArgs, SpecFile, read_spec};
+use super::pack::bytes;
+use super::terminal::{Bar, print, save};
+use crate::source::Source;
+use crate::spec::SourceSpec;
+use crate::tools::access::{find_shards, find_shards_in};
+use crate::tools::error::{Result, ToolError};
+use crate::tools::files::write_atomically;
+use crate::tools::rebalance::{Options, rebalance, report};
+
+const AFTER_HELP: &str = "\
+Examples:
+  sail-data rebalance 'shards/captions/*.tar' --layout captions --out captions.safetensors
+  sail-data rebalance --spec runs/stage1/data.yaml --source caption --out captions.safetensors
+
+Name the shards as the source in the configuration does, and give it `sampling_weights: captions.safetensors`.
+A sample's weight is the mean over its n-grams of min(1, sqrt(T / f)), f the share of samples that have it.";
+
+/// Weights samples so that n-grams which too many answers have become rarer
+///
+/// The text of all shards is read twice, as one source; images are not looked at. Memory is that of the counts and
+/// 4 bytes a sample.
+#[derive(Debug, clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub(super) struct Args {
+    #[command(flatten)]
+    shards: ShardArgs,
+    /// A specification with `tokenizer` and `data`, such as the `data.yaml` of a run, instead of shards
+    #[arg(long, value_name = "FILE", conflicts_with = "shards", help_heading = "How samples are read")]
+    spec: Option<PathBuf>,
+    /// Which source of the specification [default: its only one]
+    #[arg(long, value_name = "NAME", conflicts_with = "shards", help_heading = "How samples are read")]
+    source: Option<String>,
+    /// The file of weights
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Words of an n-gram; characters where a script sets no spaces
+    #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u16).range(1..=64))]
+    n: u16,
+    /// Share of the samples that an n-gram may have without lowering a weight
+    #[arg(long, value_name = "T", default_value = "0.001", value_parser = share)]
+    threshold: f64,
+    /// Memory for counts, such as 64MiB
+    #[arg(long, value_name = "B", default_value = "256MiB", value_parser = bytes)]
+    memory: u64,
+    /// Writes the report for other programs
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+impl Args {
+    pub(super) fn run(self) -> Result<ExitCode> {
+        let source = self.source()?;
+        let options =
+            Options { n: usize::from(self.n), threshold: self.threshold, memory_bytes: self.memory };
+        let bar = Bar::new(Some(2 * source.shards.len()));
+        let rebalanced = self.shards.threads()?.install(|| rebalance(&source, options, &bar));
+        bar.end();
+        let rebalanced = rebalanced?;
+        write_atomically(&self.out, &rebalanced.to_bytes(&source)?)?;
+        save(self.json.as_deref(), || format!("{:#}\n", json!(rebalanced.summary)))?;
+        print(&report(&rebalanced.summary))?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn source(&self) -> Result<Source> {
+        let Some(path) = &self.spec else {
+            return find_shards(self.shards.source("shards", self.shards.shards.clone()));
+        };
+        let SpecFile { data, .. } = read_spec(path)?;
+        let names: Vec<String> = data.sources.iter().map(|source| format!("`{}`", source.name)).collect();
+        let wanted = |source: &SourceSpec| self.source.as_ref().is_none_or(|name| *name == source.name);
+        let mut sources: Vec<SourceSpec> = data.sources.into_iter().filter(wanted).collect();
+        match (sources.pop(), sources.is_empty()) {
+            (Some(source), true) => find_shards_in(source, data.store),
+            _ => Err(ToolError::usage(
+                format!("`{}` has the sources {}", path.display(), names.join(", ")),
+                "choose one of them with `--source NAME`",
+            )),
+        }
+    }
+}
+
+fn share(text: &str) -> std::result::Result<f64, String> {
+    let share = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if share > 0.0 && share <= 1.0 {
+        Ok(share)
+    } else {
+        Err("expected a number above 0 and at most 1".into())
+    }
+}
