@@ -57,6 +57,18 @@ pub enum Error {
         /// How many shards it has.
         shards: usize,
     },
+    /// A source's sampling weights do not belong to its shards, or are none.
+    #[error(
+        "source `{name}`: the sampling weights `{}` {detail}\n\nhint: write them again with `sail-data rebalance`, naming the shards as the source does", path.display()
+    )]
+    SamplingWeights {
+        /// The source's name.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what would be accepted.
+        detail: String,
+    },
     /// A file could not be opened or read.
     #[error("cannot read `{}`", path.display())]
     Io {

@@ -28,7 +28,7 @@ pub fn shard_paths(spec: &DataSpec) -> Result<Vec<String>> {
 /// Every good sample of the sources, in shard order, once, at most `limit` per source (`None`: all), one
 /// at a time.
 ///
-/// `streams`, `seed`, the buffers and the weights play no part. Bad samples are skipped and logged as in
+/// `streams`, `seed`, the buffers, the weights and the sampling weights play no part. Bad samples are skipped and logged as in
 /// training.
 ///
 /// # Errors

@@ -8,6 +8,9 @@
 //! Inside an epoch a bounded buffer shuffles the samples of a stream. It is drained before the next epoch
 //! begins, so a stream never mixes epochs. All state is a few numbers and the buffered references; nothing
 //! here reads a payload.
+//!
+//! A sample with a sampling weight is passed over unless a draw of the source's, by epoch, shard and number, is
+//! below it. Positions are those of the shards' samples all the same.
 
 use std::sync::Arc;
 
@@ -98,12 +101,13 @@ impl Order {
         &self.cursor
     }
 
-    /// The next sample; `None` when the last epoch is over.
+    /// The next sample; `None` when the last epoch is over. `left_out` counts those that their weight leaves out.
     ///
     /// # Errors
-    /// [`Error::BrokenShard`], [`Error::Io`], and [`Error::EmptySource`] instead of an endless search.
-    pub(crate) fn next_sample(&mut self) -> Result<Option<SampleRef>> {
-        self.fill()?;
+    /// [`Error::BrokenShard`], [`Error::Io`], [`Error::SamplingWeights`] for another number of weights than samples,
+    /// and [`Error::EmptySource`] instead of an endless search.
+    pub(crate) fn next_sample(&mut self, left_out: &mut u64) -> Result<Option<SampleRef>> {
+        self.fill(left_out)?;
         if self.cursor.buffer.is_empty() {
             return Ok(None);
         }
@@ -113,7 +117,7 @@ impl Order {
     }
 
     /// Fills the buffer from the current epoch; begins the next one only when it is empty.
-    fn fill(&mut self) -> Result<()> {
+    fn fill(&mut self, left_out: &mut u64) -> Result<()> {
         let mut empty_units = 0;
         while self.cursor.buffer.len() < self.capacity {
             let (epoch, place) = self.place();
@@ -126,7 +130,7 @@ impl Order {
                 }
                 self.cursor.epoch = epoch;
             }
-            if let Some(sample) = self.next_of_unit(epoch, place)? {
+            if let Some(sample) = self.next_of_unit(epoch, place, left_out)? {
                 self.cursor.buffer.push(sample);
             } else {
                 self.cursor.units += 1;
@@ -154,7 +158,7 @@ impl Order {
     }
 
     /// The next sample of the current unit, `None` at its end.
-    fn next_of_unit(&mut self, epoch: u64, place: usize) -> Result<Option<SampleRef>> {
+    fn next_of_unit(&mut self, epoch: u64, place: usize, left_out: &mut u64) -> Result<Option<SampleRef>> {
         let mut open = if let Some(open) = self.scanner.take() {
             open
         } else {
@@ -165,8 +169,10 @@ impl Order {
         };
         let parts = self.source.parts as u64;
         loop {
-            let ours = open.scanner.ordinal() % parts == open.part;
+            let number = open.scanner.ordinal();
+            let ours = number % parts == open.part;
             match open.scanner.next_sample()? {
+                Some(_) if ours && !self.source.keeps(epoch, open.shard, number)? => *left_out += 1,
                 Some(extent) if ours => {
                     let sample = SampleRef { shard: open.shard, epoch: epoch as u32, extent };
                     let (offset, ordinal) = (open.scanner.offset(), open.scanner.ordinal());
@@ -176,6 +182,7 @@ impl Order {
                 }
                 Some(_) => {}
                 None => {
+                    self.source.check_samples(open.shard, number)?;
                     self.cursor.at = None;
                     return Ok(None);
                 }

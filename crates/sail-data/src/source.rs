@@ -10,6 +10,7 @@ use crate::shard::index::Index;
 use crate::shard::{Scanner, Shard};
 use crate::spec::{DataSpec, Length, SourceSpec};
 use crate::store::{Store, is_remote};
+use crate::weights::{SamplingWeights, local_bytes};
 
 /// A source ready to be read.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub(crate) struct Source {
     pub(crate) parts: usize,
     /// The sequence of its random draws.
     pub(crate) key: Key,
+    /// With which probability each sample is read; `None`: all are.
+    weights: Option<Arc<SamplingWeights>>,
     /// The order of the units in the epochs asked for last: all streams share them.
     orders: Arc<Mutex<Vec<(u64, UnitOrder)>>>,
 }
@@ -41,13 +44,17 @@ impl Source {
     /// Finds the shards of all sources.
     ///
     /// # Errors
-    /// [`Error::InvalidSpec`], [`Error::Pattern`], [`Error::NoShards`], [`Error::DuplicateShard`].
+    /// [`Error::InvalidSpec`], [`Error::Pattern`], [`Error::NoShards`], [`Error::DuplicateShard`],
+    /// [`Error::SamplingWeights`].
     pub(crate) fn open_all(spec: &DataSpec) -> Result<Vec<Self>> {
         spec.validate()?;
         let store = Store::new(&spec.store)?;
         let mut sources = Vec::with_capacity(spec.sources.len());
         for source in &spec.sources {
             let shards = find_shards(&store, source)?;
+            let weights = source.sampling_weights.as_deref();
+            let weights = weights.map(|path| SamplingWeights::read(path, &shards)).transpose();
+            let weights = weights.map_err(|detail| bad_weights(source, detail))?.map(Arc::new);
             sources.push(Self {
                 name: source.name.clone(),
                 store: store.clone(),
@@ -56,6 +63,7 @@ impl Source {
                 parts: spec.streams.div_ceil(shards.len()),
                 shards,
                 key: Key::new(spec.seed).with_name(&source.name),
+                weights,
                 orders: Arc::default(),
             });
         }
@@ -106,12 +114,49 @@ impl Source {
         order
     }
 
-    /// A number that tells this source's shards from others', local ones also by their size.
+    /// Whether sample number `ordinal` of a shard is read in this epoch: a draw of its own against its weight.
+    ///
+    /// # Errors
+    /// [`Error::SamplingWeights`] when it has none.
+    pub(crate) fn keeps(&self, epoch: u64, shard: u32, ordinal: u64) -> Result<bool> {
+        let Some(weights) = &self.weights else { return Ok(true) };
+        let Some(weight) = weights.of(shard, ordinal) else {
+            let (path, len) = (&self.shards[shard as usize], weights.len(shard));
+            let detail = format!("have {len} weights for the shard `{path}`, which has more samples");
+            return Err(bad_weights(&self.spec, detail));
+        };
+        let draw = self.key.with_name("keep").with(epoch).with(u64::from(shard)).fraction(ordinal);
+        Ok(draw < f64::from(weight))
+    }
+
+    /// Refuses weights for another number of samples than a shard was found to have.
+    ///
+    /// # Errors
+    /// [`Error::SamplingWeights`].
+    pub(crate) fn check_samples(&self, shard: u32, samples: u64) -> Result<()> {
+        match &self.weights {
+            Some(weights) if weights.len(shard) != samples => {
+                let (path, len) = (&self.shards[shard as usize], weights.len(shard));
+                let detail =
+                    format!("have {len} weights for the shard `{path}`, which has {samples} samples");
+                Err(bad_weights(&self.spec, detail))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A number that tells this source's shards and weights from others', local shards also by their size.
     pub(crate) fn fingerprint(&self) -> u64 {
-        let size = |shard: &String| std::fs::metadata(shard).map_or(0, |about| about.len());
+        let size = |shard: &String| local_bytes(shard).unwrap_or(0);
         let key = self.key.with(self.parts as u64);
+        let key = self.weights.as_ref().map_or(key, |weights| key.with(weights.fingerprint));
         self.shards.iter().fold(key, |key, shard| key.with_name(shard).with(size(shard))).bits(0)
     }
+}
+
+fn bad_weights(source: &SourceSpec, detail: String) -> Error {
+    let path = source.sampling_weights.clone().unwrap_or_default();
+    Error::SamplingWeights { name: source.name.clone(), path, detail }
 }
 
 /// The shards of all patterns, none of them twice.

@@ -72,7 +72,8 @@ pub enum Length {
     Endless,
     /// Every source is read this many times; one that ends leaves the mixture.
     Epochs(u64),
-    /// This many samples are taken from the mixture, over all streams; bad ones count.
+    /// This many samples are taken from the mixture, over all streams; bad ones count, those that their sampling
+    /// weight leaves out do not.
     Samples(u64),
 }
 
@@ -140,6 +141,10 @@ pub struct SourceSpec {
     pub page: PageChoice,
     /// Weight of the mixture, by samples; relative to the other sources.
     pub weight: f64,
+    /// A file of `sail-data rebalance`: with which probability a stream reads each sample in an epoch, drawn anew in
+    /// each. `None`: every sample is read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling_weights: Option<PathBuf>,
 }
 
 /// How a sample's members become a conversation.
@@ -343,6 +348,7 @@ impl SourceSpec {
             questions: Vec::new(),
             page: PageChoice::First,
             weight: 1.0,
+            sampling_weights: None,
         }
     }
 }

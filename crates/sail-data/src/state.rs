@@ -102,7 +102,7 @@ impl StreamState {
         }
         if self.fingerprint != fingerprint {
             return mismatch(
-                "the seed, the number of streams, the list of shards or the size of one has changed".into(),
+                "the seed, the number of streams, the list of shards, the size of one or the sampling weights have changed".into(),
             );
         }
         let buffered =

@@ -210,9 +210,10 @@ impl Stream {
         while places.len() < wanted {
             let parts: Vec<Part> = (0..self.sources.len()).map(|source| self.part(source)).collect();
             let Some(source) = next_source(&parts) else { break };
-            match self.sources[source].order.next_sample()? {
+            let Progress { order, tally, open, .. } = &mut self.sources[source];
+            match order.next_sample(&mut tally.left_out)? {
                 Some(place) => places.push((source, place)),
-                None => self.sources[source].open = false,
+                None => *open = false,
             }
         }
         Ok(places)

@@ -17,6 +17,9 @@ pub struct Tally {
     pub seen: u64,
     /// Of those, how many in a second or later epoch.
     pub repeated: u64,
+    /// Samples that their sampling weight left out; not among those seen.
+    #[serde(default)]
+    pub left_out: u64,
     /// Tokens of the samples that were not skipped, visual ones included.
     pub tokens: u64,
     /// Of those, how many are visual.
@@ -26,11 +29,14 @@ pub struct Tally {
 }
 
 impl fmt::Display for Tally {
-    /// `120 samples read (20 of them again), 3 skipped (bad_json 2, no_answer 1)`
+    /// `120 samples read (20 of them again), 30 left out, 3 skipped (bad_json 2, no_answer 1)`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} samples read", self.seen)?;
         if self.repeated > 0 {
             write!(f, " ({} of them again)", self.repeated)?;
+        }
+        if self.left_out > 0 {
+            write!(f, ", {} left out", self.left_out)?;
         }
         write!(f, ", {} skipped", self.total_skipped())?;
         for (index, (reason, count)) in self.skipped.iter().enumerate() {
@@ -60,6 +66,7 @@ impl Tally {
     pub fn add(&mut self, other: &Self) {
         self.seen += other.seen;
         self.repeated += other.repeated;
+        self.left_out += other.left_out;
         self.tokens += other.tokens;
         self.visual_tokens += other.visual_tokens;
         for (reason, count) in &other.skipped {

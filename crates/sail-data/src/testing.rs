@@ -1,5 +1,6 @@
 //! What the tests of this crate share: a tiny tokenizer, tiny images and tiny shards.
 
+use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,10 +16,12 @@ use crate::sample::Sample;
 use crate::shard::{RawSample, SampleRef, Shard};
 use crate::source::Source;
 use crate::spec::{
-    Alpha, Balance, DataSpec, ImageSpec, Length, MixBy, SourceSpec, StoreSpec, TextSpec, Tiling, TooLong,
+    Alpha, Balance, DataSpec, ImageSpec, Layout, Length, MixBy, SourceSpec, StoreSpec, TextSpec, Tiling,
+    TooLong,
 };
 use crate::store::Store;
 use crate::text::TextEncoder;
+use crate::weights::{Origin, to_bytes};
 
 pub(crate) const SPECIALS: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>"];
 
@@ -164,6 +167,19 @@ pub(crate) fn write_shards(dir: &Path, counts: &[usize]) -> Vec<PathBuf> {
         path
     };
     counts.iter().enumerate().map(write).collect()
+}
+
+/// Gives the first source, whose shards have `counts` samples, sampling weights by the numbers of shard and sample.
+pub(crate) fn weigh(spec: &mut DataSpec, dir: &Path, counts: &[usize], weight: impl Fn(usize, usize) -> f32) {
+    let weights = |(shard, &count): (usize, &usize)| {
+        (spec.sources[0].shards[shard].clone(), (0..count).map(|n| weight(shard, n)).collect())
+    };
+    let weights = counts.iter().enumerate().map(weights).collect();
+    let origin =
+        Origin { n: 4, threshold: 1e-3, layout: Layout::Conversations, shard_bytes: BTreeMap::new() };
+    let path = dir.join("weights.safetensors");
+    std::fs::write(&path, to_bytes(&origin, &weights).unwrap()).unwrap();
+    spec.sources[0].sampling_weights = Some(path);
 }
 
 /// What becomes of a sample: the sample, or why it is skipped.

@@ -5,10 +5,12 @@
 //! others may, and may leave the metadata out.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensorError};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::spec::Layout;
 
@@ -26,6 +28,89 @@ pub(crate) struct Origin {
     pub(crate) layout: Layout,
     /// Sizes of the shards that are local files, in bytes.
     pub(crate) shard_bytes: BTreeMap<String, u64>,
+}
+
+/// The weights of a source's samples: 4 bytes each, for all streams together.
+#[derive(Debug)]
+pub(crate) struct SamplingWeights {
+    /// By the number of the shard.
+    shards: Vec<Box<[f32]>>,
+    /// Tells them from others.
+    pub(crate) fingerprint: u64,
+}
+
+impl SamplingWeights {
+    /// Reads the weights of these shards. What the file has for others is left out.
+    ///
+    /// # Errors
+    /// Why they cannot be used, as the end of a sentence about them.
+    pub(crate) fn read(path: &Path, shards: &[String]) -> std::result::Result<Self, String> {
+        let bytes = std::fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
+        let no_file = |error: SafeTensorError| format!("are no safetensors file: {error}");
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(no_file)?;
+        let origin = header.metadata().as_ref().and_then(|metadata| metadata.get(METADATA));
+        let origin: Option<Origin> = origin
+            .map(|text| serde_json::from_str(text))
+            .transpose()
+            .map_err(|error| format!("have metadata that cannot be read: {error}"))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(no_file)?;
+        let mut weights = Vec::with_capacity(shards.len());
+        for shard in shards {
+            let made_of = origin.as_ref().and_then(|origin| origin.shard_bytes.get(shard));
+            if let (Some(&then), Some(now)) = (made_of, local_bytes(shard))
+                && then != now
+            {
+                return Err(format!("were made of the shard `{shard}` when it had {then} bytes, now {now}"));
+            }
+            let tensor = file.tensor(shard).map_err(|_| format!("have none for the shard `{shard}`"))?;
+            weights.push(values(shard, &tensor)?);
+        }
+        // A file that keeps next to nothing would have a stream search for ever.
+        let kept: f64 = weights.iter().flatten().map(|&weight| f64::from(weight)).sum();
+        if kept < 1.0 {
+            return Err(format!("keep {kept:.3} samples an epoch, expected at least 1"));
+        }
+        let fingerprint = fingerprint(&weights);
+        Ok(Self { shards: weights, fingerprint })
+    }
+
+    /// The weight of sample number `ordinal` of a shard; `None` past the last one.
+    pub(crate) fn of(&self, shard: u32, ordinal: u64) -> Option<f32> {
+        self.shards[shard as usize].get(ordinal as usize).copied()
+    }
+
+    /// How many samples of a shard have a weight.
+    pub(crate) fn len(&self, shard: u32) -> u64 {
+        self.shards[shard as usize].len() as u64
+    }
+}
+
+fn values(shard: &str, tensor: &TensorView) -> std::result::Result<Box<[f32]>, String> {
+    let (dtype, shape) = (tensor.dtype(), tensor.shape());
+    if dtype != Dtype::F32 || shape.len() != 1 {
+        return Err(format!(
+            "have {dtype:?} of {shape:?} for the shard `{shard}`, expected F32 of [samples]"
+        ));
+    }
+    let value = |bytes: &[u8; 4]| f32::from_le_bytes(*bytes);
+    let values: Box<[f32]> = tensor.data().as_chunks().0.iter().map(value).collect();
+    match values.iter().position(|value| !(0.0..=1.0).contains(value)) {
+        Some(sample) => Err(format!(
+            "give sample {sample} of the shard `{shard}` the weight {}, expected a number from 0 to 1",
+            values[sample]
+        )),
+        None => Ok(values),
+    }
+}
+
+fn fingerprint(shards: &[Box<[f32]>]) -> u64 {
+    let mut hash = Sha256::new();
+    for weights in shards {
+        hash.update((weights.len() as u64).to_le_bytes());
+        weights.iter().for_each(|weight| hash.update(weight.to_le_bytes()));
+    }
+    let digest: [u8; 32] = hash.finalize().into();
+    u64::from_le_bytes(std::array::from_fn(|byte| digest[byte]))
 }
 
 /// The size of a shard that is a local file, in bytes.

@@ -79,7 +79,10 @@ impl Args {
         let wanted = |source: &SourceSpec| self.source.as_ref().is_none_or(|name| *name == source.name);
         let mut sources: Vec<SourceSpec> = data.sources.into_iter().filter(wanted).collect();
         match (sources.pop(), sources.is_empty()) {
-            (Some(source), true) => find_shards_in(source, data.store),
+            // The weights that it had, or is to have, play no part.
+            (Some(source), true) => {
+                find_shards_in(SourceSpec { sampling_weights: None, ..source }, data.store)
+            }
             _ => Err(ToolError::usage(
                 format!("`{}` has the sources {}", path.display(), names.join(", ")),
                 "choose one of them with `--source NAME`",

@@ -49,7 +49,7 @@ fn growth(samples: u64) -> u64 {
     let mut drawn = 0;
     let mut most = before;
     for order in &mut orders {
-        while order.next_sample().unwrap().is_some() {
+        while order.next_sample(&mut 0).unwrap().is_some() {
             drawn += 1;
             if drawn % 100_000 == 0 {
                 most = most.max(resident_kb());

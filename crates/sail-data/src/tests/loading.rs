@@ -226,14 +226,14 @@ fn no_sample_waits_longer_than_the_candidates() {
 }
 
 /// All streams' samples, epoch by epoch, as the orders give them.
-fn epoch_counts(spec: &DataSpec, epochs: u64) -> Vec<BTreeMap<(u32, u64), usize>> {
+pub(super) fn epoch_counts(spec: &DataSpec, epochs: u64) -> Vec<BTreeMap<(u32, u64), usize>> {
     let source = std::sync::Arc::new(Source::open_all(spec).unwrap().remove(0));
     let mut counts = vec![BTreeMap::new(); epochs as usize];
     for stream in 0..spec.streams {
         let mut order =
             Order::new(source.clone(), stream, spec.streams, spec.shuffle_buffer, Cursor::default());
         loop {
-            let sample = order.next_sample().unwrap().expect("it is endless");
+            let sample = order.next_sample(&mut 0).unwrap().expect("it is endless");
             let Some(counts) = counts.get_mut(sample.epoch as usize) else { break };
             *counts.entry((sample.shard, sample.extent.offset)).or_default() += 1;
         }

@@ -15,6 +15,7 @@ mod layouts;
 mod loading;
 mod preprocessing;
 mod resuming;
+mod sampling;
 mod shards;
 mod template_goldens;
 mod templates;

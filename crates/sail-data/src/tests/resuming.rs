@@ -8,7 +8,7 @@ use crate::loader::{Loaded, Loader, LoaderOptions};
 use crate::source::Source;
 use crate::spec::{Balance, DataSpec, Length, MixBy};
 use crate::state::{Position, StreamState};
-use crate::testing::encoder_for;
+use crate::testing::{encoder_for, weigh};
 use crate::tools::index::write_index;
 
 /// Turns of all streams as `world` ranks read them, put together in the global order.
@@ -151,12 +151,18 @@ proptest! {
         worlds in (0_usize..8, 0_usize..8),
         (shuffle_buffer, pack_buffer) in (1_usize..6, 1_usize..9),
         (before, after) in (0_usize..40, 1_usize..20),
-        (by_tokens, mean, length) in (any::<bool>(), any::<bool>(), 0_u64..3),
+        (by_tokens, mean, weighed, length) in (any::<bool>(), any::<bool>(), any::<bool>(), 0_u64..3),
         seed in any::<u64>(),
     ) {
         let dir = tempfile::tempdir().unwrap();
         let mut spec = shards_spec(dir.path(), &counts);
-        let mixed = mixed_spec(dir.path());
+        if weighed {
+            let first = counts.iter().position(|&n| n > 0).unwrap();
+            weigh(&mut spec, dir.path(), &counts, |shard, n| if (shard, n) == (first, 0) { 1.0 } else { 0.6 });
+        }
+        // In a folder of its own, as its shards have the same names.
+        let folder = tempfile::tempdir().unwrap();
+        let mixed = mixed_spec(folder.path());
         spec.sources.extend(mixed.sources.into_iter().skip(1));
         (spec.streams, spec.seed, spec.tokens_per_pack, spec.max_error_rate) = (streams, seed, 150, 0.9);
         (spec.shuffle_buffer, spec.pack_buffer) = (shuffle_buffer, pack_buffer);

@@ -1,6 +1,6 @@
-//! `index`, `check`, `stats` and `inspect` on shards, good and bad.
+//! `index`, `check`, `stats`, `inspect` and `rebalance` on shards, good and bad.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Folder, demo, run, sail_data, succeed};
 
@@ -156,4 +156,57 @@ fn the_page_of_statistics_needs_nothing_else() {
         page.contains("<svg") && page.contains("prefers-color-scheme:dark") && page.contains("role=\"img\"")
     );
     assert!(page.contains("Bitstream-Vera") && !page.contains("http"), "nothing from the network");
+}
+
+/// A specification whose sources `text` and `ocr` are shards of the demo corpus, the first with sampling weights.
+fn spec(folder: &Folder, weights: &str) -> String {
+    let tokenizer = folder.tokenizer();
+    let source =
+        |name: &str| json!({"name": name, "shards": [demo(&format!("{name}-*.tar"))], "weight": 1.0});
+    let mut text = source("text");
+    text["sampling_weights"] = json!(weights);
+    let data = json!({
+        "sources": [text, source("ocr")], "mix_by": "samples", "length": {"epochs": 1}, "streams": 2, "seed": 1,
+        "tokens_per_pack": 4096, "balance": "off", "too_long": "drop", "shuffle_buffer": 8, "pack_buffer": 8,
+        "max_error_rate": 0.1, "store": {"retries": 1, "timeout_secs": 1.0, "read_ahead_bytes": 1},
+        "text": {
+            "template": "chatml", "system": null, "loss_weight": "token",
+            "image_tokens": {"start": "<img>", "context": "<IMG_CONTEXT>", "end": "</img>"},
+        },
+        "image": {
+            "tile_px": 16, "tokens_per_tile": 4, "tiling": {"min": 1, "max": 4, "thumbnail": true},
+            "any_resolution": null, "max_frames": 8, "alpha": "drop", "exif_orientation": true, "reencode": null,
+            "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "max_pixels": 1_000_000,
+        },
+    });
+    folder.write("spec.json", json!({"tokenizer": tokenizer, "data": data}).to_string())
+}
+
+#[test]
+fn a_source_is_weighed_and_its_weights_are_checked_by_the_others() {
+    let folder = Folder::new();
+    let (weights, json, shards) = (folder.at("w.safetensors"), folder.at("w.json"), demo("text-*.tar"));
+    let rest = ["--n", "2", "--threshold", "0.02", "--memory", "1MiB", "--json", &json];
+    let file = || std::fs::read(&weights).unwrap();
+    let report = succeed(&[&["rebalance", &shards, "--out", &weights], &rest[..]].concat());
+    let written = file();
+    let numbers: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    let (samples, kept) = (numbers["samples"].as_u64().unwrap(), numbers["kept"].as_f64().unwrap());
+    assert!(samples > 100 && kept < samples as f64 && kept > 1.0, "{report}");
+    assert!(report.starts_with(&format!("{samples} samples\nan epoch keeps about ")), "{report}");
+
+    let spec = spec(&folder, &weights);
+    let by_name = ["rebalance", "--spec", &spec, "--source", "text", "--out", &weights];
+    assert_eq!(succeed(&[&by_name[..], &rest[..], &["--threads", "1"]].concat()), report);
+    assert!(file() == written, "options, specification and threads do not change a byte");
+    for choice in [&[][..], &["--source", "poems"]] {
+        let (code, _, stderr) = run(&[&["rebalance", "--spec", &spec, "--out", &weights], choice].concat());
+        assert!(code == 2 && stderr.contains("has the sources `text`, `ocr`\n\nhint: choose"), "{stderr}");
+    }
+
+    succeed(&["check", "--spec", &spec]);
+    folder.write("w.safetensors", &written[..written.len() - 4]);
+    let (code, _, stderr) = run(&["check", "--spec", &spec]);
+    assert!(code == 1 && stderr.contains("w.safetensors` are no safetensors file: "), "{stderr}");
+    succeed(&[&by_name[..], &rest[..]].concat());
 }

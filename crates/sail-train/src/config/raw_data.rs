@@ -238,6 +238,9 @@ pub(super) struct RawSource {
     pub(super) page: PageChoice,
     /// Share of the samples drawn from here, relative to the other sources; above 0. Default: 1.0.
     pub(super) weight: f64,
+    /// A file of sampling weights, as `sail-data rebalance` writes it: the probability with which each sample is read in an
+    /// epoch, drawn anew in each. For `data.sources` alone. Default: every sample is read.
+    pub(super) sampling_weights: Option<PathBuf>,
 }
 
 impl Default for RawSource {
@@ -250,6 +253,7 @@ impl Default for RawSource {
             questions: Vec::new(),
             page: PageChoice::First,
             weight: 1.0,
+            sampling_weights: None,
         }
     }
 }

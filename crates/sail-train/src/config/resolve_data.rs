@@ -188,6 +188,10 @@ pub(super) fn eval(checker: &mut Checker<'_>, raw: RawEval) -> Option<EvalPlan> 
     checker.expect(raw.samples >= 1, "eval.samples", "must be at least 1", raw.samples);
     checker.expect(raw.max_new_tokens >= 1, "eval.max_new_tokens", "must be at least 1", raw.max_new_tokens);
     let sources = sources(checker, "eval.sources", raw.sources)?;
+    for (index, _) in sources.iter().enumerate().filter(|(_, source)| source.sampling_weights.is_some()) {
+        let path = format!("eval.sources[{index}].sampling_weights");
+        checker.invalid(&path, "is for `data.sources` alone: held-out samples are all measured");
+    }
     Some(EvalPlan {
         every: raw.every,
         samples: raw.samples,
@@ -246,6 +250,6 @@ fn source(checker: &mut Checker<'_>, path: &str, mut raw: RawSource) -> Option<S
     if !raw.questions.is_empty() && !matches!(raw.layout, Layout::Captions | Layout::Pages) {
         checker.invalid(&format!("{path}.questions"), "are for `layout: captions` and `layout: pages` alone");
     }
-    let RawSource { images, layout, questions, page, weight, .. } = raw;
-    Some(SourceSpec { name, shards, images, layout, questions, page, weight })
+    let RawSource { images, layout, questions, page, weight, sampling_weights, .. } = raw;
+    Some(SourceSpec { name, shards, images, layout, questions, page, weight, sampling_weights })
 }

@@ -6,7 +6,7 @@ use std::panic::catch_unwind;
 use super::{STAGE, edited, faults_of};
 
 /// A piece of [`STAGE`] and what stands there instead.
-const SLIPS: [(&str, &str); 75] = [
+const SLIPS: [(&str, &str); 76] = [
     // Names.
     ("run: {", "runs: {"),
     ("dir: runs/demo", "dir: runs/demo, sed: 1"),
@@ -87,6 +87,10 @@ const SLIPS: [(&str, &str); 75] = [
     ("llm: frozen", "llm: frozen\n  unfreeze: [{ at: soon, match: llm, lr: 1e-3 }]"),
     ("llm: frozen", "llm: frozen\n  unfreeze: [{ at: 5, match: [], lr: 1e-3 }]"),
     ("llm: frozen", "llm: frozen\n  unfreeze: { at: 5, match: llm, lr: 1e-3 }"),
+    (
+        "{ steps: 60 }",
+        "{ steps: 60 }\neval: { sources: [{ name: a, shards: a.tar, sampling_weights: w.safetensors }] }",
+    ),
 ];
 
 /// Texts that are no configuration at all.
