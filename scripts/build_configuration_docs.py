@@ -20,9 +20,9 @@ HEAD = """# Configuration
      crates/sail-train/src/config. -->
 
 A file describes one stage, or lists the stage files of a curriculum. `sail-train --config FILE` runs
-it, `--dry-run` prints it with every default filled in, `--set path=value` overrides a value. Unknown
-fields are refused; all mistakes are reported at once, each with its path, its line and a hint. Paths
-are relative to the working folder unless said otherwise.
+it, `--dry-run` says what it would do, `--set path=value` overrides a value, `sail-train config show FILE`
+prints all values. Unknown fields are refused; all mistakes are reported at once, each with its path, its line
+and a hint. Paths are relative to the working folder unless said otherwise.
 """
 STRUCT = re.compile(r"pub\(super\) struct (\w+) \{")
 FIELD = re.compile(r"    pub\(super\) (?:r#)?(\w+): ")

@@ -33,9 +33,8 @@ fn rest_of_stderr(launcher: &mut Child) -> String {
 
 #[test]
 fn each_line_has_its_rank_and_goes_where_the_rank_wrote_it() {
-    let dry_run = ["--config", "configs/tiny/stage1.yaml", "--dry-run"];
-    let alone = String::from_utf8(run(&dry_run, 0).stdout).unwrap();
-    let output = run(&[&["launch", "--nproc", "2", "--"], &dry_run[..]].concat(), 0);
+    let alone = String::from_utf8(run(&["--help"], 0).stdout).unwrap();
+    let output = run(&["launch", "--nproc", "2", "--", "--help"], 0);
     let both = String::from_utf8(output.stdout.clone()).unwrap();
     for rank in 0..2 {
         let prefix = format!("[rank {rank}] ");
@@ -47,6 +46,16 @@ fn each_line_has_its_rank_and_goes_where_the_rank_wrote_it() {
     let said = stderr(&output);
     assert!(said.starts_with("[launch] ranks 0 to 1 of 2, store at 127.0.0.1:"), "{said}");
     assert!(!said.contains("OMP_NUM_THREADS"), "it was set already: {said}");
+}
+
+/// One of them prints it, for as many as there are.
+#[test]
+fn ranks_that_are_not_to_train_print_one_page() {
+    let dry_run = ["--config", "configs/tiny/stage1.yaml", "--dry-run"];
+    let alone = String::from_utf8(run(&[&dry_run[..], &["--world", "2"]].concat(), 0).stdout).unwrap();
+    let output = run(&[&["launch", "--nproc", "2", "--"], &dry_run[..]].concat(), 0);
+    let page = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(page.replace("[rank 0] ", ""), alone);
 }
 
 #[test]
@@ -91,7 +100,7 @@ fn machines_meet_at_the_first_ones_store() {
     let rdzv = format!("127.0.0.1:{}", free_port());
     let launch = |node_rank: &str| {
         let args = ["launch", "--nproc", "2", "--nnodes", "2", "--node-rank", node_rank, "--rdzv", &rdzv];
-        let ranks = ["--", "--config", "configs/tiny/stage1.yaml", "--dry-run"];
+        let ranks = ["--", "--help"];
         sail_train(&[&args[..], &ranks].concat())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -90,18 +90,49 @@ fn numbers_far_out_of_range_are_refused() {
 }
 
 #[test]
-fn a_dry_run_prints_a_plan_that_loads_again() {
+fn a_plan_that_is_shown_loads_again() {
     let dir = tempfile::tempdir().unwrap();
-    let first = run(&["--config", "configs/tiny/stage1.yaml", "--dry-run"], 0).stdout;
+    let first = run(&["config", "show", "configs/tiny/stage1.yaml"], 0).stdout;
     let file = dir.path().join("plan.yaml");
     std::fs::write(&file, &first).unwrap();
-    let second = run(&["--config", file.to_str().unwrap(), "--dry-run"], 0).stdout;
+    let second = run(&["config", "show", file.to_str().unwrap()], 0).stdout;
     assert_eq!(String::from_utf8(first), String::from_utf8(second));
+}
+
+/// For one GPU unless another number is asked for.
+#[test]
+fn a_dry_run_says_what_would_be_done() {
+    let output = run(&["--config", "configs/tiny/stage2.yaml", "--dry-run"], 0);
+    let page = String::from_utf8(output.stdout.clone()).unwrap();
+    for part in [
+        "tiny-stage2: 1 GPU on 1 node, bf16, 2 packs for each in a step\n",
+        "parameters: vision 2.78M trained, projector 264k trained, llm 3.67M frozen;",
+        "a step: 2 packs, 512 tokens, 2 samples of 256 tokens, ",
+        "the stage: 12 steps, 6,144 tokens, 24 samples, ",
+        "`sail-train config show configs/tiny/stage2.yaml` prints every value.\n",
+    ] {
+        assert!(page.contains(part), "`{part}` in {page}");
+    }
+    assert_eq!(stderr(&output), "");
+    let of_one = run(&["--config", "configs/tiny/stage2.yaml", "--dry-run", "--world", "1"], 0);
+    assert_eq!(String::from_utf8(of_one.stdout).unwrap(), page);
+}
+
+#[test]
+fn a_dry_run_finds_that_a_model_is_not_there() {
+    let gone = ["model.llm.random=null", "model.llm.from=nowhere"];
+    let sets = ["--set", gone[0], "--set", gone[1]];
+    let dry_run = ["--config", "configs/tiny/stage1.yaml", "--dry-run"];
+    let error = stderr(&run(&[&dry_run[..], &sets].concat(), 2));
+    assert!(error.contains("`model.llm.from`: there is no folder `nowhere`"), "{error}");
+    let broken = ["--set", gone[0], "--set", "model.llm.from=configs"];
+    let error = stderr(&run(&[&dry_run[..], &broken].concat(), 2));
+    assert!(error.contains("config.json"), "{error}");
 }
 
 /// The machines need not be here, nor the predecessor of a stage; standard output has the tables alone.
 #[test]
-fn planning_prints_every_stage_in_place_of_the_plan() {
+fn planning_prints_every_stage() {
     let args = ["--config", "configs/tiny/curriculum.yaml", "--dry-run", "--world", "16", "--mfu", "0.5"];
     let set = ["--set", "run.device=cuda:3", "--set", "data.streams=16", "--set", "batch.packs_per_step=32"];
     let output = run(&[&args[..], &set].concat(), 0);
@@ -131,7 +162,7 @@ fn planning_that_makes_no_sense_is_refused() {
             "a pack has 256 tokens",
             "hint: give a number",
         ),
-        (&["--dry-run", "--node-gpus", "4"], "--world <N>", "required arguments were not provided"),
+        (&["--node-gpus", "4"], "--dry-run", "required arguments were not provided"),
     ];
     for (options, problem, hint) in cases {
         let error = stderr(&run(&[&stage[..], options].concat(), 2));

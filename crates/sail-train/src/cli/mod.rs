@@ -90,7 +90,7 @@ struct TrainArgs {
     /// Saves and stops (exit code 3) once this step of the running stage is done
     #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
     stop_at: Option<u64>,
-    /// Prints the resolved plan and trains nothing
+    /// Prints what each stage would do and take, and trains nothing; `config show` prints every value of the plan
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -193,16 +193,19 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
 
 fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     let file = args.config.expect("invariant: clap requires --config");
-    let cluster = args.planning.cluster(args.dry_run)?;
+    let started = Place::from_env();
+    let ranks = started.as_ref().map_or(1, |place| place.size);
+    let cluster = args.planning.cluster(args.dry_run, ranks)?;
     let config = config::load(&file, &args.set)?;
-    if args.dry_run {
-        match cluster {
-            None => print(config.to_yaml())?,
-            Some(cluster) => print(args.planning.text(&config, cluster)?)?,
+    if let Some(cluster) = cluster {
+        if started.is_ok_and(|place| !place.is_main()) {
+            return Ok(ExitCode::SUCCESS);
         }
+        let page = args.planning.text(&config, cluster)?;
+        print(format_args!("{page}`sail-train config show {}` prints every value.\n", file.display()))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let place = Place::from_env()?;
+    let place = started?;
     let console = &console.clone().talking(place.is_main());
     let resume = match args.resume.as_str() {
         "auto" => Resume::Auto,

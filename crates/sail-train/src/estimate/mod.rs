@@ -1,8 +1,8 @@
 //! What a stage takes on machines that are not here: memory, bytes between ranks, time.
 //!
 //! From shapes alone: no weights are read and no memory is taken for them. docs/planning.md has the formulas and
-//! how they compare with what was measured. Called by `sail-train --dry-run --world`; [`pass`] and its
-//! [`flops`] serve whoever wants to know how much work a pack is.
+//! how they compare with what was measured. Called by `sail-train --dry-run`; [`pass`] and its [`flops`] serve
+//! whoever wants to know how much work a pack is.
 //!
 //! | to find | open |
 //! |---|---|
@@ -10,28 +10,33 @@
 //! | the models over shapes | `forward`, its operations `ops`, memory and gradients `graph` |
 //! | what a rank holds | [`memory`] |
 //! | how long collectives take | [`link`] |
+//! | a step under each strategy | `step` |
+//! | a stage from its first step to its last | `course` |
 //! | the printed tables | `table` |
 
+mod course;
 pub mod flops;
 mod forward;
 mod graph;
 pub mod link;
 pub mod memory;
 mod ops;
+mod step;
 mod table;
 
 use std::collections::BTreeMap;
 
 use sail_model::vlm::{Vlm, VlmConfig};
 
+pub use self::course::{Course, Phase, Work};
 pub use self::forward::{PackShape, Pass, pass};
 pub use self::graph::{Backend, Live};
-use self::link::{Cluster, Collective, Time};
-use self::memory::{Memory, Sizes};
+use self::link::Cluster;
+use self::step::Steps;
+pub use self::step::StrategyEstimate;
 pub use self::table::Tables;
-use crate::config::{DeviceChoice, Module, Plan, Precision, ReduceDtype, Strategy};
+use crate::config::{DeviceChoice, Module, Plan, Precision, Strategy};
 use crate::error::{Error, Result};
-use crate::optim::layout::{self, Layout};
 use crate::origin::Folders;
 use crate::session::{freeze_plan, model_config, visual_shape};
 use crate::stage::module_of;
@@ -41,7 +46,7 @@ use crate::stage::module_of;
 pub struct PackGuess {
     /// Visual tokens of a pack.
     pub visual_tokens: Option<u64>,
-    /// Tokens of a sample.
+    /// Tokens of a sample; else those of the plan's own numbers, and in a pack as many as fit.
     pub sample_tokens: Option<u64>,
     /// Tokens of a pack that are learnt.
     pub answer_tokens: Option<u64>,
@@ -66,6 +71,8 @@ pub struct StageEstimate {
     pub tokens_per_image: u64,
     /// Packs of each rank in a step.
     pub packs_per_rank: u64,
+    /// Its steps and what they take together.
+    pub course: Course,
     /// The passes over one pack.
     pub pass: Pass,
     /// Collectives of gradients a pass, that is buckets.
@@ -74,27 +81,6 @@ pub struct StageEstimate {
     pub strategies: Vec<StrategyEstimate>,
     /// What would keep a run from being so.
     pub warnings: Vec<String>,
-}
-
-/// What a stage takes under one strategy, for each rank.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StrategyEstimate {
-    /// The strategy.
-    pub strategy: Strategy,
-    /// What a rank holds at most.
-    pub memory: Memory,
-    /// Bytes that a rank sends in a step.
-    pub sent_bytes: f64,
-    /// A step's passes.
-    pub compute_secs: f64,
-    /// A step's collectives, one after the other.
-    pub communication: Time,
-    /// A step when nothing overlaps.
-    pub serial_secs: f64,
-    /// A step when gradients travel during backward passes and parameters during the next forward pass.
-    pub step_secs: f64,
-    /// Tokens of all ranks in a second, with overlap.
-    pub tokens_per_sec: f64,
 }
 
 /// Parameters of a module.
@@ -129,34 +115,15 @@ impl StageEstimate {
         let model = Vlm::shapes_only(config)?;
         let freeze = freeze_plan(&model, plan)?;
         let mut modules: BTreeMap<Module, Counts> = BTreeMap::new();
-        let mut trained = Vec::new();
         for (name, tensor) in model.params() {
             let counts = modules.entry(module_of(name)?).or_default();
-            if freeze.rates(name).is_some() {
-                counts.trained += tensor.numel() as u64;
-                trained.push((name.as_str(), tensor.size()));
-            } else {
-                counts.frozen += tensor.numel() as u64;
-            }
+            let is_trained = freeze.rates(name).is_some();
+            *(if is_trained { &mut counts.trained } else { &mut counts.frozen }) += tensor.numel() as u64;
         }
-        let (blocks, limit) = (model.listener().blocks(), plan.parallel.bucket_elements());
-        let buckets = layout::cut(trained, &blocks, limit, cluster.world as usize)?;
-        let packs = plan.batch.packs_per_step as u64;
-        let step = StepModel {
-            cluster,
-            backend,
-            reduce: plan.parallel.reduce,
-            sizes: Sizes {
-                frozen: modules.values().map(|counts| counts.frozen).sum(),
-                buckets: buckets.iter().map(|bucket| bucket.numel as u64).collect(),
-                averaged: averaged(plan, &buckets),
-            },
-            in_blocks: buckets.iter().map(Layout::is_in_blocks).collect(),
-            packs_per_rank: packs.div_ceil(cluster.world),
-            pass: pass(config, &plan.train, &pack, backend),
-            tokens_per_pack: pack.tokens(),
-        };
-        let strategies = Strategy::ALL.map(|strategy| step.estimate(strategy));
+        let (model, freeze) = (&model, &freeze);
+        let steps = Steps { plan, config, model, freeze, pack: &pack, backend, cluster };
+        let (course, last) = Course::of(&steps, guess)?;
+        let strategies = Strategy::ALL.map(|strategy| last.estimate(strategy));
         let mut warnings = refused(plan, cluster.world);
         let built = 4 * modules.values().map(|counts| counts.trained + counts.frozen).sum::<u64>();
         if strategies.iter().any(|row| row.strategy == plan.parallel.strategy && row.memory.total() < built) {
@@ -172,23 +139,14 @@ impl StageEstimate {
             modules,
             pack,
             tokens_per_image,
-            packs_per_rank: step.packs_per_rank,
-            buckets: buckets.len(),
+            packs_per_rank: (plan.batch.packs_per_step as u64).div_ceil(cluster.world),
+            course,
+            buckets: last.buckets(),
             strategies: strategies.into(),
             warnings,
-            pass: step.pass,
+            pass: last.pass,
         })
     }
-}
-
-/// Elements of the buckets of which the plan keeps moving averages.
-fn averaged(plan: &Plan, buckets: &[Layout]) -> u64 {
-    let Some(ema) = &plan.optimizer.ema else { return 0 };
-    buckets
-        .iter()
-        .filter(|bucket| ema.modules.contains(&bucket.module()))
-        .map(|bucket| bucket.numel as u64)
-        .sum()
 }
 
 /// What a plan says about kernels and types; a machine that is not here has GPUs unless the plan says `cpu`.
@@ -232,69 +190,4 @@ fn refused(plan: &Plan, world: u64) -> Vec<String> {
     refused
         .map(|(path, value)| format!("{world} ranks do not divide `{path}`, {value}: a run would refuse"))
         .collect()
-}
-
-/// What the time of a step depends on.
-struct StepModel {
-    cluster: Cluster,
-    backend: Backend,
-    reduce: ReduceDtype,
-    sizes: Sizes,
-    /// Which buckets the next forward pass does not need from its beginning.
-    in_blocks: Vec<bool>,
-    packs_per_rank: u64,
-    pass: Pass,
-    tokens_per_pack: u64,
-}
-
-impl StepModel {
-    fn estimate(&self, strategy: Strategy) -> StrategyEstimate {
-        let Self { cluster, sizes, packs_per_rank, .. } = self;
-        let is_sharded = strategy != Strategy::Ddp;
-        let summing = if is_sharded { Collective::ReduceScatter } else { Collective::AllReduce };
-        let sums_per_step = if strategy == Strategy::Zero2 { *packs_per_rank } else { 1 };
-        let reduce_bytes = if self.reduce == ReduceDtype::Bf16 { 2 } else { 4 };
-        let trained = sizes.trained();
-        let mut sent_bytes = summing.sent_bytes(reduce_bytes * trained, cluster.world) * sums_per_step as f64;
-        let times = |collective, bytes: u64| -> Vec<Time> {
-            sizes.buckets.iter().map(|numel| cluster.time(collective, bytes * numel)).collect()
-        };
-        let sums = times(summing, reduce_bytes);
-        let gathers =
-            if is_sharded { times(Collective::AllGather, self.backend.compute_bytes) } else { vec![] };
-        if is_sharded {
-            sent_bytes +=
-                Collective::AllGather.sent_bytes(self.backend.compute_bytes * trained, cluster.world);
-        }
-        let flops = self.pass.total_flops();
-        let secs_of = |flops: u64| flops as f64 / (cluster.peak_flops * cluster.mfu);
-        let [forward_secs, backward_secs] = [flops.forward, flops.backward()].map(secs_of);
-        let compute_secs = (forward_secs + backward_secs) * *packs_per_rank as f64;
-
-        let total = |times: &[Time]| times.iter().copied().sum::<Time>();
-        // Gradients leave in the order of the backward pass: the first bucket's leave last, when it is over.
-        let hidden_sums =
-            (total(&sums).secs - sums.first().map_or(0.0, |first| first.secs)).min(backward_secs);
-        let in_blocks = gathers.iter().zip(&self.in_blocks).filter(|(_, in_blocks)| **in_blocks);
-        let hidden_gathers = in_blocks.map(|(time, _)| time.secs).sum::<f64>().min(forward_secs);
-        let communication = total(&sums) * sums_per_step as f64 + total(&gathers);
-        let serial_secs = compute_secs + communication.secs;
-        let step_secs = serial_secs - hidden_sums * sums_per_step as f64 - hidden_gathers;
-        let tokens = self.tokens_per_pack * packs_per_rank * cluster.world;
-        StrategyEstimate {
-            strategy,
-            memory: sizes.memory(
-                (strategy, self.reduce),
-                cluster.world,
-                self.backend.compute_bytes,
-                self.pass.peak,
-            ),
-            sent_bytes,
-            compute_secs,
-            communication,
-            serial_secs,
-            step_secs,
-            tokens_per_sec: tokens as f64 / step_secs,
-        }
-    }
 }

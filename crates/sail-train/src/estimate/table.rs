@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::link::Cluster;
-use super::{Counts, StageEstimate, StrategyEstimate};
+use super::{Counts, Phase, StageEstimate, StrategyEstimate};
 use crate::config::Module;
 use crate::stage::grouped;
 
@@ -67,7 +67,44 @@ impl StageEstimate {
         writeln!(
             f,
             "its work: {total}; forward {forward}, gradients of inputs {inputs}, of weights {weights}"
-        )
+        )?;
+        self.course(f)
+    }
+
+    /// A step of all ranks, and the stage.
+    fn course(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let course = &self.course;
+        let (step, stage) = (&course.step, &course.stage);
+        writeln!(
+            f,
+            "a step: {}, {} tokens, {} samples of {} tokens, {}",
+            count(step.packs as u64, "pack"),
+            whole(step.tokens),
+            whole(step.samples),
+            whole(course.sample_tokens),
+            short(step.flops, "FLOP"),
+        )?;
+        if course.phases.len() > 1 {
+            let begin = |phase: &Phase| match phase.start {
+                0 => format!("{} at first", short(phase.flops, "FLOP")),
+                start => format!("{} after step {}", short(phase.flops, "FLOP"), grouped(start)),
+            };
+            // A point may unlock more of what counts as trained already.
+            let different = course.phases.chunk_by(|a, b| a.flops.total_cmp(&b.flops).is_eq());
+            let steps: Vec<String> = different.map(|same| begin(&same[0])).collect();
+            writeln!(f, "its unlock points: {}", steps.join(", "))?;
+        }
+        writeln!(
+            f,
+            "the stage: {} steps, {} tokens, {} samples, {}, {}",
+            grouped(course.steps),
+            rounded(stage.tokens),
+            rounded(stage.samples),
+            short(stage.flops, "FLOP"),
+            duration(course.secs),
+        )?;
+        let Some(epochs) = course.epochs else { return Ok(()) };
+        writeln!(f, "or less: `data.epochs` {epochs} may end it earlier")
     }
 
     fn memory(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -191,10 +228,26 @@ fn trimmed(value: f64) -> String {
 
 /// 1234567 as `1.23M`, or with a unit as `1.23 MFLOP`.
 fn short(value: f64, unit: &str) -> String {
-    let prefixes = [(1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+    let prefixes = [(1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
     let (size, prefix) = prefixes.into_iter().find(|(size, _)| value >= *size).unwrap_or((1.0, ""));
     let space = if unit.is_empty() { "" } else { " " };
     format!("{}{space}{prefix}{unit}", digits(value / size))
+}
+
+fn whole(value: f64) -> String {
+    grouped(value.round() as u64)
+}
+
+/// Three digits of millions and more, else all.
+fn rounded(value: f64) -> String {
+    if value < 1e6 { whole(value) } else { short(value, "") }
+}
+
+fn duration(secs: f64) -> String {
+    let units = [(86_400.0, "days"), (3600.0, "h"), (60.0, "min")];
+    // Hours stay hours for two days.
+    let (size, unit) = units.into_iter().find(|(size, _)| secs >= 2.0 * size).unwrap_or((1.0, "s"));
+    format!("{} {unit}", digits(secs / size))
 }
 
 fn count(number: u64, what: &str) -> String {
@@ -237,6 +290,8 @@ mod tests {
         parameters: vision 2.78M trained, projector 264k trained, llm 3.67M trained; 5 buckets
         a pack: 256 tokens; 16 images of 16 visual tokens, 1 sample of 256, 256 answer tokens
         its work: 24.1 GFLOP; forward 8.12 GFLOP, gradients of inputs 8.32 GFLOP, of weights 7.68 GFLOP
+        a step: 2 packs, 512 tokens, 2 samples of 256 tokens, 48.2 GFLOP
+        the stage: 12 steps, 6,144 tokens, 24 samples, 579 GFLOP, 0.000854 s
 
         memory of a rank, GiB
         strategy   parameters     masters   gradients     moments activations      logits       total
@@ -268,6 +323,8 @@ mod tests {
         parameters: vision 2.78M trained, projector 264k trained, llm 3.67M trained; 33 buckets
         a pack: 256 tokens; 4 images of 16 visual tokens, 3 samples of 100, 10 answer tokens
         its work: 9.53 GFLOP; forward 3.19 GFLOP, gradients of inputs 3.26 GFLOP, of weights 3.07 GFLOP
+        a step: 2 packs, 512 tokens, 5 samples of 100 tokens, 19.1 GFLOP
+        the stage: 12 steps, 6,144 tokens, 61 samples, 229 GFLOP, 1.75 s
 
         memory of a rank, GiB
         strategy   parameters     masters   gradients     moments activations      logits       total
@@ -313,5 +370,8 @@ mod tests {
         assert_eq!(cases.map(digits), ["0", "0.000123", "0.0123", "1.00", "12.3", "1234", "10000000"]);
         assert_eq!([40.0, 12.5].map(trimmed), ["40", "12.5"]);
         assert_eq!(short(2.5e9, "FLOP"), "2.50 GFLOP");
+        assert_eq!([512.0, 999_999.6, 2.5e9].map(rounded), ["512", "1,000,000", "2.50G"]);
+        let times = [0.5, 119.0, 7199.0, 7201.0, 2e5].map(duration);
+        assert_eq!(times, ["0.500 s", "119 s", "120 min", "2.00 h", "2.31 days"]);
     }
 }
