@@ -24,6 +24,7 @@ mod stopping;
 mod unlocking;
 mod usage;
 mod watchdog;
+mod wrong_files;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

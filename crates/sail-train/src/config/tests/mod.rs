@@ -1,5 +1,6 @@
 //! Tests of the configuration: `faults` snapshots every kind of message, `plans` what good files resolve to.
 
+mod cases;
 mod faults;
 mod plans;
 mod schema;
@@ -8,32 +9,8 @@ mod wrong;
 use std::fs;
 use std::path::Path;
 
+use self::cases::{STAGE, edited};
 use super::{Config, ConfigErrors, Plan, load};
-
-/// The shortest stage there is, with the line numbers that the snapshots name.
-const STAGE: &str = r#"run: { name: demo, dir: runs/demo }
-model:
-  vision: { from: weights/vit, image_px: 112 }
-  llm: { from: weights/llm }
-train:
-  vision: frozen
-  projector: { lr: 1e-3 }
-  llm: frozen
-schedule: { steps: 60 }
-batch: { tokens_per_pack: 512, packs_per_step: 8 }
-data:
-  streams: 2
-  sources:
-    - { name: caption, shards: "caption-*.tar" }
-"#;
-
-/// [`STAGE`] with pieces of text replaced.
-fn edited(edits: &[(&str, &str)]) -> String {
-    edits.iter().fold(STAGE.to_owned(), |text, (old, new)| {
-        assert!(text.contains(old), "`{old}` is not in the stage");
-        text.replace(old, new)
-    })
-}
 
 /// Writes the files into a new folder and loads the first.
 fn load_files(files: &[(&str, &str)], sets: &[&str]) -> Result<Config, ConfigErrors> {
