@@ -16,6 +16,7 @@ mod networks;
 mod parallel;
 mod processes;
 mod rank_faults;
+mod recipes;
 mod reliability;
 mod resume;
 mod searching;

@@ -1,8 +1,10 @@
-//! Tests of the configuration: `faults` snapshots every kind of message, `plans` what good files resolve to.
+//! Tests of the configuration: `faults` snapshots every kind of message, `plans` what good files resolve to, `recipes`
+//! what the experiments in `configs/` have in common.
 
 mod cases;
 mod faults;
 mod plans;
+mod recipes;
 mod schema;
 mod wrong;
 
