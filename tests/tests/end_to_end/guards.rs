@@ -5,6 +5,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::SystemTime;
 
+use sail_train::checkpoint::Checkpoint;
+use sail_train::optim::StateKind;
 use serde_json::Value;
 
 use crate::parallel::assert_close;
@@ -177,6 +179,75 @@ fn a_spike_sends_the_run_back() {
     let said = later.run(later.alone(), 0);
     assert!(said.contains("back to step 12"), "{said}");
     assert_tripped(&later, "rollback");
+}
+
+/// Half of the language model joins after this step, later than the newest checkpoint before the garbage.
+const UNLOCKED: u64 = 12;
+
+fn half_joins(lr: &str) -> [String; 2] {
+    [
+        "train.rules=[{match: 'llm.blocks[1]', train: frozen}]".to_owned(),
+        format!("train.unfreeze=[{{at: {UNLOCKED}, match: 'llm.blocks[1]', lr: {lr}}}]"),
+    ]
+}
+
+/// A snapshot is taken where parts join, so that what is put back is what is trained.
+#[test]
+fn a_run_goes_back_to_where_parts_joined() {
+    let [rules, unfreeze] = half_joins("5e-4");
+    let back_sets = [&rules, &unfreeze, "guard.spike=rollback"].map(|set| set as &str);
+    let back = job(&[GARBAGE.0], &back_sets);
+    let said = back.run(back.alone(), 0);
+    assert!(said.contains(&format!("back to step {UNLOCKED}, with the data that follows")), "{said}");
+    assert_tripped(&back, "rollback");
+    assert_eq!(steps_made(&back), (1..=STEPS).collect::<Vec<_>>());
+
+    // To go back to before the step and to leave it out are the same; the latter counts the step.
+    let longer = format!("schedule.steps={}", STEPS + 1);
+    let skipped = alone(&[GARBAGE.0], &[&rules, &unfreeze, "guard.spike=skip", &longer]);
+    let weights = [&back, &skipped].map(Job::newest);
+    let frozen = Checkpoint::open(&back.run_dir().join("step-00000010")).unwrap();
+    let mut joined = 0;
+    for name in weights[0].names() {
+        for kind in StateKind::ALL {
+            let [found, expected] = [&weights[0], &weights[1]].map(|weights| weights.tensor(name, kind));
+            assert_eq!(found.ok(), expected.ok(), "{kind:?} of `{name}`");
+        }
+        if name.starts_with("llm.model.layers.1.") {
+            joined += 1;
+            assert!(frozen.tensor(name, StateKind::ExpAvg).is_err(), "`{name}`");
+            assert!(weights[0].tensor(name, StateKind::ExpAvg).is_ok(), "`{name}`");
+        }
+    }
+    assert!(joined > 5);
+
+    for strategy in ["ddp", "zero2"] {
+        let two = job(&[GARBAGE.0], &[&back_sets[..], &[&format!("parallel.strategy={strategy}")]].concat());
+        two.run(two.launch(2), 0);
+        assert_tripped(&two, "rollback");
+        assert_close(strategy, &two, &back);
+    }
+
+    // What is saved there is trained on with the part that joined.
+    let stopped = job(&[GARBAGE.0], &back_sets);
+    let said = stopped.run(stop_at(stopped.alone(), GARBAGE.1), 3);
+    assert!(said.contains(&format!("saved at step {UNLOCKED} and stopped")), "{said}");
+    stopped.run(stopped.alone(), 0);
+    assert_same("stopped while it went back", &stopped, &back);
+    assert_same_trips(&stopped, &back);
+}
+
+/// A part that breaks the weights when it joins does so again after the run went back to there.
+#[test]
+fn a_part_that_breaks_the_weights_ends_the_run() {
+    let [rules, unfreeze] = half_joins("1e30");
+    let job = job(&[], &[&rules, &unfreeze, "guard.not_finite=rollback"]);
+    let said = job.run(job.alone(), 1);
+    assert!(said.contains("not finite") && said.contains("hint:"), "{said}");
+    let step = UNLOCKED + 2;
+    let actions = ["rollback", "rollback", "rollback", "stop"].map(|action| (step, action.to_owned()));
+    assert_eq!(trip_list(&job), actions);
+    assert_eq!(complete(&job.run_dir()).last().map(String::as_str), Some("step-00000010"));
 }
 
 #[test]

@@ -13,6 +13,7 @@ use tch::Tensor;
 use crate::processes::{Job, assert_same, steps};
 
 const STEPS: u64 = 10;
+const BF16: &str = "run.precision=bf16";
 
 /// Points in every form that `at` has. Of the models' two layers each, the upper one first.
 const POINTS: &str = "train.unfreeze=[\
@@ -88,27 +89,52 @@ fn what_is_named_moves_from_its_point_on() {
     }
 }
 
+/// Stops a training after each of these steps, and lets it go on to its end each time.
+fn assert_resumes_after(stops: impl IntoIterator<Item = u64>, ranks: usize, sets: &[&str]) {
+    let straight = job(sets);
+    straight.run(start(&straight, ranks), 0);
+    for stop in stops {
+        let job = job(sets);
+        job.run(stop_at(start(&job, ranks), stop), 3);
+        job.run(start(&job, ranks), 0);
+        assert_same(&format!("{ranks} ranks, {sets:?}, stopped after {stop}"), &job, &straight);
+    }
+}
+
+fn stop_at(mut command: Command, step: u64) -> Command {
+    command.args(["--stop-at", &step.to_string()]);
+    command
+}
+
 #[test]
 fn a_run_resumes_on_either_side_of_every_point() {
-    let bf16 = "run.precision=bf16";
-    let every: Vec<u64> = (1..STEPS).collect();
-    for (ranks, sets, stops) in [
-        (1, vec![], &every[..]),
-        (1, vec![bf16], &[3, 5]),
-        (2, vec!["parallel.strategy=zero1"], &[3, 8]),
-        (2, vec!["parallel.strategy=zero2", bf16], &[5]),
-    ] {
-        let straight = job(&sets);
-        straight.run(start(&straight, ranks), 0);
-        for stop in stops {
-            let job = job(&sets);
-            let mut command = start(&job, ranks);
-            command.args(["--stop-at", &stop.to_string()]);
-            job.run(command, 3);
-            job.run(start(&job, ranks), 0);
-            assert_same(&format!("{ranks} ranks, {sets:?}, stopped after {stop}"), &job, &straight);
-        }
+    assert_resumes_after(1..STEPS, 1, &[]);
+    assert_resumes_after([3, 5], 1, &[BF16]);
+    assert_resumes_after([5], 2, &["parallel.strategy=zero2", BF16]);
+}
+
+#[test]
+#[ignore = "minutes; run by scripts/test.sh --extended"]
+fn ranks_resume_on_either_side_of_every_point() {
+    for strategy in ["ddp", "zero1", "zero2"] {
+        let strategy = format!("parallel.strategy={strategy}");
+        assert_resumes_after(1..STEPS, 2, &[&strategy]);
+        assert_resumes_after(1..STEPS, 2, &[&strategy, BF16]);
     }
+}
+
+/// Two ranks that start anew for every step, each time from what the last ones left.
+#[test]
+fn ranks_may_stop_after_every_step() {
+    let sets = ["parallel.strategy=zero1"];
+    let straight = job(&sets);
+    straight.run(start(&straight, 2), 0);
+    let job = job(&sets);
+    for step in 1..STEPS {
+        job.run(stop_at(start(&job, 2), step), 3);
+    }
+    job.run(start(&job, 2), 0);
+    assert_same("stopped after every step", &job, &straight);
 }
 
 /// In bf16 the rest of a module of which a part was unlocked was stored as it computes, not as it was read.
@@ -154,9 +180,7 @@ fn a_point_is_recorded_once_though_the_run_is_killed_after_it() {
             fs::remove_dir_all(path).unwrap();
         }
     }
-    let mut command = job.alone();
-    command.args(["--stop-at", "4"]);
-    let said = job.run(command, 3);
+    let said = job.run(stop_at(job.alone(), 4), 3);
     assert!(said.contains("resumes after step 2"), "{said}");
     assert_eq!(count(), 1);
 }
