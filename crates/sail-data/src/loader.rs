@@ -51,7 +51,7 @@ impl LoaderOptions {
 /// The packs of the streams in turn: pack g comes from stream g mod S, and goes to rank g mod W.
 #[derive(Debug)]
 pub struct Loader {
-    pool: ThreadPool,
+    pool: Arc<ThreadPool>,
     shared: Arc<Shared>,
     options: LoaderOptions,
     /// This rank's streams that are not at work; stream s is at s / W.
@@ -100,9 +100,28 @@ impl Loader {
         let sources: Vec<Arc<Source>> = Source::open_all(spec)?.into_iter().map(Arc::new).collect();
         check_options(options, spec.streams)?;
         let shared = Arc::new(Shared::new(spec.clone(), sources, encoder));
+        Self::at(shared, Arc::new(start_pool(options.threads)?), options, position)
+    }
+
+    /// Goes on from another position of the same sources, which need not be looked for again.
+    ///
+    /// # Errors
+    /// As [`Loader::new`] with a position.
+    pub fn go_to(&mut self, position: Position) -> Result<()> {
+        let (shared, pool) = (Arc::clone(&self.shared), Arc::clone(&self.pool));
+        // Packs in preparation are made to their end, and nobody waits for them.
+        *self = Self::at(shared, pool, self.options, Some(position))?;
+        Ok(())
+    }
+
+    fn at(
+        shared: Arc<Shared>,
+        pool: Arc<ThreadPool>,
+        options: LoaderOptions,
+        position: Option<Position>,
+    ) -> Result<Self> {
         let LoaderOptions { threads, rank, world } = options;
-        let (states, first) = own_states(position, spec.streams, options)?;
-        let pool = start_pool(threads)?;
+        let (states, first) = own_states(position, shared.spec.streams, options)?;
         let open = |(index, state)| Stream::new(Arc::clone(&shared), rank + index * world, state).map(Some);
         let idle = states.into_iter().enumerate().map(open).collect::<Result<Vec<_>>>()?;
         let states: Vec<StreamState> = idle.iter().flatten().map(Stream::state).collect();

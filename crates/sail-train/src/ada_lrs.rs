@@ -1,8 +1,9 @@
 //! A line search for the learning rate on the slope of the training loss: `AdaLRS`, as in the SAIL-VL2 report
 //! (arXiv 2509.14033).
 //!
-//! Windows of steps alternate: one measures how fast the loss falls, the next tries a higher rate from a snapshot taken
-//! between the two. Pure: losses in, decisions out. The train loop takes the snapshots and goes back to them.
+//! A window of steps is made at the rate that there is, and once more, from the same weights on the same data, at a
+//! higher one; what is not wanted of the two is undone. Pure: losses in, decisions out. The train loop takes the
+//! snapshots and goes back to them; docs/decisions/0015-paired-trials.md says why the data is the same.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,52 +12,59 @@ use crate::config::AdaLrsPlan;
 /// How fast the loss falls in a window of steps.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Slope {
-    /// Loss that a step takes away: the slope of a line through the losses, fitted by least squares, its sign turned.
+    /// Loss that a step takes away.
     pub speed: f64,
     /// Standard error of it.
     pub error: f64,
 }
 
 impl Slope {
-    /// Of at least 3 losses.
-    pub fn of(losses: &[f64]) -> Self {
-        let n = losses.len() as f64;
-        let (mean_x, mean_y) = ((n - 1.0) / 2.0, losses.iter().sum::<f64>() / n);
-        let points = || losses.iter().enumerate().map(|(x, y)| (x as f64 - mean_x, y - mean_y));
+    /// How much faster the loss falls in `tried` than in `measured`. Step by step the first is below the second by
+    /// their difference; before the first step, where the weights are the same, by nothing. This is the slope of a line
+    /// through that origin, fitted by least squares.
+    pub fn gain(measured: &[f64], tried: &[f64]) -> Self {
+        let points = || measured.iter().zip(tried).enumerate().map(|(i, (m, t))| ((i + 1) as f64, m - t));
         let sum_xx: f64 = points().map(|(x, _)| x * x).sum();
-        let slope = points().map(|(x, y)| x * y).sum::<f64>() / sum_xx;
-        let residuals: f64 = points().map(|(x, y)| (y - slope * x).powi(2)).sum();
-        Self { speed: -slope, error: (residuals / (n - 2.0) / sum_xx).sqrt() }
+        let speed = points().map(|(x, y)| x * y).sum::<f64>() / sum_xx;
+        let residuals: f64 = points().map(|(x, y)| (y - speed * x).powi(2)).sum();
+        Self { speed, error: (residuals / (points().count() as f64 - 1.0) / sum_xx).sqrt() }
     }
 }
 
-/// Where a search stands. Checkpoints hold it.
+/// Where a search stands. Checkpoints hold it as it is between two windows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdaLrs {
     /// What all learning rates are multiplied with.
     pub scale: f64,
     /// Trials that have ended.
     trials: i32,
-    /// Of the steps of this window.
-    losses: Vec<f64>,
-    /// While a trial runs: the scale and the slope before it.
-    trial: Option<(f64, Slope)>,
+    #[serde(skip)]
+    window: Option<Window>,
+}
+
+/// A window of steps that is made twice.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Window {
+    /// Losses at the rate that there is.
+    measured: Vec<f64>,
+    /// While the trial runs: losses at the higher rate, and the scale before it.
+    tried: Option<(Vec<f64>, f64)>,
 }
 
 /// What a trial has shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finding {
-    /// The loss falls faster by more than twice the error: the higher rate stays.
+    /// The loss falls faster by more than twice the error: the steps of the trial stay, and the higher rate.
     Keep,
-    /// About as fast: the steps stay, the rate is the old one again.
+    /// About as fast: the steps before the trial stay, and their rate.
     Leave,
-    /// Slower by more than twice the error: weights and moments go back to before the trial, and the rate is lowered.
+    /// Slower by more than twice the error: the steps before the trial stay, and the rate is lowered.
     GoBack,
 }
 
 /// A trial that has ended.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Trial {
     /// Its number, from 1.
     pub trial: i32,
@@ -64,77 +72,102 @@ pub struct Trial {
     pub scale_before: f64,
     /// The scale that was tried.
     pub scale_tried: f64,
-    /// The slope before it.
-    pub before: Slope,
-    /// The slope in it.
-    pub tried: Slope,
+    /// How much faster the loss fell in it; `None` where it broke off at a step that is not to be made.
+    pub gain: Option<Slope>,
     /// What follows.
     pub verdict: Finding,
     /// The scale from now on.
     pub scale: f64,
 }
 
+/// What follows after a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Next {
+    /// The next step.
+    Step,
+    /// The steps of the window once more, at the higher rate that `scale` is of now.
+    Try,
+    /// The trial has ended.
+    End(Trial),
+}
+
 impl Default for AdaLrs {
     fn default() -> Self {
-        Self { scale: 1.0, trials: 0, losses: Vec::new(), trial: None }
+        Self { scale: 1.0, trials: 0, window: None }
     }
 }
 
 impl AdaLrs {
-    /// The same, where what a trial could go back to is gone: the old rate, and windows that begin anew.
-    #[must_use]
-    pub fn without_trial(self) -> Self {
-        match self.trial {
-            Some((scale, _)) => Self { scale, losses: Vec::new(), trial: None, ..self },
-            None => self,
-        }
-    }
-
     /// Trials that have ended.
     pub fn trials(&self) -> u64 {
         self.trials.unsigned_abs().into()
     }
 
-    /// Whether a trial runs: weights and moments may go back to its beginning.
+    /// Whether steps may yet be undone: those since the window began.
+    pub fn in_window(&self) -> bool {
+        self.window.is_some()
+    }
+
+    /// Whether the higher rate is being tried.
     pub fn in_trial(&self) -> bool {
-        self.trial.is_some()
+        self.window.as_ref().is_some_and(|window| window.tried.is_some())
     }
 
-    /// Whether a trial is to begin now, once a snapshot is taken.
+    /// Whether a window is to begin now, once a snapshot is taken.
     pub fn is_ready(&self, plan: &AdaLrsPlan) -> bool {
-        self.trial.is_none() && self.losses.len() >= plan.window && self.factors(plan) != (1.0, 1.0)
+        self.window.is_none() && self.factors(plan) != (1.0, 1.0)
     }
 
-    /// Begins a trial at the higher rate.
-    pub fn begin(&mut self, plan: &AdaLrsPlan) {
-        let before = Slope::of(&std::mem::take(&mut self.losses));
-        self.trial = Some((self.scale, before));
-        self.scale *= self.factors(plan).0;
+    /// Begins a window.
+    pub fn begin(&mut self) {
+        self.window = Some(Window::default());
     }
 
-    /// Takes note of a step's loss; of the last one of a trial, decides.
-    pub fn observe(&mut self, plan: &AdaLrsPlan, loss: f64) -> Option<Trial> {
-        self.losses.push(loss);
-        let full = self.losses.len() >= plan.window;
-        let Some((scale_before, before)) = self.trial.filter(|_| full) else {
-            // Nothing is measured any more once the search is over, and of a window that waits only the last steps.
-            let most = if self.factors(plan) == (1.0, 1.0) { 0 } else { plan.window };
-            self.losses.drain(..self.losses.len().saturating_sub(most));
-            return None;
+    /// Forgets a window in which nothing is tried yet: what its beginning could be gone back to with is gone.
+    pub fn forget_window(&mut self) {
+        self.window = None;
+    }
+
+    /// Takes note of a step's loss.
+    pub fn observe(&mut self, plan: &AdaLrsPlan, loss: f64) -> Next {
+        let up = self.factors(plan).0;
+        let Some(window) = &mut self.window else { return Next::Step };
+        let losses = window.tried.as_mut().map_or(&mut window.measured, |(losses, _)| losses);
+        losses.push(loss);
+        if losses.len() < plan.window {
+            return Next::Step;
+        }
+        let Some((tried, _)) = &window.tried else {
+            window.tried = Some((Vec::new(), self.scale));
+            self.scale *= up;
+            return Next::Try;
         };
-        let tried = Slope::of(&std::mem::take(&mut self.losses));
+        let gain = Slope::gain(&window.measured, tried);
+        let verdict = match gain.speed {
+            faster if faster > 2.0 * gain.error => Finding::Keep,
+            slower if slower < -2.0 * gain.error => Finding::GoBack,
+            _ => Finding::Leave,
+        };
+        Next::End(self.end(plan, Some(gain), verdict))
+    }
+
+    /// Ends a trial in which a step is not to be made: it is worse.
+    pub fn break_off(&mut self, plan: &AdaLrsPlan) -> Trial {
+        self.end(plan, None, Finding::GoBack)
+    }
+
+    fn end(&mut self, plan: &AdaLrsPlan, gain: Option<Slope>, verdict: Finding) -> Trial {
         let (scale_tried, (_, down)) = (self.scale, self.factors(plan));
-        let change = tried.speed - before.speed;
-        let (verdict, scale) = if change > 2.0 * before.error {
-            (Finding::Keep, scale_tried)
-        } else if change < -2.0 * before.error {
-            (Finding::GoBack, scale_before * down)
-        } else {
-            (Finding::Leave, scale_before)
+        let tried = self.window.take().and_then(|window| window.tried);
+        let (_, scale_before) = tried.expect("invariant: called while a trial runs");
+        let scale = match verdict {
+            Finding::Keep => scale_tried,
+            Finding::Leave => scale_before,
+            Finding::GoBack => scale_before * down,
         };
         self.trials += 1;
-        (self.scale, self.trial) = (scale, None);
-        Some(Trial { trial: self.trials, scale_before, scale_tried, before, tried, verdict, scale })
+        self.scale = scale;
+        Trial { trial: self.trials, scale_before, scale_tried, gain, verdict, scale }
     }
 
     /// Up and down: `max(lambda^t alpha, 1)` and `1 / max(lambda^t beta, 1)` after t trials.
@@ -155,68 +188,75 @@ mod tests {
         [(0.0, 0.01), (1.0, -0.01), (2.0, -0.01), (3.0, 0.01)].map(|(step, off)| 5.0 - speed * step + off)
     }
 
-    fn window(search: &mut AdaLrs, speed: f64) -> Option<Trial> {
-        falling(speed).into_iter().map(|loss| search.observe(&PLAN, loss)).last().flatten()
+    /// A window at both rates, in which the loss falls by these.
+    fn window(search: &mut AdaLrs, plan: &AdaLrsPlan, measured: f64, tried: impl Fn(f64) -> f64) -> Trial {
+        assert!(search.is_ready(plan) && !search.in_window());
+        search.begin();
+        assert!(!search.is_ready(plan) && search.in_window() && !search.in_trial());
+        let nexts = falling(measured).map(|loss| search.observe(plan, loss));
+        assert_eq!(nexts, [Next::Step, Next::Step, Next::Step, Next::Try]);
+        assert!(search.in_trial());
+        let speed = tried(search.scale);
+        match falling(speed).map(|loss| search.observe(plan, loss)) {
+            [Next::Step, Next::Step, Next::Step, Next::End(trial)] => trial,
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
-    fn a_slope_and_its_error_are_those_of_least_squares() {
-        // By hand: y = 1, 3, 2 over x = 0, 1, 2: slope 1/2, residuals -1/2, 1, -1/2, so s^2 = 3/2 and Sxx = 2.
-        let slope = Slope::of(&[1.0, 3.0, 2.0]);
-        assert!(
-            (slope.speed + 0.5).abs() < 1e-12 && (slope.error - (1.5f64 / 2.0).sqrt()).abs() < 1e-12,
-            "{slope:?}"
-        );
-        let line = Slope::of(&[4.0, 3.5, 3.0, 2.5]);
-        assert!((line.speed - 0.5).abs() < 1e-12 && line.error < 1e-12, "{line:?}");
+    fn a_gain_and_its_error_are_those_of_least_squares() {
+        // By hand: y = 1, 3, 2 at x = 1, 2, 3: slope 13/14; squared residuals 1/196, 256/196, 121/196, so s^2 = 27/28.
+        let gain = Slope::gain(&[9.0, 9.0, 9.0], &[8.0, 6.0, 7.0]);
+        assert!((gain.speed - 13.0 / 14.0).abs() < 1e-12, "{gain:?}");
+        assert!((gain.error - (27.0f64 / 28.0 / 14.0).sqrt()).abs() < 1e-12, "{gain:?}");
+        // What data does to both is no difference.
+        let noisy = [5.0, 7.0, 4.0, 6.0];
+        let tried: Vec<f64> = noisy.iter().enumerate().map(|(i, loss)| loss - 0.5 * (i + 1) as f64).collect();
+        let gain = Slope::gain(&noisy, &tried);
+        assert!((gain.speed - 0.5).abs() < 1e-12 && gain.error < 1e-12, "{gain:?}");
     }
 
     #[test]
     fn trials_keep_leave_and_go_back() {
         let mut search = AdaLrs::default();
-        assert_eq!(window(&mut search, 0.1), None);
-        assert!(search.is_ready(&PLAN) && !search.in_trial());
-        search.begin(&PLAN);
-        assert!(search.in_trial() && !search.is_ready(&PLAN));
-        assert!((search.scale - 3.0).abs() < 1e-12);
         // Faster: kept.
-        let trial = window(&mut search, 0.2).unwrap();
+        let trial = window(&mut search, &PLAN, 0.1, |_| 0.2);
         assert_eq!((trial.verdict, trial.trial), (Finding::Keep, 1));
-        assert!((search.scale - 3.0).abs() < 1e-12 && !search.in_trial());
-        // The next one goes up by 1.5 only, and about as fast is left.
-        assert_eq!(window(&mut search, 0.2), None);
-        search.begin(&PLAN);
-        assert!((search.scale - 4.5).abs() < 1e-12);
-        assert_eq!(window(&mut search, 0.2).unwrap().verdict, Finding::Leave);
-        assert!((search.scale - 3.0).abs() < 1e-12);
+        assert_eq!((trial.scale_before, trial.scale_tried, trial.scale, search.scale), (1.0, 3.0, 3.0, 3.0));
+        // The next one goes up by 1.5 only, and as fast is left.
+        let trial = window(&mut search, &PLAN, 0.2, |_| 0.2);
+        assert_eq!((trial.verdict, trial.scale_tried, search.scale), (Finding::Leave, 4.5, 3.0));
         // By now both factors have come to 1, and the search is over.
-        assert_eq!(window(&mut search, 0.2), None);
         assert!(!search.is_ready(&PLAN));
-        assert!(search.losses.is_empty());
+        assert_eq!(search.observe(&PLAN, 1.0), Next::Step);
 
         let mut search = AdaLrs::default();
-        window(&mut search, 0.2);
-        search.begin(&PLAN);
-        let trial = window(&mut search, -0.3).unwrap();
-        assert_eq!(trial.verdict, Finding::GoBack);
-        assert!((search.scale - 0.5).abs() < 1e-12 && (trial.scale_tried - 3.0).abs() < 1e-12);
+        let trial = window(&mut search, &PLAN, 0.2, |_| 0.1);
+        assert_eq!((trial.verdict, trial.scale_tried, search.scale), (Finding::GoBack, 3.0, 0.5));
+
+        let mut search = AdaLrs::default();
+        search.begin();
+        let _ = falling(0.1).map(|loss| search.observe(&PLAN, loss));
+        search.observe(&PLAN, 5.0);
+        let trial = search.break_off(&PLAN);
+        assert_eq!((trial.verdict, trial.gain, search.scale), (Finding::GoBack, None, 0.5));
+        assert!(!search.in_window());
     }
 
-    /// A loss that is a parabola in the rate: from far below and far above, the search comes near the best rate.
+    /// A loss whose speed is a parabola in the logarithm of the rate, and which falls ever slower as training does: from
+    /// far below and far above, the search comes near the best rate.
     #[test]
     fn it_comes_near_the_best_rate_from_below_and_above() {
         let plan = AdaLrsPlan { window: 4, alpha: 3, beta: 2, lambda: 0.9 };
         for start in [0.1, 10.0] {
             let mut search = AdaLrs::default();
-            for _ in 0..60 {
-                if search.is_ready(&plan) {
-                    search.begin(&plan);
-                }
-                let rate = start * search.scale;
-                let speed = 0.5 - 0.2 * rate.ln().powi(2);
-                for loss in falling(speed) {
-                    search.observe(&plan, loss);
-                }
+            let mut windows = 0;
+            while search.is_ready(&plan) {
+                let slower = 1.0 / f64::from(1 + windows);
+                let speed = |scale: f64| slower * (0.5 - 0.02 * (start * scale).ln().powi(2));
+                let measured = speed(search.scale);
+                window(&mut search, &plan, measured, speed);
+                windows += 1;
             }
             let rate = start * search.scale;
             assert!((0.5..2.0).contains(&rate), "from {start}: {rate}");

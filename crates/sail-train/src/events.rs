@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sail_data::Tally;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tracing::warn;
 use tracing_subscriber::fmt::MakeWriter;
@@ -158,6 +158,8 @@ pub struct Events {
     /// How far the stage had come when this process began, and how far it is now.
     began: Progress,
     at: Progress,
+    /// Lines of steps that may yet be undone, while a trial runs.
+    trial: Option<Vec<Value>>,
 }
 
 impl Events {
@@ -187,7 +189,7 @@ impl Events {
             console.bars.add(bar)
         });
         let started = Instant::now();
-        Ok(Self { console, bar, files, plan: plan.clone(), started, began: at, at })
+        Ok(Self { console, bar, files, plan: plan.clone(), started, began: at, at, trial: None })
     }
 
     /// Prints a message.
@@ -198,14 +200,18 @@ impl Events {
     /// Records a step; shows it when it is due.
     pub fn step(&mut self, report: &StepReport) {
         let tokens_per_sec = report.size.tokens as f64 / report.step_secs;
-        self.write(&json!({
+        let line = json!({
             "kind": "train", "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
             "samples": report.size.samples, "tokens": report.size.tokens,
             "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
             "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
             "sent_bytes": report.sent_bytes, "packing": report.packing,
             "peak_memory_bytes": report.peak_memory_bytes, "coverage": report.coverage,
-        }));
+        });
+        match &mut self.trial {
+            Some(lines) => lines.push(line),
+            None => self.write(&line),
+        }
         self.at = Progress { steps: report.step, tokens: self.at.tokens + report.size.tokens };
         let (schedule, wait) = (&self.plan.schedule, 100.0 * report.data_wait_secs / report.step_secs);
         let done = schedule.length.of(self.at);
@@ -246,19 +252,44 @@ impl Events {
         self.note(format!("{name}: after step {step} {parts} is trained as well, {tensors} tensors"));
     }
 
-    /// Records and tells what a trial of another learning rate has led to.
-    pub fn trial(&mut self, step: u64, trial: &Trial) {
-        self.write(&json!({"kind": "ada_lrs", "step": step, "trial": trial}));
-        let Trial { trial, scale_before, scale_tried, before, tried, verdict, scale } = trial;
+    /// Steps after `start` are made once more; they are recorded when they are kept.
+    pub fn begin_trial(&mut self, start: Progress) {
+        self.at = start;
+        self.trial = Some(Vec::new());
+    }
+
+    /// Records the steps of the trial in place of those that were made before it since `start`.
+    pub fn keep_trial(&mut self, start: Progress) {
+        let at = self.at;
+        self.back_to(start);
+        for line in self.trial.take().unwrap_or_default() {
+            self.write(&line);
+        }
+        self.at = at;
+    }
+
+    /// Forgets the steps of the trial; the run goes on from `to`.
+    pub fn drop_trial(&mut self, to: Progress) {
+        self.at = to;
+        self.trial = None;
+    }
+
+    /// Records and tells what a trial of another learning rate has led to. `window` is the steps before and after it.
+    pub fn trial(&mut self, window: (u64, u64), trial: &Trial) {
+        let (from, step) = window;
+        self.write(&json!({"kind": "ada_lrs", "step": step, "from": from, "trial": trial}));
+        let Trial { trial, scale_before, scale_tried, gain, verdict, scale } = trial;
         let found = match verdict {
             Finding::Keep => "is kept",
             Finding::Leave => "makes no difference",
-            Finding::GoBack => "is worse: back to before it",
+            Finding::GoBack => "is worse",
         };
+        let gain = gain.map_or("a step that is not to be made".to_owned(), |gain| {
+            format!("the loss falls {:+.2e} a step faster (+-{:.1e})", gain.speed, gain.error)
+        });
         self.note(format!(
-            "{}: trial {trial} of the rates x{scale_tried:.3} for x{scale_before:.3} {found}; fall of the loss a step \
-             {:.2e} (+-{:.1e}), in the trial {:.2e}; now x{scale:.3}",
-            self.plan.run.name, before.speed, before.error, tried.speed
+            "{}: trial {trial} of the rates x{scale_tried:.3} for x{scale_before:.3} {found}: {gain}; now x{scale:.3}",
+            self.plan.run.name
         ));
     }
 
@@ -424,11 +455,20 @@ pub(crate) fn trips(run_dir: &Path) -> Result<Vec<Value>> {
     newest_lines(&run_dir.join(TRIPS))
 }
 
-/// The steps that a run went back to from trials of another learning rate, newest first.
-pub(crate) fn undone_trials(run_dir: &Path) -> Result<Vec<u64>> {
-    let lines = newest_lines(&run_dir.join(METRICS))?;
-    let undone = |line: &Value| (line["trial"]["verdict"] == "go_back").then(|| line["step"].as_u64())?;
-    Ok(lines.iter().filter_map(undone).collect())
+/// A trial of another learning rate, and the steps before and after its window.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(crate) struct RecordedTrial {
+    pub(crate) from: u64,
+    pub(crate) step: u64,
+    pub(crate) trial: Trial,
+}
+
+/// The trials that a run has made, the newest first.
+pub(crate) fn trials(run_dir: &Path) -> Result<Vec<RecordedTrial>> {
+    let path = run_dir.join(METRICS);
+    let broken = |error: serde_json::Error| Error::io(&path)(error.into());
+    let lines = newest_lines(&path)?.into_iter().filter(|line| line["kind"] == "ada_lrs");
+    lines.map(|line| serde_json::from_value(line).map_err(broken)).collect()
 }
 
 fn newest_lines(path: &Path) -> Result<Vec<Value>> {

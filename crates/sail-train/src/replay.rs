@@ -9,11 +9,11 @@ use std::sync::Arc;
 use serde_json::Value;
 use tch::Kind;
 
-use crate::ada_lrs;
+use crate::ada_lrs::Finding;
 use crate::checkpoint::{Checkpoint, newest_before};
 use crate::config::{Amount, GuardAction, Module};
 use crate::error::{Error, Result};
-use crate::events::{Console, trips, undone_trials};
+use crate::events::{Console, RecordedTrial, trials, trips};
 use crate::session::Session;
 use crate::stage::module_of;
 use crate::step::Step;
@@ -68,10 +68,7 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
         Some(path) => before(Checkpoint::open(path)?, step)?,
         None => find(run_dir, step, trip)?,
     };
-    let from = checkpoint.state().step;
-    if let Some(to) = undone_trials(run_dir)?.into_iter().find(|to| (from..step).contains(to)) {
-        return Err(went_back(to, step));
-    }
+    let trials = trials(run_dir)?;
     let mut plan = checkpoint.state().plan.clone();
     if let Amount::Steps(last) = plan.schedule.length
         && step > last
@@ -94,6 +91,7 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
         step - 1 - session.step
     ));
     while session.step + 1 < step {
+        session.follow_search(scale_at(&trials, session.step + 1));
         make_again(&mut session, &trips, step)?;
     }
     let wanted = next(&mut session, step)?;
@@ -114,6 +112,16 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
         (beyond && went_back).then(|| other["step"].as_u64())?
     });
     Ok(Replayed { step, packs, as_recorded, left })
+}
+
+/// What all rates of a step were multiplied with, by the trials of the run, the newest first.
+fn scale_at(trials: &[RecordedTrial], step: u64) -> f64 {
+    let before = trials.iter().find(|recorded| recorded.from < step);
+    before.map_or(1.0, |RecordedTrial { step: last, trial, .. }| match trial.verdict {
+        _ if *last < step => trial.scale,
+        Finding::Keep => trial.scale_tried,
+        Finding::Leave | Finding::GoBack => trial.scale_before,
+    })
 }
 
 /// The checkpoint to begin from: the newest before the step, on the course of the run that the step's trip was on
@@ -161,11 +169,7 @@ fn make_again(session: &mut Session, trips: &[Value], wanted: u64) -> Result<()>
     match trip.map(|trip| trip["action"].as_str()) {
         None => {
             session.update(&step, &session.factors(&step))?;
-            session.advance(&step)?;
-            match session.observe(verdict.loss) {
-                Some(trial) if trial.verdict == ada_lrs::Finding::GoBack => Err(went_back(done + 1, wanted)),
-                _ => Ok(()),
-            }
+            session.advance(&step)
         }
         Some(Some("skip")) => session.skip(),
         Some(_) => Err(went_back(done + 1, wanted)),
@@ -182,9 +186,6 @@ fn went_back(step: u64, wanted: u64) -> Error {
 fn next(session: &mut Session, wanted: u64) -> Result<Step> {
     let done = session.step;
     session.unlock_due()?;
-    if session.is_trial_due() {
-        session.begin_trial();
-    }
     session.next_step()?.ok_or_else(|| {
         Error::usage(format!("the data ends after step {done}, before step {wanted}"), "name an earlier step")
     })

@@ -3,6 +3,7 @@
 //! Where its weights come from is `origin.rs`'s matter; the loop over it is [`crate::train_loop`].
 
 mod parts;
+mod search;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,10 +16,10 @@ use sail_torch::ReduceOp;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::ada_lrs::{AdaLrs, Trial};
+use crate::ada_lrs::AdaLrs;
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, Piece, RunState, Snapshot, Totals, Untouched};
-use crate::config::{AdaLrsPlan, Amount, GuardAction, Module, Plan, Progress, UnlockPlan};
+use crate::config::{GuardAction, Module, Plan, Progress, UnlockPlan};
 use crate::device::{choose_precision, take_device};
 use crate::error::Result;
 use crate::eval::{EvalReport, Evaluator};
@@ -85,6 +86,8 @@ pub struct Session {
     ada_lrs: Option<AdaLrs>,
     /// What was judged of the steps so far.
     guard: GuardState,
+    /// The end of a window of steps, while another learning rate is tried on the same ones.
+    aside: Option<Snapshot>,
     /// Held-out losses by step.
     held_out: BTreeMap<u64, f64>,
     /// Where this rank's data stood before the step that is being made.
@@ -144,8 +147,7 @@ impl Session {
         }
         let ada_lrs = plan.schedule.ada_lrs.map(|_| {
             let then = resume.and_then(|resume| resume.state().ada_lrs.clone());
-            // A stage that has ended within a trial may be made longer.
-            then.map_or_else(AdaLrs::default, AdaLrs::without_trial)
+            then.unwrap_or_default()
         });
         let evaluator = match (&plan.eval, plan.eval_spec(shape)) {
             (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
@@ -177,6 +179,7 @@ impl Session {
             unlocked,
             ada_lrs,
             guard,
+            aside: None,
             held_out: BTreeMap::new(),
             before,
         })
@@ -208,8 +211,8 @@ impl Session {
         self.held_out = held_out;
     }
 
-    /// Begins to train what unlock points that the stage has come to free: their indices in the plan. Every rank makes
-    /// the same call.
+    /// Begins to train what unlock points that the stage has come to free: their indices in the plan; not while steps are
+    /// tried that may be undone. Every rank makes the same call.
     ///
     /// # Errors
     /// Those of libtorch and of c10d.
@@ -219,7 +222,10 @@ impl Session {
         let is_due = |(index, unlock): &(usize, &UnlockPlan)| {
             !self.unlocked.contains_key(index) && unlock.at.is_reached(progress)
         };
-        let due: Vec<usize> = points.filter(is_due).map(|(index, _)| index).collect();
+        let due: Vec<usize> = match self.in_trial() {
+            true => Vec::new(),
+            false => points.filter(is_due).map(|(index, _)| index).collect(),
+        };
         for &index in &due {
             let freed = self.freeze.unlocked_by(index);
             self.optimizer.settle()?;
@@ -230,7 +236,9 @@ impl Session {
             self.exact.retain(|name, _| !freed.contains_key(name));
             self.unlocked.insert(index, progress);
             // What it could go back to has fewer parameters.
-            self.ada_lrs = self.ada_lrs.take().map(AdaLrs::without_trial);
+            if let Some(search) = &mut self.ada_lrs {
+                search.forget_window();
+            }
         }
         Ok(due)
     }
@@ -240,50 +248,6 @@ impl Session {
         let Plan { schedule, train, .. } = &self.plan;
         let factors = Factors::new(schedule, train, &self.unlocked, self.progress(), step.all.size.tokens);
         factors.times(self.ada_lrs.as_ref().map_or(1.0, |search| search.scale))
-    }
-
-    /// Whether a trial of another learning rate is to begin; none does that the stage would end before.
-    pub fn is_trial_due(&self) -> bool {
-        let ends_before = |window: usize| match self.plan.schedule.length {
-            Amount::Steps(steps) => self.step + window as u64 > steps,
-            Amount::Tokens(_) => false,
-        };
-        self.search().is_some_and(|(search, plan)| search.is_ready(plan) && !ends_before(plan.window))
-    }
-
-    /// Begins it; a snapshot of this moment is there.
-    pub fn begin_trial(&mut self) {
-        if let (Some(search), Some(plan)) = (&mut self.ada_lrs, &self.plan.schedule.ada_lrs) {
-            search.begin(plan);
-        }
-    }
-
-    /// Whether weights and moments may yet go back to the beginning of a trial.
-    pub fn in_trial(&self) -> bool {
-        self.ada_lrs.as_ref().is_some_and(AdaLrs::in_trial)
-    }
-
-    /// Takes note of the loss of a step that was made; the trial that ends with it, if one does.
-    pub fn observe(&mut self, loss: f64) -> Option<Trial> {
-        let schedule = &self.plan.schedule;
-        let has_warmed_up = schedule.length.of(self.progress()) > schedule.warmup;
-        let (Some(search), Some(plan)) = (&mut self.ada_lrs, &schedule.ada_lrs) else { return None };
-        has_warmed_up.then(|| search.observe(plan, loss))?
-    }
-
-    /// Goes back to where a trial began, with the rate that it has led to.
-    ///
-    /// # Errors
-    /// As [`Session::roll_back`].
-    pub fn undo_trial(&mut self, to: &Snapshot) -> Result<()> {
-        let search = self.ada_lrs.take();
-        self.roll_back(to)?;
-        self.ada_lrs = search;
-        Ok(())
-    }
-
-    fn search(&self) -> Option<(&AdaLrs, &AdaLrsPlan)> {
-        self.ada_lrs.as_ref().zip(self.plan.schedule.ada_lrs.as_ref())
     }
 
     /// This rank's packs of the next step, fewer where streams have ended; `None` when all ranks' have.
@@ -455,14 +419,20 @@ impl Session {
     /// # Errors
     /// Those of c10d.
     pub fn roll_back(&mut self, to: &Snapshot) -> Result<()> {
-        self.world.doing(self.step + 1, "rolling back");
+        let state = &to.state;
+        self.put_back(to)?;
+        self.ada_lrs.clone_from(&state.ada_lrs);
+        self.guard = std::mem::take(&mut self.guard).back_to(&state.guard);
+        self.held_out.retain(|step, _| *step <= state.step);
+        Ok(())
+    }
+
+    fn put_back(&mut self, to: &Snapshot) -> Result<()> {
+        self.world.doing(self.step + 1, "going back");
         let state = &to.state;
         self.optimizer
             .put_back(state.updates.clone(), |name, kind, elements| to.elements(name, kind, elements))?;
         (self.step, self.totals) = (state.step, state.totals);
-        self.ada_lrs.clone_from(&state.ada_lrs);
-        self.guard = std::mem::take(&mut self.guard).back_to(&state.guard);
-        self.held_out.retain(|step, _| *step <= state.step);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use sail_data::Tally;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use crate::ada_lrs::{Finding, Trial};
+use crate::ada_lrs::{Finding, Next, Trial};
 use crate::checkpoint::{Checkpoint, Saver, Totals};
 use crate::config::{GuardAction, Module, Plan};
 use crate::error::{Error, Result};
@@ -128,7 +128,7 @@ fn steps(
     while !session.is_done() {
         let started = Instant::now();
         unlock_if_due(session, saver, events)?;
-        begin_trial_if_due(session, saver)?;
+        begin_window_if_due(session, saver)?;
         let Some(step) = session.next_step()? else {
             data_ended(session, events)?;
             break;
@@ -139,18 +139,18 @@ fn steps(
         if verdict.saved {
             saver.advance()?;
         }
-        let mut went_back = false;
-        if let Some(trip) = session.judge(&verdict) {
-            went_back = tripped(&trip, &step, &verdict, session, saver, events)?;
-        } else {
-            let factors = session.factors(&step);
-            session.update(&step, &factors)?;
-            session.advance(&step)?;
-            events.step(&report(session, &step, &verdict, &factors, started)?);
-            if let Some(trial) = session.observe(verdict.loss) {
-                went_back = end_trial(&trial, session, saver, events)?;
+        let went_back = match session.judge(&verdict) {
+            // What another rate breaks says that it is too high.
+            Some(_) if session.in_trial() => end_trial(&session.break_off_trial(), session, saver, events)?,
+            Some(trip) => tripped(&trip, &step, &verdict, session, saver, events)?,
+            None => {
+                let factors = session.factors(&step);
+                session.update(&step, &factors)?;
+                session.advance(&step)?;
+                events.step(&report(session, &step, &verdict, &factors, started)?);
+                search_rate(session.observe(verdict.loss), session, saver, events)?
             }
-        }
+        };
         watchdog.step_done(session.step, started.elapsed());
 
         if verdict.stop && !session.is_done() {
@@ -220,34 +220,51 @@ fn unlock_if_due(session: &mut Session, saver: &mut Saver, events: &mut Events) 
     Ok(())
 }
 
-/// Takes the snapshot to which a trial of another learning rate may go back.
-fn begin_trial_if_due(session: &mut Session, saver: &mut Saver) -> Result<()> {
-    if session.is_trial_due() {
+/// Takes the snapshot from which a window of steps is made twice, at two learning rates.
+fn begin_window_if_due(session: &mut Session, saver: &mut Saver) -> Result<()> {
+    if session.is_window_due() {
         saver.hold(|old| session.snapshot(old))?;
-        session.begin_trial();
+        session.begin_window();
     }
     Ok(())
 }
 
-/// Does what a trial of another learning rate has led to, and says whether the run went back.
-fn end_trial(trial: &Trial, session: &mut Session, saver: &mut Saver, events: &mut Events) -> Result<bool> {
-    let goes_back = trial.verdict == Finding::GoBack;
-    if goes_back {
-        saver.leave()?;
-        let snapshot = saver.newest().expect("invariant: one is taken before a trial begins");
-        session.undo_trial(snapshot)?;
-        events.back_to(session.progress());
+/// Does what the search for a learning rate comes to after a step, and says whether the run went back.
+fn search_rate(next: Next, session: &mut Session, saver: &Saver, events: &mut Events) -> Result<bool> {
+    match next {
+        Next::Step => Ok(false),
+        Next::Try => {
+            let measured = session.snapshot(Vec::new())?;
+            let start = saver.newest().expect("invariant: one is taken before a window begins");
+            session.go_to(start)?;
+            session.set_aside(measured);
+            events.begin_trial(session.progress());
+            Ok(true)
+        }
+        Next::End(trial) => end_trial(&trial, session, saver, events),
     }
-    events.trial(session.step, trial);
-    Ok(goes_back)
+}
+
+/// The run goes on from the end of the window, by one of the two ways to it.
+fn end_trial(trial: &Trial, session: &mut Session, saver: &Saver, events: &mut Events) -> Result<bool> {
+    let start = saver.newest().expect("invariant: one is taken before a window begins").state.progress();
+    let measured = session.take_aside();
+    if trial.verdict == Finding::Keep {
+        events.keep_trial(start);
+    } else {
+        session.go_to(&measured)?;
+        events.drop_trial(session.progress());
+    }
+    events.trial((start.steps, session.step), trial);
+    Ok(false)
 }
 
 fn save_if_due(saver: &mut Saver, session: &Session) -> Result<()> {
     if !is_due(session.plan.checkpoint.every, session.step) {
         return Ok(());
     }
-    if session.in_trial() {
-        // A run that resumes makes the trial anew, from where it could go back to.
+    if session.in_window() {
+        // A run that resumes begins the window anew.
         saver.begin_held()?;
     } else {
         saver.begin(session.step, |old| session.snapshot(old))?;
@@ -266,7 +283,8 @@ fn evaluate_at_start(session: &mut Session, saver: &mut Saver, events: &mut Even
 }
 
 fn evaluate_if_due(session: &mut Session, saver: &mut Saver, events: &mut Events) -> Result<()> {
-    if session.plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step)) {
+    let is_due = session.plan.eval.as_ref().is_some_and(|eval| is_due(eval.every, session.step));
+    if is_due && !session.in_trial() {
         // It takes its time: what is being saved should be safe before.
         saver.finish()?;
         evaluate(session, events)?;
@@ -283,7 +301,7 @@ fn save_last(saver: &mut Saver, session: &Session, events: &mut Events) -> Resul
 
 /// Saves where the run stops before its end: the step that it resumes from.
 fn save_and_stop(saver: &mut Saver, session: &Session, events: &mut Events) -> Result<u64> {
-    if !session.in_trial() {
+    if !session.in_window() {
         save_last(saver, session, events)?;
         return Ok(session.step);
     }
@@ -330,8 +348,8 @@ fn tripped(
         GuardAction::Stop => {
             events.trip(&record, format!("{name}: {what}; saving as it was before"));
             session.optimizer.discard();
-            if session.in_trial() {
-                // The trial is made anew, and with it the step.
+            if session.in_window() {
+                // The window is made anew, and with it the step.
                 saver.save_last_held()?;
             } else {
                 saver.save_last(session.step, |old| session.give_back(session.snapshot(old)?))?;
