@@ -28,8 +28,16 @@ STRUCT = re.compile(r"pub\(super\) struct (\w+) \{")
 FIELD = re.compile(r"    pub\(super\) (?:r#)?(\w+): ")
 
 
+def place(section: str, fields: list[str]) -> int:
+    """Where a section belongs: in the order of a stage's fields, whatever file it is in."""
+    first = re.match(r"\n## `(\w+)", section)
+    if first:
+        return fields.index(first[1])
+    return -1 if section.startswith("\n## A stage\n") else len(fields)
+
+
 def page() -> str:
-    out, comment, inside = [HEAD], [], False
+    out, comment, inside = [], [], False
     for line in (line for source in SOURCES for line in source.read_text().splitlines()):
         text = line.strip()
         if text.startswith("///"):
@@ -48,7 +56,10 @@ def page() -> str:
             continue
         else:
             inside, comment = inside and text != "}", []
-    return "\n".join(out) + "\n"
+    sections = re.split(r"\n(?=\n## )", "\n".join(["", *out]))[1:]
+    stage = next(section for section in sections if section.startswith("\n## A stage\n"))
+    fields = re.findall(r"^\| `(\w+)` \|", stage, re.MULTILINE)
+    return HEAD + "\n".join(sorted(sections, key=lambda section: place(section, fields))) + "\n"
 
 
 def main() -> int:

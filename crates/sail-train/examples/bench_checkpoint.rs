@@ -20,6 +20,7 @@ use sail_train::Error;
 use sail_train::checkpoint::{Piece, RunState, Saver, Snapshot, Totals, Updates, newest};
 use sail_train::config::{Config, load};
 use sail_train::guard::GuardState;
+use sail_train::lineage::Lineage;
 use sail_train::optim::{StateKind, StatePiece};
 use sail_train::stage::Fingerprints;
 use sail_train::world::World;
@@ -38,6 +39,9 @@ struct Args {
 
 const TENSORS: i64 = 100;
 
+/// Of a trained parameter without a moving average.
+const KINDS: [StateKind; 3] = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq];
+
 fn main() -> Result<(), Error> {
     let args = Args::parse();
     let Config::Stage(mut plan) = load("configs/tiny/stage3.yaml".as_ref(), &[])? else {
@@ -49,7 +53,7 @@ fn main() -> Result<(), Error> {
     let numel = args.parameters / TENSORS;
     let state: Vec<(String, Vec<Tensor>)> = (0..TENSORS)
         .map(|i| {
-            let tensors = StateKind::ALWAYS.map(|_| Tensor::randn([numel], (Kind::Float, Device::Cpu)));
+            let tensors = KINDS.map(|_| Tensor::randn([numel], (Kind::Float, Device::Cpu)));
             (format!("llm.layers.{i}.weight"), tensors.into())
         })
         .collect();
@@ -72,14 +76,14 @@ fn main() -> Result<(), Error> {
                 updates: Updates::default(),
                 ada_lrs: None,
                 guard: GuardState::default(),
-                lineage: Vec::new(),
+                held_out: BTreeMap::new(),
+                lineage: Lineage::default(),
                 plan: (*plan).clone(),
             },
             trained: Piece::copies(pieces(), old)?,
             frozen: Vec::new(),
             untouched: BTreeMap::new(),
             frozen_check: Arc::new(Fingerprints::new(&nothing)).frozen_check(&nothing, &BTreeSet::new()),
-            held_out: BTreeMap::new(),
         })
     };
     println!(
@@ -103,7 +107,7 @@ fn main() -> Result<(), Error> {
         let begun = Instant::now();
         let checkpoint = newest(&plan.run.dir)?.expect("invariant: just written");
         for (name, _) in &state {
-            for kind in StateKind::ALWAYS {
+            for kind in KINDS {
                 assert_eq!(checkpoint.tensor(name, kind)?.numel() as i64, numel);
             }
         }
@@ -123,7 +127,7 @@ fn main() -> Result<(), Error> {
 fn pieces_of<'a>(state: &'a [(String, Vec<Tensor>)], shape: &'a [i64]) -> Vec<StatePiece<'a>> {
     let mut pieces = Vec::new();
     for (name, tensors) in state {
-        for (kind, tensor) in StateKind::ALWAYS.into_iter().zip(tensors) {
+        for (kind, tensor) in KINDS.into_iter().zip(tensors) {
             let (elements, tensor) = (0..shape[0], tensor.shallow_clone());
             pieces.push(StatePiece { name, kind, shape, elements, tensor });
         }

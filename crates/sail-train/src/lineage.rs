@@ -1,19 +1,30 @@
-//! Where a model's weights come from: the folder or hub they began with, and the stages that trained them since.
+//! Where a model's weights come from: what they began with, and the stages that trained them since.
 //!
 //! Checkpoints hold it, and every export has it in its config.json.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use sail_model::weights::ModelRef;
+use sail_model::weights::{ModelRef, read_json};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{Checkpoint, Totals};
-use crate::config::{ModelSource, Module, Plan};
+use crate::config::{ModelSource, Module};
+use crate::error::Result;
 
 /// The key of config.json.
 pub const LINEAGE: &str = "sail_lineage";
+
+/// Where the weights of a run come from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// What each module began with, before the first of the stages.
+    pub weights: BTreeMap<Module, Value>,
+    /// The checkpoints that stages started from, the oldest first: the run itself from the last one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<Ancestor>,
+}
 
 /// A checkpoint that a later stage started from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,12 +43,30 @@ pub struct Ancestor {
     pub seal: String,
 }
 
+/// What a module begins with that is not taken from a checkpoint: the word `random`, a model's name, or with it the
+/// lineage that its config.json in `folder` has. Of a folder the last part is the name: the rest is of this machine.
+///
+/// # Errors
+/// When its config.json cannot be read.
+pub fn origin(source: &ModelSource, folder: &Path) -> Result<Value> {
+    let name = match source {
+        ModelSource::Random(_) => return Ok("random".into()),
+        ModelSource::From(hub @ ModelRef::Hub { .. }) => hub.to_string(),
+        ModelSource::From(ModelRef::Folder(folder)) => {
+            folder.file_name().map_or("a folder".into(), |name| name.to_string_lossy().into_owned())
+        }
+    };
+    Ok(match read_json(&folder.join("config.json"))?.get(LINEAGE) {
+        Some(lineage) => json!({ "from": name, LINEAGE: lineage }),
+        None => name.into(),
+    })
+}
+
 /// What exports say of a checkpoint's model: `{ "weights": { MODULE: ORIGIN }, "stages": [..] }`, the oldest stage first,
-/// the checkpoint itself the last one. Folders of this machine are not named, only the last part of those that weights
-/// began with.
+/// the checkpoint itself the last one; without folders of this machine.
 pub fn of_checkpoint(checkpoint: &Checkpoint) -> Value {
-    let stages: Vec<Value> = checkpoint.lineage().iter().map(stage).collect();
-    json!({ "weights": origins(&checkpoint.state().plan), "stages": stages })
+    let Lineage { weights, stages } = checkpoint.lineage();
+    json!({ "weights": weights, "stages": stages.iter().map(stage).collect::<Vec<Value>>() })
 }
 
 fn stage(ancestor: &Ancestor) -> Value {
@@ -46,16 +75,4 @@ fn stage(ancestor: &Ancestor) -> Value {
     json!({
         "run": run, "step": step, "samples": samples, "tokens": tokens, "plan_hash": plan_hash, "checkpoint": seal,
     })
-}
-
-fn origins(plan: &Plan) -> BTreeMap<&'static str, String> {
-    let origin = |source: &ModelSource| match source {
-        ModelSource::From(ModelRef::Folder(folder)) => {
-            folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
-        }
-        ModelSource::From(hub @ ModelRef::Hub { .. }) => hub.to_string(),
-        ModelSource::Random(_) => "random".to_owned(),
-    };
-    let sources = [(Module::Vision, &plan.model.vision.source), (Module::Llm, &plan.model.llm.source)];
-    sources.map(|(module, source)| (module.name(), origin(source))).into()
 }

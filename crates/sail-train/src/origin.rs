@@ -14,6 +14,7 @@ use tch::Tensor;
 use crate::checkpoint::{self, Checkpoint, Untouched};
 use crate::config::{ModelSource, Module, Plan};
 use crate::error::{Error, Result};
+use crate::lineage::{self, Lineage};
 use crate::optim::StateKind;
 use crate::stage::Fingerprints;
 use crate::train_loop::SUMMARY;
@@ -49,7 +50,7 @@ fn ended_before_its_length(run_dir: &Path, step: u64) -> bool {
 /// Refuses to go on from `resume` where `init.from` holds other weights now than the run started from;
 /// where they are gone there is nothing to compare.
 pub(crate) fn check_lineage(plan: &Plan, resume: &Checkpoint) -> Result<()> {
-    let (Some(init), Some(then)) = (&plan.init, resume.state().lineage.last()) else { return Ok(()) };
+    let (Some(init), Some(then)) = (&plan.init, resume.state().lineage.stages.last()) else { return Ok(()) };
     match checkpoint::open_or_newest(&init.from)? {
         // One that is damaged now was passed over for an older one; it is what the run started from all the same.
         Some(now) if now.seal() != then.seal && !checkpoint::is_there(&then.dir, &then.seal) => {
@@ -119,6 +120,24 @@ impl Folders {
     /// The folder of a module that the plan does not start at random.
     pub(crate) fn get(&self, module: Module) -> &Path {
         self.0.get(&module).expect("invariant: asked for only where the plan has `from`")
+    }
+
+    /// What the modules begin with where there is no checkpoint.
+    ///
+    /// # Errors
+    /// As [`lineage::origin`].
+    pub(crate) fn origins(&self, plan: &Plan) -> Result<Lineage> {
+        let mut weights = BTreeMap::new();
+        for module in Module::ALL {
+            let origin = match source_of(plan, module) {
+                Some(source) => {
+                    lineage::origin(source, self.0.get(&module).map_or(Path::new(""), PathBuf::as_path))?
+                }
+                None => "random".into(),
+            };
+            weights.insert(module, origin);
+        }
+        Ok(Lineage { weights, stages: Vec::new() })
     }
 
     /// The `tokenizer.json` of the plan.

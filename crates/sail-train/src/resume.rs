@@ -131,7 +131,10 @@ fn find_resume(dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>> {
 /// Whether what is trained is another plan than that of `checkpoint`, where that is allowed.
 fn check_config(plan: &Plan, checkpoint: &Checkpoint, options: &RunOptions) -> Result<bool> {
     let mut changes = checkpoint.state().plan.diff(plan);
-    changes.retain(|change| !HARMLESS.iter().any(|prefix| change.path.starts_with(prefix)));
+    // What is measured decides when a stage ends that may end early.
+    let decides = |path: &str| path.starts_with("eval") && plan.schedule.early_stop.is_some();
+    let is_harmless = |path: &str| HARMLESS.iter().any(|prefix| path.starts_with(prefix)) && !decides(path);
+    changes.retain(|change| !is_harmless(&change.path));
     if changes.is_empty() {
         return Ok(false);
     }

@@ -27,7 +27,7 @@ use crate::events::Standing;
 use crate::first_step::FirstStep;
 use crate::freeze::FreezePlan;
 use crate::guard::{GuardState, Trip};
-use crate::lineage::Ancestor;
+use crate::lineage::Lineage;
 use crate::optim::{Optimizer, StateKind};
 use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::schedule::Factors;
@@ -72,8 +72,7 @@ pub struct Session {
     loader: Loader,
     /// What the loader reads, as `sail-data --spec` takes it.
     data_spec: Value,
-    /// The checkpoints that the stages before this one ended with.
-    lineage: Vec<Ancestor>,
+    lineage: Lineage,
     untouched: BTreeMap<Module, Untouched>,
     /// fp32 weights of frozen modules, where the model computes in another type.
     exact: Params,
@@ -132,7 +131,12 @@ impl Session {
             started_from = Fingerprints::new(model.params());
         }
         let (mut step, mut totals, mut guard, mut data) = (0, Totals::default(), GuardState::default(), None);
-        let mut lineage = init.as_ref().map(Checkpoint::lineage).unwrap_or_default();
+        let mut held_out = BTreeMap::new();
+        let lineage = match stored {
+            Some(resumed) if resume.is_some() => resumed.state().lineage.clone(),
+            Some(init) => init.lineage(),
+            None => folders.origins(plan)?,
+        };
         if let Some(checkpoint) = resume {
             let state = checkpoint.state();
             let updates = updates(&optimizer, checkpoint);
@@ -143,7 +147,7 @@ impl Session {
             })?;
             (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
             guard = state.guard.clone();
-            lineage.clone_from(&state.lineage);
+            held_out.clone_from(&state.held_out);
         }
         let ada_lrs = plan.schedule.ada_lrs.map(|_| {
             let then = resume.and_then(|resume| resume.state().ada_lrs.clone());
@@ -180,7 +184,7 @@ impl Session {
             ada_lrs,
             guard,
             aside: None,
-            held_out: BTreeMap::new(),
+            held_out,
             before,
         })
     }
@@ -206,9 +210,10 @@ impl Session {
         &self.held_out
     }
 
-    /// Takes note of what was measured before this process began. Every rank is given the same.
+    /// Takes note of what was measured after the checkpoint was saved that the run resumes from. Every rank is given
+    /// the same.
     pub fn remember(&mut self, held_out: BTreeMap<u64, f64>) {
-        self.held_out = held_out;
+        self.held_out.extend(held_out);
     }
 
     /// Begins to train what unlock points that the stage has come to free: their indices in the plan; not while steps are
@@ -222,9 +227,10 @@ impl Session {
         let is_due = |(index, unlock): &(usize, &UnlockPlan)| {
             !self.unlocked.contains_key(index) && unlock.at.is_reached(progress)
         };
-        let due: Vec<usize> = match self.in_trial() {
-            true => Vec::new(),
-            false => points.filter(is_due).map(|(index, _)| index).collect(),
+        let due: Vec<usize> = if self.in_trial() {
+            Vec::new()
+        } else {
+            points.filter(is_due).map(|(index, _)| index).collect()
         };
         for &index in &due {
             let freed = self.freeze.unlocked_by(index);
@@ -496,6 +502,7 @@ impl Session {
                 updates: self.optimizer.updates().clone(),
                 ada_lrs: self.ada_lrs.clone(),
                 guard: self.guard.clone(),
+                held_out: self.held_out.clone(),
                 lineage: self.lineage.clone(),
                 plan: self.plan.clone(),
             },
@@ -503,7 +510,6 @@ impl Session {
             frozen,
             untouched: self.untouched.clone(),
             frozen_check: self.frozen_check(),
-            held_out: self.held_out.clone(),
         })
     }
 

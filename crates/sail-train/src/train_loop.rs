@@ -192,7 +192,9 @@ fn stopped_early(session: &Session, events: &Events) {
 /// What writes the checkpoints of a stage.
 fn saver_for(session: &Session, resume: Option<&Checkpoint>) -> Result<Saver> {
     let Plan { run, checkpoint, guard, .. } = &session.plan;
-    let resumed = resume.map(|resume| resume.state().step);
+    // One of another folder is none of this run's yet.
+    let is_own = |resume: &&Checkpoint| same_folder(resume.dir().parent(), &run.dir);
+    let resumed = resume.filter(is_own).map(|resume| resume.state().step);
     let mut saver = Saver::new(run.dir.clone(), checkpoint.clone(), &session.world, resumed);
     if guard.rolls_back() {
         saver.hold(|old| session.snapshot(old))?;
@@ -200,6 +202,11 @@ fn saver_for(session: &Session, resume: Option<&Checkpoint>) -> Result<Saver> {
         saver.reserve(&session.optimizer.state()?)?;
     }
     Ok(saver)
+}
+
+fn same_folder(a: Option<&Path>, b: &Path) -> bool {
+    let canonical = |path: &Path| fs::canonicalize(path).ok();
+    a.and_then(canonical).is_some_and(|a| Some(a) == canonical(b))
 }
 
 /// Begins to train what the stage has come to unlock.

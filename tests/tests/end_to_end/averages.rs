@@ -83,6 +83,10 @@ fn averages_can_be_added_on_the_way() {
         let [a, b] = [&a, &b].map(|checkpoint| checkpoint.tensor(name, StateKind::Param).unwrap());
         assert!(a.equal(&b), "{name}");
     }
+    // The same weights, measured at the end once with averages and once without.
+    let [a, b] = [&with, &without].map(summary);
+    assert_eq!(a["before"]["total"], b["before"]["total"]);
+    assert_ne!(a["after"]["total"]["loss"], b["after"]["total"]["loss"]);
     let mut later = job(&["optimizer.ema=null"]);
     let mut command = later.alone();
     command.args(["--stop-at", "4"]);
@@ -103,6 +107,30 @@ fn averages_can_be_added_on_the_way() {
     assert!(difference < 1e-6, "{difference}");
 }
 
+/// Averages are cut anew for other ranks.
+#[test]
+fn other_ranks_go_on_with_the_averages() {
+    let sets = ["batch.packs_per_step=4", "data.streams=4", "train.projector.lr=1e-4", "eval=null"];
+    let straight = job(&sets);
+    straight.run(straight.alone(), 0);
+    let mut elastic = job(&sets);
+    for (ranks, strategy, stop_at) in [(2, "zero1", Some("2")), (4, "zero2", Some("4")), (1, "ddp", None)] {
+        elastic.set(&[&format!("parallel.strategy={strategy}")]);
+        let mut command = elastic.launch(ranks);
+        command.args(stop_at.iter().flat_map(|step| ["--stop-at", step]));
+        elastic.run(command, if stop_at.is_some() { 3 } else { 0 });
+    }
+    let [a, b] = [&elastic, &straight].map(Job::newest);
+    let mut averages = 0;
+    for name in a.names().filter(|name| a.holds(name, StateKind::Ema)) {
+        let [a, b] = [&a, &b].map(|checkpoint| checkpoint.tensor(name, StateKind::Ema).unwrap());
+        let difference = (&a - &b).norm().double_value(&[]);
+        assert!(difference <= 1e-4 * b.norm().double_value(&[]), "{name}: {difference}");
+        averages += 1;
+    }
+    assert!(averages > 5, "{averages}");
+}
+
 #[test]
 fn a_stage_ends_early() {
     // The loss never falls by so much: the first measurement stays the lowest one.
@@ -117,6 +145,13 @@ fn a_stage_ends_early() {
             let mut command = start(&job, ranks);
             command.args(["--stop-at", &at.to_string()]);
             job.run(command, 3);
+            // What was measured is in the checkpoint, whatever becomes of the record.
+            if at == 3 {
+                fs::remove_file(job.run_dir().join("metrics.jsonl")).unwrap();
+                job.run(start(&job, ranks), 0);
+                assert_eq!(summary(&job)["steps"], 4);
+                continue;
+            }
             job.run(start(&job, ranks), 0);
             assert_same(&format!("{ranks} ranks, stopped after {at}"), &job, &straight);
         }
@@ -125,6 +160,10 @@ fn a_stage_ends_early() {
         let mut next = Job::new(&["schedule.steps=1", "batch.tokens_per_pack=128"]);
         next.set(&[&format!("init.from={}", straight.run_dir().display())]);
         next.run(next.alone(), 0);
+        // Other held-out samples would end it elsewhere.
+        let mut other = straight.alone();
+        other.args(["--set", "eval.samples=2"]);
+        assert!(straight.run(other, 2).contains("eval.samples"));
         // Given more patience, it goes on.
         let mut longer = straight;
         longer.set(&["schedule.early_stop.patience=9"]);

@@ -177,7 +177,7 @@ fn exports_say_where_they_come_from(dir: &Path) {
     };
     let checkpoint = newest(&dir.join("runs/tiny/stage3")).unwrap().unwrap();
     let lineage = &read("runs/tiny/stage3/export/vit")["sail_lineage"];
-    assert_eq!(lineage["weights"], json!({"vision": "random", "llm": "random"}));
+    assert_eq!(lineage["weights"], json!({"vision": "random", "projector": "random", "llm": "random"}));
     let stages = lineage["stages"].as_array().unwrap();
     let of = |field: &str| stages.iter().map(|stage| stage[field].clone()).collect::<Vec<Value>>();
     assert_eq!(of("run"), ["tiny-stage1", "tiny-stage2", "tiny-stage3"]);
@@ -186,7 +186,7 @@ fn exports_say_where_they_come_from(dir: &Path) {
         assert_eq!(stage["checkpoint"], ended.seal(), "{name}");
         assert_eq!(stage["step"], ended.state().step, "{name}");
         assert_eq!(stage["samples"], ended.state().totals.samples, "{name}");
-        assert_eq!(checkpoint.lineage()[field].seal, ended.seal(), "{name}");
+        assert_eq!(checkpoint.lineage().stages[field].seal, ended.seal(), "{name}");
     }
     assert!(!lineage.to_string().contains(dir.to_str().unwrap()), "{lineage}");
     let run_dir = dir.join("runs/tiny/stage3").display().to_string();
@@ -196,6 +196,17 @@ fn exports_say_where_they_come_from(dir: &Path) {
         run(&["export", "--checkpoint", &run_dir, "--what", what, "--layout", layout, "--out", out], 0);
         assert_eq!(&read(&format!("again-{what}"))["sail_lineage"], lineage, "{what}");
     }
+    // A stage that begins with an export says where that came from.
+    let vit = dir.join("runs/tiny/stage3/export/vit");
+    let (set, from) =
+        (under(&dir.join("next")), format!("model.vision={{from: {}, image_px: 112}}", vit.display()));
+    let quick = ["eval=null", "schedule.steps=1", "schedule.warmup=0", "export={vit: transformers}"];
+    let mut args = vec!["--config", "configs/tiny/stage1.yaml", "--set", &set, "--set", &from];
+    args.extend(quick.iter().flat_map(|set| ["--set", set]));
+    run(&args, 0);
+    let next = &read("next/runs/tiny/stage1/export/vit")["sail_lineage"];
+    assert_eq!(next["weights"]["vision"], json!({"from": "vit", "sail_lineage": lineage}));
+    assert_eq!(next["stages"].as_array().unwrap().len(), 1);
 }
 
 /// In bf16 the masters and the frozen weights stay exact: nothing is rounded on the way from stage to

@@ -209,7 +209,7 @@ fn a_run_goes_back_to_where_parts_joined() {
     let frozen = Checkpoint::open(&back.run_dir().join("step-00000010")).unwrap();
     let mut joined = 0;
     for name in weights[0].names() {
-        for kind in StateKind::ALWAYS {
+        for kind in StateKind::ALL {
             let [found, expected] = [&weights[0], &weights[1]].map(|weights| weights.tensor(name, kind));
             assert_eq!(found.ok(), expected.ok(), "{kind:?} of `{name}`");
         }

@@ -271,7 +271,7 @@ pub(crate) fn assert_same(what: &str, a: &Job, b: &Job) {
     let [a, b] = [a, b].map(Job::newest);
     assert!(a.names().eq(b.names()), "{what}");
     for name in a.names() {
-        for kind in StateKind::ALWAYS.into_iter().chain([StateKind::Ema]) {
+        for kind in StateKind::ALL {
             match [&a, &b].map(|checkpoint| checkpoint.tensor(name, kind)) {
                 [Ok(a), Ok(b)] => assert!(a == b, "{what}: {kind:?} of `{name}` differs"),
                 [Err(_), Err(_)] => {}

@@ -93,14 +93,14 @@ fn a_replay_follows_the_search() {
 /// What another rate breaks ends its trial and not the run, whatever the guard does with steps like that.
 #[test]
 fn a_trial_that_breaks_is_undone() {
-    let search = "schedule={kind: constant, warmup: 1, steps: 12, \
+    let search = "schedule={kind: constant, warmup: 4, steps: 14, \
                   ada_lrs: {window: 4, alpha: 1000, beta: 3, lambda: 0.1}}";
-    let job = job(&[search, "guard={spike: stop, spike_z: 20, window: 4}"]);
+    let job = job(&[search, "train.llm={lr: 1e-3}", "guard={spike: stop, spike_z: 60, window: 8}"]);
     job.run(job.alone(), 0);
     let trials: Vec<Value> = course(&job).into_iter().filter(|line| line["kind"] == "ada_lrs").collect();
     assert_eq!(trials[0]["trial"]["verdict"], "go_back", "{trials:?}");
     assert!(trials[0]["trial"]["gain"].is_null(), "{trials:?}");
-    assert_eq!(steps(&job.run_dir()).len(), 12);
+    assert_eq!(steps(&job.run_dir()).len(), 14);
     assert_eq!(fs::read_to_string(job.run_dir().join("trips.jsonl")).unwrap(), "");
 }
 

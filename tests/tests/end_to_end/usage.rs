@@ -109,7 +109,7 @@ fn a_dry_run_says_what_would_be_done() {
         "parameters: vision 2.78M trained, projector 264k trained, llm 3.67M frozen;",
         "a step: 2 packs, 512 tokens, 2 samples of 256 tokens, ",
         "the stage: 12 steps, 6,144 tokens, 24 samples, ",
-        "`sail-train config show configs/tiny/stage2.yaml` prints every value.\n",
+        "`sail-train config show configs/tiny/stage2.yaml`, with the same `--set`, prints every value.\n",
     ] {
         assert!(page.contains(part), "`{part}` in {page}");
     }

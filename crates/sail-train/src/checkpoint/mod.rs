@@ -30,7 +30,7 @@ use crate::ada_lrs::AdaLrs;
 use crate::config::{Module, Plan, Progress};
 use crate::error::{Error, Result};
 use crate::guard::GuardState;
-use crate::lineage::Ancestor;
+use crate::lineage::Lineage;
 
 pub use read::{Checkpoint, newest, newest_before};
 pub use saver::{Save, Saver};
@@ -61,9 +61,11 @@ pub struct RunState {
     pub ada_lrs: Option<AdaLrs>,
     /// What was judged of the steps so far.
     pub guard: GuardState,
-    /// The checkpoints that the stages before this one ended with, the oldest first: the run started from the last one.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub lineage: Vec<Ancestor>,
+    /// Held-out losses by step; that of this step is measured after it is saved.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub held_out: BTreeMap<u64, f64>,
+    /// Where its weights come from.
+    pub lineage: Lineage,
     /// The plan the run follows.
     pub plan: Plan,
 }

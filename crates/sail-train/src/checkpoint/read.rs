@@ -14,7 +14,7 @@ use super::write::checksum;
 use super::{COMPLETE, FORMAT, MANIFEST, Manifest, PieceRecord, RunState, STATE, Untouched};
 use crate::config::Module;
 use crate::error::{Error, Result};
-use crate::lineage::Ancestor;
+use crate::lineage::{Ancestor, Lineage};
 use crate::optim::StateKind;
 
 /// A complete and verified checkpoint.
@@ -53,7 +53,7 @@ impl Checkpoint {
         Self::open_with(dir, true)
     }
 
-    /// The one that this process has written of a step.
+    /// The one of a step that this run has written, whole as far as it is known.
     pub(crate) fn of_step(run_dir: &Path, step: u64) -> Result<Self> {
         Self::open_verified(&run_dir.join(super::folder_name(step)))
     }
@@ -116,8 +116,8 @@ impl Checkpoint {
         &self.seal
     }
 
-    /// The checkpoints that its weights went through, itself the last one.
-    pub fn lineage(&self) -> Vec<Ancestor> {
+    /// That of a run that starts from it: itself is the last of the stages.
+    pub fn lineage(&self) -> Lineage {
         let RunState { step, totals, plan, lineage, .. } = &self.state;
         let own = Ancestor {
             run: plan.run.name.clone(),
@@ -127,7 +127,8 @@ impl Checkpoint {
             dir: self.dir.clone(),
             seal: self.seal.clone(),
         };
-        lineage.iter().cloned().chain([own]).collect()
+        let stages = lineage.stages.iter().cloned().chain([own]).collect();
+        Lineage { weights: lineage.weights.clone(), stages }
     }
 
     /// Step, counters, data position and plan.

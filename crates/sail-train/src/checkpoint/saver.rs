@@ -370,12 +370,12 @@ impl Saver {
             return Ok(Ok(None));
         };
         let (state, untouched) = (snapshot.state.clone(), snapshot.untouched.clone());
-        let (run_dir, plan, held_out) = (self.run_dir.clone(), self.plan.clone(), snapshot.held_out.clone());
+        let (run_dir, plan) = (self.run_dir.clone(), self.plan.clone());
         let lock = self.lock.clone();
         let thread = spawn(THREAD, move || {
             check(lock.as_deref())?;
             seal(&run_dir, &state, untouched, written)?;
-            if let Err(error) = retain(&run_dir, state.step, &plan, &held_out) {
+            if let Err(error) = retain(&run_dir, state.step, &plan, &state.held_out) {
                 warn!("an older checkpoint could not be removed: {error}");
             }
             Ok(())

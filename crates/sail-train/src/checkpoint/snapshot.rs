@@ -40,8 +40,6 @@ pub struct Snapshot {
     pub untouched: BTreeMap<Module, Untouched>,
     /// What must not have changed.
     pub frozen_check: FrozenCheck,
-    /// Held-out losses by step, by which checkpoints are kept.
-    pub held_out: BTreeMap<u64, f64>,
 }
 
 impl Piece {

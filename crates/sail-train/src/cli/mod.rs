@@ -193,19 +193,20 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
 
 fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     let file = args.config.expect("invariant: clap requires --config");
-    let started = Place::from_env();
-    let ranks = started.as_ref().map_or(1, |place| place.size);
-    let cluster = args.planning.cluster(args.dry_run, ranks)?;
+    let place = Place::from_env()?;
+    let cluster = args.planning.cluster(args.dry_run, place.size)?;
     let config = config::load(&file, &args.set)?;
     if let Some(cluster) = cluster {
-        if started.is_ok_and(|place| !place.is_main()) {
+        if !place.is_main() {
             return Ok(ExitCode::SUCCESS);
         }
         let page = args.planning.text(&config, cluster)?;
-        print(format_args!("{page}`sail-train config show {}` prints every value.\n", file.display()))?;
+        print(format_args!(
+            "{page}`sail-train config show {}`, with the same `--set`, prints every value.\n",
+            file.display()
+        ))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let place = started?;
     let console = &console.clone().talking(place.is_main());
     let resume = match args.resume.as_str() {
         "auto" => Resume::Auto,

@@ -78,7 +78,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
         export: wanted(export)?,
     };
     keep_rules(checker, &plan);
-    if plan.schedule.early_stop.is_some() && !plan.eval.as_ref().is_some_and(|eval| eval.every.is_some()) {
+    if plan.schedule.early_stop.is_some() && plan.eval.as_ref().is_none_or(|eval| eval.every.is_none()) {
         checker.invalid_with_hint(
             "schedule.early_stop",
             "needs held-out losses during the stage",

@@ -26,8 +26,8 @@ pub enum StateKind {
 }
 
 impl StateKind {
-    /// Those of every trained parameter, in the order checkpoints hold them.
-    pub const ALWAYS: [Self; 3] = [Self::Param, Self::ExpAvg, Self::ExpAvgSq];
+    /// Every kind, in the order checkpoints hold them.
+    pub const ALL: [Self; 4] = [Self::Param, Self::ExpAvg, Self::ExpAvgSq, Self::Ema];
 
     /// The name in checkpoint files.
     pub fn name(self) -> &'static str {
@@ -192,20 +192,19 @@ impl Optimizer {
         self.settle()?;
         let averages: Vec<(&Bucket, &Tensor)> =
             self.buckets.iter().filter_map(|bucket| Some((bucket, bucket.average.as_ref()?))).collect();
-        let exchange = |(bucket, average): &(&Bucket, &Tensor)| -> Result<Tensor> {
-            let trained = copied(&bucket.compute)?;
-            narrow(&bucket.compute, &bucket.owned)?.f_copy_(average)?;
-            self.gather(bucket)?.map_or(Ok(()), Work::wait)?;
-            Ok(trained)
+        // In fp32 the compute copy has the only masters.
+        let is_master = self.precision == Kind::Float;
+        let kept = averages.iter().filter(|_| is_master).map(|(bucket, _)| copied(&bucket.master));
+        let kept: Vec<Tensor> = kept.collect::<Result<_>>()?;
+        let put = |bucket: &Bucket, values: &Tensor| -> Result<()> {
+            no_grad(|| narrow(&bucket.compute, &bucket.owned)?.f_copy_(values).map_err(crate::Error::from))?;
+            self.gather(bucket)?.map_or(Ok(()), |work| Ok(work.wait()?))
         };
-        let trained = no_grad(|| averages.iter().map(exchange).collect::<Result<Vec<Tensor>>>())?;
+        averages.iter().try_for_each(|(bucket, average)| put(bucket, average))?;
         let computed = compute();
-        no_grad(|| {
-            for ((bucket, _), trained) in averages.iter().zip(&trained) {
-                bucket.compute.shallow_clone().f_copy_(trained)?;
-            }
-            Ok::<_, crate::Error>(())
-        })?;
+        for (index, (bucket, _)) in averages.iter().enumerate() {
+            put(bucket, kept.get(index).unwrap_or(&bucket.master))?;
+        }
         computed
     }
 

@@ -79,7 +79,7 @@ impl Session {
     pub fn go_to(&mut self, to: &Snapshot) -> Result<()> {
         self.put_back(to)?;
         self.guard.clone_from(&to.state.guard);
-        self.held_out.clone_from(&to.held_out);
+        self.held_out.clone_from(&to.state.held_out);
         self.loader.go_to(to.state.data.clone())?;
         Ok(())
     }

@@ -6,7 +6,8 @@ use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::weights::ModelRef;
 
 use super::super::{
-    Amount, Config, CurriculumPlan, ModelSource, Module, ModulePlan, Plan, Rates, VisualShape, load,
+    Amount, Config, CurriculumPlan, EarlyStopPlan, ModelSource, Module, ModulePlan, Plan, Rates, VisualShape,
+    load,
 };
 use super::{STAGE, edited, load_files, plan};
 
@@ -86,6 +87,9 @@ fn data_spec_takes_the_tokens_of_a_tile() {
     let spec = plan.data_spec(shape);
     assert_eq!((spec.image.tile_px, spec.image.tokens_per_tile, spec.seed), (112, 16, 7));
     assert_eq!(plan.eval_spec(shape), None);
+    assert_eq!(spec.sources[0].sampling_weights, None);
+    let weighed = self::plan(STAGE, &["data.sources[0].sampling_weights=w.safetensors"]).data_spec(shape);
+    assert_eq!(weighed.sources[0].sampling_weights, Some(PathBuf::from("w.safetensors")));
 }
 
 #[test]
@@ -263,4 +267,17 @@ fn awkward_text_survives_a_written_plan() {
         old.data.system = Some(word.to_owned());
         assert_eq!(plan(&old.to_yaml(), &[]), old, "`{word}` as\n{}", old.to_yaml());
     }
+}
+
+#[test]
+fn a_stage_ends_early_once_nothing_lower_is_measured() {
+    let reached = |patience, min_delta, losses: &[f64]| {
+        EarlyStopPlan { patience, min_delta }.is_reached(losses.iter().copied())
+    };
+    assert!(!reached(1, 0.0, &[]) && !reached(1, 0.0, &[5.0]));
+    assert!(!reached(2, 0.0, &[5.0, 5.1]) && reached(2, 0.0, &[5.0, 5.1, 5.2]));
+    // A new lowest loss begins the count anew; a tie is none.
+    assert!(!reached(2, 0.0, &[5.0, 5.1, 4.9, 5.0]) && reached(2, 0.0, &[5.0, 5.1, 4.9, 4.9, 5.0]));
+    // A slow fall that adds up to the difference counts once it has.
+    assert!(!reached(2, 0.1, &[5.0, 4.95, 4.89, 4.85]) && reached(2, 0.1, &[5.0, 4.95, 4.91]));
 }
