@@ -30,15 +30,15 @@ use crate::guard::{GuardState, Trip};
 use crate::lineage::Lineage;
 use crate::optim::{Optimizer, StateKind};
 use crate::origin::{Folders, Sources, open_finished, untouched};
-use crate::schedule::Factors;
+use crate::schedule::{Factors, is_due};
 use crate::stage::{Fingerprints, FrozenCheck, module_of};
 use crate::step::{Share, Step};
 use crate::world::World;
 
 pub use self::parts::preflight;
 use self::parts::{
-    check_division, check_names, exact_frozen, model_fields, modules_of, open_on_all, optimizer, passed,
-    trained_after, updates,
+    check_division, check_names, exact_frozen, model_fields, modules_of, no_way_on, open_on_all, optimizer,
+    passed, trained_after, updates,
 };
 pub(crate) use self::parts::{encoder, freeze_plan, model_config, visual_shape};
 
@@ -89,6 +89,8 @@ pub struct Session {
     aside: Option<Snapshot>,
     /// Held-out losses by step.
     held_out: BTreeMap<u64, f64>,
+    /// What this process measured last, and after which step.
+    measured: Option<(u64, EvalReport)>,
     /// Where this rank's data stood before the step that is being made.
     before: Position,
 }
@@ -158,7 +160,7 @@ impl Session {
             _ => None,
         };
         let options = LoaderOptions { threads: plan.data.threads, rank: world.rank(), world: world.size() };
-        let loader = Loader::new(&spec, Arc::clone(&encoder), options, data)?;
+        let loader = Loader::new(&spec, Arc::clone(&encoder), options, data).map_err(no_way_on)?;
         let before = loader.position();
         let plan = plan.clone();
         Ok(Self {
@@ -185,6 +187,7 @@ impl Session {
             guard,
             aside: None,
             held_out,
+            measured: None,
             before,
         })
     }
@@ -202,7 +205,11 @@ impl Session {
     /// Whether the held-out loss says that it ends before its length.
     pub fn stops_early(&self) -> bool {
         let early_stop = self.plan.schedule.early_stop;
-        early_stop.is_some_and(|early_stop| early_stop.is_reached(self.held_out.values().copied()))
+        let every = self.plan.eval.as_ref().and_then(|eval| eval.every);
+        // That of its end does not count where a stage was made longer.
+        let in_turn = |(step, _): &(&u64, &f64)| **step == 0 || is_due(every, **step);
+        let losses = || self.held_out.iter().filter(in_turn).map(|(_, loss)| *loss);
+        early_stop.is_some_and(|early_stop| early_stop.is_reached(losses()))
     }
 
     /// Held-out losses by step, as this run measured them.
@@ -385,6 +392,11 @@ impl Session {
         before.map_or(Ok(()), |before| before.check(self, step, factors))
     }
 
+    /// What was measured of the weights as they are, if it was.
+    pub fn measured(&self) -> Option<&EvalReport> {
+        self.measured.as_ref().filter(|(step, _)| *step == self.step).map(|(_, report)| report)
+    }
+
     /// Measures the held-out loss, where the plan does, with moving averages where it has some.
     ///
     /// # Errors
@@ -396,6 +408,7 @@ impl Session {
             .optimizer
             .with_averages(|| evaluator.run(&self.model, &self.encoder, self.device, &self.world))?;
         self.held_out.insert(self.step, report.total.loss);
+        self.measured = Some((self.step, report.clone()));
         Ok(Some(report))
     }
 
@@ -436,6 +449,7 @@ impl Session {
     fn put_back(&mut self, to: &Snapshot) -> Result<()> {
         self.world.doing(self.step + 1, "going back");
         let state = &to.state;
+        self.measured = None;
         self.optimizer
             .put_back(state.updates.clone(), |name, kind, elements| to.elements(name, kind, elements))?;
         (self.step, self.totals) = (state.step, state.totals);
@@ -450,6 +464,7 @@ impl Session {
     }
 
     fn pass(&mut self) -> Result<()> {
+        self.measured = None;
         self.step += 1;
         if !self.warm {
             self.warm = true;

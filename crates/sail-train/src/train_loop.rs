@@ -455,7 +455,10 @@ fn evaluate(session: &mut Session, events: &mut Events) -> Result<Option<EvalRep
 
 /// After the last step: evaluation, export and summary.
 fn finish(session: &mut Session, saver: &Saver, events: &mut Events) -> Result<StageSummary> {
-    let after = evaluate(session, events)?;
+    let after = match session.measured() {
+        Some(report) => Some(report.clone()),
+        None => evaluate(session, events)?,
+    };
     let (plan, world) = (&session.plan, &session.world);
     world.doing(session.step, "exporting");
     // What one rank writes and reads back may take longer than a step.

@@ -135,11 +135,18 @@ fn other_ranks_go_on_with_the_averages() {
 fn a_stage_ends_early() {
     // The loss never falls by so much: the first measurement stays the lowest one.
     let stop = "schedule.early_stop={patience: 2, min_delta: 100}";
+    let evaluated = |job: &Job| {
+        let metrics = fs::read_to_string(job.run_dir().join("metrics.jsonl")).unwrap();
+        let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let evaluations = lines.filter(|line| line["kind"] == "eval");
+        evaluations.map(|line| line["step"].as_u64().unwrap()).collect::<Vec<u64>>()
+    };
     for ranks in [1, 2] {
         let straight = job(&[stop]);
         let said = straight.run(start(&straight, ranks), 0);
         assert!(said.contains("ends early, after step 4") && said.contains("lowest"), "{said}");
         assert_eq!(summary(&straight)["steps"], 4);
+        assert_eq!(evaluated(&straight), [0, 2, 4], "the last one is not made again for the summary");
         for at in [1, 2, 3] {
             let job = job(&[stop]);
             let mut command = start(&job, ranks);
@@ -166,7 +173,7 @@ fn a_stage_ends_early() {
         assert!(straight.run(other, 2).contains("eval.samples"));
         // Given more patience, it goes on.
         let mut longer = straight;
-        longer.set(&["schedule.early_stop.patience=9"]);
+        longer.set(&["schedule.early_stop=null"]);
         let mut command = longer.alone();
         command.arg("--allow-config-change");
         longer.run(command, 0);

@@ -15,15 +15,15 @@ use super::de;
 use super::error::{ConfigError, Problem};
 use super::path::FieldPath;
 use super::plan::{
-    BatchPlan, CheckpointPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, ParallelPlan,
-    Plan, RunPlan, VisionPlan, WatchdogPlan,
+    BatchPlan, CheckpointPlan, EarlyStopPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan,
+    ParallelPlan, Plan, RunPlan, VisionPlan, WatchdogPlan,
 };
 use super::raw::{
     RawBatch, RawCheckpoint, RawExport, RawGuard, RawInit, RawLlm, RawLog, RawModel, RawParallel,
     RawProjector, RawRun, RawRunSection, RawVision, RawWatchdog,
 };
 use super::tree::Node;
-use super::values::ModelSource;
+use super::values::{Amount, ModelSource};
 use super::{resolve_data, resolve_train};
 
 /// Makes the plan of one stage's tree. `errors` are those of reading its text.
@@ -78,13 +78,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
         export: wanted(export)?,
     };
     keep_rules(checker, &plan);
-    if plan.schedule.early_stop.is_some() && plan.eval.as_ref().is_none_or(|eval| eval.every.is_none()) {
-        checker.invalid_with_hint(
-            "schedule.early_stop",
-            "needs held-out losses during the stage",
-            "give `eval.every`",
-        );
-    }
+    early_stop(checker, &plan);
     if plan.init.as_ref().is_some_and(|init| init.from == plan.run.dir) {
         checker.invalid("init.from", "is this run's own folder, `run.dir`");
     }
@@ -113,6 +107,28 @@ fn keep_rules(checker: &mut Checker<'_>, plan: &Plan) {
             "checkpoint.keep_best",
             "needs held-out losses of steps that are saved",
             "give `checkpoint.every` and `eval.every`, one a multiple of the other",
+        );
+    }
+}
+
+/// A stage that could never end early.
+fn early_stop(checker: &mut Checker<'_>, plan: &Plan) {
+    let Some(EarlyStopPlan { patience, .. }) = plan.schedule.early_stop else { return };
+    let Some(every) = plan.eval.as_ref().and_then(|eval| eval.every) else {
+        checker.invalid_with_hint(
+            "schedule.early_stop",
+            "needs held-out losses during the stage",
+            "give `eval.every`",
+        );
+        return;
+    };
+    if let Amount::Steps(steps) = plan.schedule.length
+        && (patience as u64).saturating_mul(every) >= steps
+    {
+        checker.invalid_with_hint(
+            "schedule.early_stop.patience",
+            format!("is never reached: {patience} evaluations, one every {every} of {steps} steps"),
+            "lower it or `eval.every`",
         );
     }
 }

@@ -37,6 +37,8 @@ pub struct Course {
     pub secs: f64,
     /// `data.epochs`, which may end it earlier.
     pub epochs: Option<u64>,
+    /// Whether the held-out loss may end it earlier.
+    pub stops_early: bool,
     /// What lies between unlock points, at least one; none of them begins where it ends.
     pub phases: Vec<Phase>,
 }
@@ -94,7 +96,8 @@ impl Course {
             flops: all_flops,
         };
         let (steps, epochs) = (made.ceil() as u64, plan.data.epochs);
-        Ok((Self { sample_tokens, steps, step, stage, secs, epochs, phases }, model))
+        let stops_early = plan.schedule.early_stop.is_some();
+        Ok((Self { sample_tokens, steps, step, stage, secs, epochs, stops_early, phases }, model))
     }
 }
 

@@ -103,8 +103,13 @@ impl StageEstimate {
             short(stage.flops, "FLOP"),
             duration(course.secs),
         )?;
-        let Some(epochs) = course.epochs else { return Ok(()) };
-        writeln!(f, "or less: `data.epochs` {epochs} may end it earlier")
+        if let Some(epochs) = course.epochs {
+            writeln!(f, "or less: `data.epochs` {epochs} may end it earlier")?;
+        }
+        if course.stops_early {
+            writeln!(f, "or less: `schedule.early_stop` may end it earlier")?;
+        }
+        Ok(())
     }
 
     fn memory(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

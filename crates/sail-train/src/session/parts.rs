@@ -215,6 +215,17 @@ pub(super) fn check_names(stored: Option<&Checkpoint>, model: &Vlm) -> Result<()
     })
 }
 
+/// A position that does not belong to the data is a matter of the configuration.
+pub(super) fn no_way_on(error: sail_data::Error) -> Error {
+    match error {
+        sail_data::Error::StateMismatch { .. } => Error::usage(
+            error.to_string(),
+            "put back what the checkpoint was trained with, sampling weights included, or start anew in another `run.dir`",
+        ),
+        other => other.into(),
+    }
+}
+
 /// Every rank has as many streams and packs as any other.
 pub(super) fn check_division(plan: &Plan, world: usize) -> Result<()> {
     let shared = plan.shared_in_parts();

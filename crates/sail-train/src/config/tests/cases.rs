@@ -26,7 +26,7 @@ pub(crate) fn edited(edits: &[(&str, &str)]) -> String {
 }
 
 /// A piece of [`STAGE`] and what stands there instead.
-const SLIPS: [(&str, &str); 84] = [
+const SLIPS: [(&str, &str); 85] = [
     // Names.
     ("run: {", "runs: {"),
     ("dir: runs/demo", "dir: runs/demo, sed: 1"),
@@ -119,6 +119,10 @@ const SLIPS: [(&str, &str); 84] = [
     ("{ steps: 60 }", "{ steps: 60, early_stop: {} }"),
     ("{ steps: 60 }", "{ steps: 60, early_stop: { patience: 0, min_delta: -1 } }"),
     ("{ steps: 60 }", "{ steps: 60, early_stop: { patience: 3 } }"),
+    (
+        "{ steps: 60 }",
+        "{ steps: 60, early_stop: { patience: 3 } }\neval: { every: 20, sources: [{ name: a, shards: a.tar }] }",
+    ),
 ];
 
 /// Texts that are no configuration at all.
