@@ -28,7 +28,7 @@ use crate::first_step::FirstStep;
 use crate::freeze::FreezePlan;
 use crate::guard::{GuardState, Trip};
 use crate::lineage::Lineage;
-use crate::optim::{Optimizer, StateKind};
+use crate::optim::Optimizer;
 use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::schedule::{Factors, is_due};
 use crate::stage::{Fingerprints, FrozenCheck, module_of};
@@ -38,7 +38,7 @@ use crate::world::World;
 pub use self::parts::preflight;
 use self::parts::{
     check_division, check_names, exact_frozen, model_fields, modules_of, no_way_on, open_on_all, optimizer,
-    passed, trained_after, updates,
+    passed, restore, trained_after,
 };
 pub(crate) use self::parts::{encoder, freeze_plan, model_config, visual_shape};
 
@@ -132,35 +132,24 @@ impl Session {
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
         }
-        let (mut step, mut totals, mut guard, mut data) = (0, Totals::default(), GuardState::default(), None);
-        let mut held_out = BTreeMap::new();
-        let lineage = match stored {
-            Some(resumed) if resume.is_some() => resumed.state().lineage.clone(),
-            Some(init) => init.lineage(),
-            None => folders.origins(plan)?,
-        };
         if let Some(checkpoint) = resume {
-            let state = checkpoint.state();
-            let updates = updates(&optimizer, checkpoint);
-            optimizer.restore(updates, |name, kind, elements| {
-                // An average that the run did not have begins with the parameter.
-                let begins = kind == StateKind::Ema && !checkpoint.holds(name, kind);
-                checkpoint.elements(name, if begins { StateKind::Param } else { kind }, elements)
-            })?;
-            (step, totals, data) = (state.step, state.totals, Some(state.data.clone()));
-            guard = state.guard.clone();
-            held_out.clone_from(&state.held_out);
+            restore(&mut optimizer, checkpoint)?;
         }
-        let ada_lrs = plan.schedule.ada_lrs.map(|_| {
-            let then = resume.and_then(|resume| resume.state().ada_lrs.clone());
-            then.unwrap_or_default()
-        });
+        let then = resume.map(Checkpoint::state);
+        let lineage = match (then, &init) {
+            (Some(then), _) => then.lineage.clone(),
+            (None, Some(init)) => init.lineage(),
+            (None, None) => folders.origins(plan)?,
+        };
+        let search = |_| then.and_then(|then| then.ada_lrs.clone()).unwrap_or_default();
+        let ada_lrs = plan.schedule.ada_lrs.map(search);
         let evaluator = match (&plan.eval, plan.eval_spec(shape)) {
             (Some(eval), Some(spec)) => Some(Evaluator::new(spec, eval, &encoder)?),
             _ => None,
         };
         let options = LoaderOptions { threads: plan.data.threads, rank: world.rank(), world: world.size() };
-        let loader = Loader::new(&spec, Arc::clone(&encoder), options, data).map_err(no_way_on)?;
+        let position = then.map(|then| then.data.clone());
+        let loader = Loader::new(&spec, Arc::clone(&encoder), options, position).map_err(no_way_on)?;
         let before = loader.position();
         let plan = plan.clone();
         Ok(Self {
@@ -171,8 +160,8 @@ impl Session {
             evaluator,
             device,
             precision,
-            step,
-            totals,
+            step: then.map_or(0, |then| then.step),
+            totals: then.map_or_else(Totals::default, |then| then.totals),
             world: Arc::clone(world),
             warm: false,
             loader,
@@ -184,9 +173,9 @@ impl Session {
             freeze,
             unlocked,
             ada_lrs,
-            guard,
+            guard: then.map_or_else(GuardState::default, |then| then.guard.clone()),
             aside: None,
-            held_out,
+            held_out: then.map_or_else(BTreeMap::new, |then| then.held_out.clone()),
             measured: None,
             before,
         })

@@ -189,8 +189,18 @@ pub(crate) fn encoder(tokenizer: &Path, text: &TextSpec, llm: &LlmConfig) -> Res
     Ok(encoder)
 }
 
+/// Gives what is trained the moments and averages of a checkpoint that the model was built from.
+pub(super) fn restore(optimizer: &mut Optimizer, checkpoint: &Checkpoint) -> Result<()> {
+    let updates = updates(optimizer, checkpoint);
+    optimizer.restore(updates, |name, kind, elements| {
+        // An average that the run did not have begins with the parameter.
+        let begins = kind == StateKind::Ema && !checkpoint.holds(name, kind);
+        checkpoint.elements(name, if begins { StateKind::Param } else { kind }, elements)
+    })
+}
+
 /// How often the parameters that are trained now were updated until `checkpoint`.
-pub(super) fn updates(optimizer: &Optimizer, checkpoint: &Checkpoint) -> Updates {
+fn updates(optimizer: &Optimizer, checkpoint: &Checkpoint) -> Updates {
     let then = &checkpoint.state().updates;
     let mut later = BTreeMap::new();
     for name in optimizer.names() {
