@@ -141,8 +141,55 @@ fn a_sample_that_went_bad_while_it_waited_is_an_error() {
     assert!(matches!(&error, Error::StateMismatch { detail } if detail.contains("is not now")), "{error}");
 }
 
+#[test]
+fn going_to_a_position_of_other_data_leaves_a_loader_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = mixed_spec(dir.path());
+    let other = loader(&DataSpec { seed: 8, ..spec.clone() }, 1).position();
+    let expected = take(&mut loader(&spec, 1), 12);
+    let mut stays = loader(&spec, 3);
+    assert!(take(&mut stays, 4) == expected[..4]);
+    assert!(matches!(stays.go_to(other), Err(Error::StateMismatch { .. })));
+    assert!(take(&mut stays, 8) == expected[4..]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn going_to_a_position_is_resuming_there(
+        // Packs taken, then the position gone to, before or after where the loader stands.
+        moves in prop::collection::vec((0_usize..14, 0_usize..14), 1..5),
+        (world, threads) in (prop::sample::select(vec![1_usize, 2]), 1_usize..5),
+        ends in any::<bool>(),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut spec = mixed_spec(dir.path());
+        spec.streams = 4;
+        // Short enough for streams to end on the way.
+        spec.length = if ends { Length::Epochs(2) } else { Length::Endless };
+        let options = LoaderOptions { threads, rank: world - 1, world };
+        let mut whole = open(&spec, LoaderOptions { threads: 1, ..options }, None);
+        let mut positions = vec![whole.position()];
+        let mut expected = Vec::new();
+        for _ in 0..32 {
+            expected.extend(take(&mut whole, 1));
+            positions.push(whole.position());
+        }
+        let mut moved = open(&spec, options, None);
+        let mut at = 0;
+        for (packs, to) in moves {
+            prop_assert!(take(&mut moved, packs) == expected[at..at + packs], "{packs} packs after {at}");
+            moved.go_to(positions[to].clone()).unwrap();
+            let mut resumed = open(&spec, options, Some(positions[to].clone()));
+            prop_assert_eq!(moved.position(), resumed.position());
+            prop_assert_eq!(moved.tallies(), resumed.tallies());
+            prop_assert!(take(&mut resumed, 4) == expected[to..to + 4]);
+            at = to;
+        }
+        prop_assert!(take(&mut moved, 8) == expected[at..at + 8], "{world} ranks, {threads} threads");
+        prop_assert_eq!(moved.position(), positions[at + 8].clone());
+    }
 
     #[test]
     fn any_world_gives_the_same_packs_and_resumes_in_any_other(
