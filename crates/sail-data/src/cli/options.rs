@@ -88,6 +88,24 @@ pub(super) fn by_name<T: DeserializeOwned>(name: &str) -> std::result::Result<T,
     serde_json::from_value(Value::String(name.to_owned())).map_err(|error| error.to_string())
 }
 
+/// A number of bytes, with or without a unit.
+pub(super) fn bytes(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor: u64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" | "k" => 1_000,
+        "mb" | "m" => 1_000_000,
+        "gb" | "g" => 1_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        _ => return Err("expected a number with KB, MB, GB, KiB, MiB or GiB".into()),
+    };
+    let number: u64 =
+        digits.trim().parse().map_err(|_| "expected a whole number, such as 500MB".to_owned())?;
+    number.checked_mul(factor).filter(|&bytes| bytes > 0).ok_or("it is out of range".into())
+}
+
 /// The threads that a command works on.
 pub(super) fn threads(threads: Option<u16>) -> Result<rayon::ThreadPool> {
     let threads = threads.map_or(0, usize::from);
@@ -242,6 +260,16 @@ mod tests {
         assert_eq!(groups(&["d/a-1.tar", "d/b-1.tar", "d/a-2.tar"]), [one("a", 2), one("b", 1)]);
         assert_eq!(groups(&["d/a-1.tar", "e/a-1.tar"]), [one("d/a", 1), one("e/a", 1)]);
         assert_eq!(groups(&["d/1.tar", "2.tar"]), [one("d", 1), one("shards", 1)]);
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(bytes("512"), Ok(512));
+        assert_eq!(bytes("2MB"), Ok(2_000_000));
+        assert_eq!(bytes("1GiB"), Ok(1 << 30));
+        for wrong in ["", "MB", "0", "1.5GB", "-1", "1TB", "99999999999GB"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::options::{by_name, threads};
+use super::options::{by_name, bytes, threads};
 use super::terminal::{Bar, print};
 use crate::spec::Layout;
 use crate::tools::error::Result;
@@ -124,37 +124,9 @@ fn prefix(name: &str) -> std::result::Result<String, String> {
     }
 }
 
-/// A number of bytes, with or without a unit.
-pub(super) fn bytes(text: &str) -> std::result::Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let factor: u64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "kb" | "k" => 1_000,
-        "mb" | "m" => 1_000_000,
-        "gb" | "g" => 1_000_000_000,
-        "kib" => 1 << 10,
-        "mib" => 1 << 20,
-        "gib" => 1 << 30,
-        _ => return Err("expected a number with KB, MB, GB, KiB, MiB or GiB".into()),
-    };
-    let number: u64 =
-        digits.trim().parse().map_err(|_| "expected a whole number, such as 500MB".to_owned())?;
-    number.checked_mul(factor).filter(|&bytes| bytes > 0).ok_or("it is out of range".into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(bytes("512"), Ok(512));
-        assert_eq!(bytes("2MB"), Ok(2_000_000));
-        assert_eq!(bytes("1GiB"), Ok(1 << 30));
-        for wrong in ["", "MB", "0", "1.5GB", "-1", "1TB", "99999999999GB"] {
-            assert!(bytes(wrong).is_err(), "{wrong}");
-        }
-    }
 
     #[test]
     fn a_prefix_is_a_file_name() {

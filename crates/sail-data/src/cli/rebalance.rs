@@ -5,8 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::options::{ShardArgs, SpecFile, read_spec};
-use super::pack::bytes;
+use super::options::{ShardArgs, SpecFile, bytes, read_spec};
 use super::terminal::{Bar, print, save};
 use crate::source::Source;
 use crate::spec::SourceSpec;
