@@ -61,7 +61,9 @@ fn line(problem: &Problem) -> String {
         Problem::BadSample { shard, key, reason, detail, .. } => {
             format!("{}  {}  {reason}: {}\n", one_line(shard), one_line(key), one_line(detail))
         }
-        Problem::BrokenShard { detail, .. } => format!("{}\n", one_line(detail)),
+        Problem::BrokenShard { detail, .. } | Problem::UnfitWeights { detail, .. } => {
+            format!("{}\n", one_line(detail))
+        }
     }
 }
 
@@ -71,8 +73,8 @@ fn summary(checked: &Checked, tokenised: bool) -> String {
     if !checked.is_clean() {
         text.push('\n');
         let rows = checked.bad.iter().map(|(reason, count)| (reason.as_str(), *count));
-        let broken = (checked.broken_shards > 0).then_some(("broken shards", checked.broken_shards));
-        for (reason, count) in rows.chain(broken) {
+        let shards = [("broken shards", checked.broken_shards), ("unfit weights", checked.unfit_weights)];
+        for (reason, count) in rows.chain(shards.into_iter().filter(|(_, count)| *count > 0)) {
             // Writing to a string cannot fail.
             let _ = writeln!(text, "  {reason:<18} {:>8}", text_count(count));
         }

@@ -16,6 +16,8 @@ pub(crate) enum Problem {
     BadSample { source: String, shard: String, key: String, reason: &'static str, detail: String },
     /// A shard that would stop a run.
     BrokenShard { source: String, shard: String, detail: String },
+    /// Sampling weights for another number of samples than a shard has, which would stop a run as well.
+    UnfitWeights { source: String, shard: String, detail: String },
 }
 
 /// How much was read, and what was wrong with it.
@@ -27,12 +29,14 @@ pub(crate) struct Checked {
     /// By reason.
     pub(crate) bad: BTreeMap<String, u64>,
     pub(crate) broken_shards: u64,
+    /// Shards whose sampling weights do not fit.
+    pub(crate) unfit_weights: u64,
 }
 
 impl Checked {
     /// Whether anything is wrong.
     pub(crate) fn is_clean(&self) -> bool {
-        self.bad.is_empty() && self.broken_shards == 0
+        self.bad.is_empty() && self.broken_shards == 0 && self.unfit_weights == 0
     }
 }
 
@@ -75,6 +79,11 @@ pub(crate) fn check(
                     checked.broken_shards += 1;
                     let detail = super::error::with_causes(&error);
                     report(Problem::BrokenShard { source, shard: shard.to_owned(), detail })
+                }
+                Found::UnfitWeights { shard, error } => {
+                    checked.unfit_weights += 1;
+                    let detail = super::error::with_causes(&error);
+                    report(Problem::UnfitWeights { source, shard: shard.to_owned(), detail })
                 }
             }
         },

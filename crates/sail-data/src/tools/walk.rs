@@ -18,6 +18,13 @@ pub(crate) enum Found<'a, T> {
         /// Why.
         error: crate::Error,
     },
+    /// A shard, read to its end, that has another number of samples than its source has sampling weights for it.
+    UnfitWeights {
+        /// Its path.
+        shard: &'a str,
+        /// Both numbers.
+        error: crate::Error,
+    },
 }
 
 /// Told how far a walk is.
@@ -45,20 +52,25 @@ pub(crate) fn walk<T: Send>(
     for (index, source) in sources.iter().enumerate() {
         let mut waiting: Vec<SampleRef> = Vec::with_capacity(batch);
         for shard in 0..source.shards.len() {
-            let mut broken = None;
+            let path = &source.shards[shard];
+            let mut fault = None;
             let mut scanner = match source.open(shard) {
                 Ok(opened) => Some(opened.scan(0, 0)),
                 Err(error) => {
-                    broken = Some(error);
+                    fault = Some(Found::BrokenShard { shard: path, error });
                     None
                 }
             };
             while let Some(scanning) = &mut scanner {
                 match scanning.next_sample() {
                     Ok(Some(extent)) => waiting.push(SampleRef { shard: shard as u32, epoch: 0, extent }),
-                    Ok(None) => scanner = None,
+                    Ok(None) => {
+                        let unfit = source.check_samples(shard as u32, scanning.ordinal()).err();
+                        fault = unfit.map(|error| Found::UnfitWeights { shard: path, error });
+                        scanner = None;
+                    }
                     Err(error) => {
-                        broken = Some(error);
+                        fault = Some(Found::BrokenShard { shard: path, error });
                         scanner = None;
                     }
                 }
@@ -66,9 +78,9 @@ pub(crate) fn walk<T: Send>(
                     flush(index, source, &mut waiting, progress, &work, &mut visit)?;
                 }
             }
-            if let Some(error) = broken {
+            if let Some(fault) = fault {
                 flush(index, source, &mut waiting, progress, &work, &mut visit)?;
-                visit(index, Found::BrokenShard { shard: &source.shards[shard], error })?;
+                visit(index, fault)?;
             }
             progress.shard();
         }
@@ -97,7 +109,7 @@ fn flush<T: Send>(
     Ok(())
 }
 
-/// Nobody is told.
+/// Progress that is not shown.
 #[cfg(test)]
 pub(crate) struct Silent;
 
@@ -130,7 +142,7 @@ mod tests {
                 Found::BrokenShard { error: crate::Error::BrokenShard { offset, .. }, .. } => {
                     format!("broken at {offset}")
                 }
-                Found::BrokenShard { error, .. } => panic!("{error}"),
+                Found::BrokenShard { error, .. } | Found::UnfitWeights { error, .. } => panic!("{error}"),
             });
             Ok(())
         })

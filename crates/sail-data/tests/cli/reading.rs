@@ -1,5 +1,7 @@
 //! `index`, `check`, `stats`, `inspect` and `rebalance` on shards, good and bad.
 
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 use crate::support::{Folder, demo, run, sail_data, succeed};
@@ -209,4 +211,39 @@ fn a_source_is_weighed_and_its_weights_are_checked_by_the_others() {
     let (code, _, stderr) = run(&["check", "--spec", &spec]);
     assert!(code == 1 && stderr.contains("w.safetensors` are no safetensors file: "), "{stderr}");
     succeed(&[&by_name[..], &rest[..]].concat());
+}
+
+#[test]
+fn weights_for_another_number_of_samples_do_not_pass() {
+    let folder = Folder::new();
+    let weights = folder.at("w.safetensors");
+    let spec = spec(&folder, &weights);
+    let data: Value = serde_json::from_slice(&std::fs::read(&spec).unwrap()).unwrap();
+    let pattern = data["data"]["sources"][0]["shards"][0].as_str().unwrap();
+    let rest = ["--n", "2", "--threshold", "0.02", "--memory", "1MiB", "--out", &weights];
+    succeed(&[&["rebalance", pattern], &rest[..]].concat());
+    let written = std::fs::read(&weights).unwrap();
+    let file = SafeTensors::deserialize(&written).unwrap();
+    let shard = file.names().into_iter().min().unwrap().to_owned();
+    let (shards, samples) = (file.len(), file.tensor(&shard).unwrap().shape()[0]);
+    for number in [samples - 1, samples + 1] {
+        let other = 1.0_f32.to_le_bytes().repeat(number);
+        let other = TensorView::new(Dtype::F32, vec![number], &other).unwrap();
+        let tensor = |name: &str| if name == shard { other.clone() } else { file.tensor(name).unwrap() };
+        let tensors = file.names().into_iter().map(|name| (name, tensor(name)));
+        folder.write("w.safetensors", safetensors::serialize(tensors, None).unwrap());
+        let part = format!("have {number} weights for the shard `{shard}`, which has {samples} samples");
+        let json = folder.at("problems.json");
+        let (code, stdout, stderr) = run(&["check", "--spec", &spec, "--json", &json]);
+        assert!(code == 1 && stdout.contains(&part), "{stdout} {stderr}");
+        assert!(stdout.contains("  unfit weights             1\n"), "{stdout}");
+        let found: Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+        assert_eq!(found["problems"][0]["kind"], "unfit_weights");
+        assert!(
+            shards > 1 && found["summary"]["samples"].as_u64().unwrap() > 240,
+            "the rest is read: {stdout}"
+        );
+        let (code, stdout, stderr) = run(&["stats", "--spec", &spec]);
+        assert!(code == 1 && stdout.is_empty() && stderr.contains(&part), "{stdout} {stderr}");
+    }
 }

@@ -217,7 +217,7 @@ fn visit<T: Send>(
             visit(&source.shards[shard as usize], made);
             Ok(())
         }
-        Found::BrokenShard { error, .. } => Err(error.into()),
+        Found::BrokenShard { error, .. } | Found::UnfitWeights { error, .. } => Err(error.into()),
     })
 }
 

@@ -187,6 +187,7 @@ impl Stats {
                 match found {
                     Found::Sample(counted) => sources[source].add(counted, limit),
                     Found::BrokenShard { shard, error } => broken.push((shard.to_owned(), error)),
+                    Found::UnfitWeights { error, .. } => return Err(error.into()),
                 }
                 Ok(())
             },
