@@ -59,7 +59,7 @@ pub enum Error {
     },
     /// A source's sampling weights do not belong to its shards, or are none.
     #[error(
-        "source `{name}`: the sampling weights `{}` {detail}\n\nhint: write them again with `sail-data rebalance`, naming the shards as the source does", path.display()
+        "source `{name}`: the sampling weights `{}` {detail}\n\nhint: write them again with `sail-data rebalance`, with the shards and the `layout` of the source", path.display()
     )]
     SamplingWeights {
         /// The source's name.

@@ -53,7 +53,7 @@ impl Source {
         for source in &spec.sources {
             let shards = find_shards(&store, source)?;
             let weights = source.sampling_weights.as_deref();
-            let weights = weights.map(|path| SamplingWeights::read(path, &shards)).transpose();
+            let weights = weights.map(|path| SamplingWeights::read(path, source, &shards)).transpose();
             let weights = weights.map_err(|detail| bad_weights(source, detail))?.map(Arc::new);
             sources.push(Self {
                 name: source.name.clone(),

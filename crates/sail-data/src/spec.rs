@@ -174,6 +174,16 @@ pub enum PageChoice {
 }
 
 impl Layout {
+    /// Its name in a specification.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Conversations => "conversations",
+            Self::Captions => "captions",
+            Self::Pages => "pages",
+            Self::Interleaved => "interleaved",
+        }
+    }
+
     /// What is asked where the layout has no questions of its own and the source gives none.
     pub fn default_question(self) -> &'static str {
         match self {
@@ -351,6 +361,11 @@ impl SourceSpec {
             sampling_weights: None,
         }
     }
+
+    /// Whether a sample has another text in another epoch.
+    pub(crate) fn takes_random_pages(&self) -> bool {
+        self.layout == Layout::Pages && self.page == PageChoice::Random
+    }
 }
 
 impl DataSpec {
@@ -501,6 +516,13 @@ fn check(
 mod tests {
     use super::*;
     use crate::testing::spec;
+
+    #[test]
+    fn layouts_are_called_as_in_a_specification() {
+        for layout in [Layout::Conversations, Layout::Captions, Layout::Pages, Layout::Interleaved] {
+            assert_eq!(serde_json::to_value(layout).unwrap(), layout.name());
+        }
+    }
 
     #[test]
     fn a_spec_survives_json() {

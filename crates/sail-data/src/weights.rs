@@ -12,7 +12,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::spec::Layout;
+use crate::spec::{Layout, SourceSpec};
 
 /// The one entry of a file's metadata: JSON, whose order is fixed.
 const METADATA: &str = "rebalance";
@@ -30,6 +30,21 @@ pub(crate) struct Origin {
     pub(crate) shard_bytes: BTreeMap<String, u64>,
 }
 
+impl Origin {
+    /// Refuses weights of other texts than the source's.
+    fn check(&self, source: &SourceSpec) -> std::result::Result<(), String> {
+        let (then, now) = (self.layout.name(), source.layout.name());
+        if then != now {
+            return Err(format!("were made of samples read as `{then}`, and the source reads `{now}`"));
+        }
+        if source.takes_random_pages() {
+            let detail = "were made of the first page of each document, and the source takes a random one";
+            return Err(format!("{detail}, expected `page: first`"));
+        }
+        Ok(())
+    }
+}
+
 /// The weights of a source's samples: 4 bytes each, for all streams together.
 #[derive(Debug)]
 pub(crate) struct SamplingWeights {
@@ -40,11 +55,15 @@ pub(crate) struct SamplingWeights {
 }
 
 impl SamplingWeights {
-    /// Reads the weights of these shards. What the file has for others is left out.
+    /// Reads the weights of a source with these shards. What the file has for others is left out.
     ///
     /// # Errors
     /// Why they cannot be used, as the end of a sentence about them.
-    pub(crate) fn read(path: &Path, shards: &[String]) -> std::result::Result<Self, String> {
+    pub(crate) fn read(
+        path: &Path,
+        source: &SourceSpec,
+        shards: &[String],
+    ) -> std::result::Result<Self, String> {
         let bytes = std::fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
         let no_file = |error: SafeTensorError| format!("are no safetensors file: {error}");
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(no_file)?;
@@ -53,6 +72,7 @@ impl SamplingWeights {
             .map(|text| serde_json::from_str(text))
             .transpose()
             .map_err(|error| format!("have metadata that cannot be read: {error}"))?;
+        origin.as_ref().map_or(Ok(()), |origin| origin.check(source))?;
         let file = SafeTensors::deserialize(&bytes).map_err(no_file)?;
         let mut weights = Vec::with_capacity(shards.len());
         for shard in shards {

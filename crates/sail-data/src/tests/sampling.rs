@@ -11,7 +11,7 @@ use super::loading::{epoch_counts, loader, mixed_spec, open, shards_spec, take};
 use crate::error::{Error, Result};
 use crate::loader::{Loader, LoaderOptions};
 use crate::sample::Pack;
-use crate::spec::{DataSpec, Layout, Length};
+use crate::spec::{DataSpec, Layout, Length, PageChoice};
 use crate::tally::Tally;
 use crate::testing::{encoder_for, tar, text_sample, weigh};
 use crate::weights::{Origin, to_bytes};
@@ -151,17 +151,18 @@ fn plain(shard: &str, weights: &[f32]) -> Vec<u8> {
     tensor(shard, Dtype::F32, &[weights.len()], &bytes)
 }
 
-/// The same as `sail-data rebalance` writes it, of a shard of this size.
-fn made_of(shard: &str, bytes: u64) -> Vec<u8> {
+/// The same as `sail-data rebalance` writes it, of a shard of this size and layout.
+fn made_of(shard: &str, bytes: u64, layout: Layout) -> Vec<u8> {
     let shard_bytes = BTreeMap::from([(shard.to_owned(), bytes)]);
-    let origin = Origin { n: 4, threshold: 0.001, layout: Layout::Conversations, shard_bytes };
+    let origin = Origin { n: 4, threshold: 0.001, layout, shard_bytes };
     to_bytes(&origin, &BTreeMap::from([(shard.to_owned(), vec![1.0, 0.5, 0.5])])).unwrap()
 }
 
 #[test]
 fn a_file_that_does_not_fit_is_refused_and_told_why() {
     assert_eq!(outcome(|shard| plain(shard, &[1.0, 0.0, 0.5])), "fine");
-    assert_eq!(outcome(|shard| made_of(shard, std::fs::metadata(shard).unwrap().len())), "fine");
+    let size = |shard: &str| std::fs::metadata(shard).unwrap().len();
+    assert_eq!(outcome(|shard| made_of(shard, size(shard), Layout::Conversations)), "fine");
     let messages = [
         outcome(|_| b"{}".to_vec()),
         outcome(|shard| plain(&format!("other/{shard}"), &[1.0; 3])),
@@ -173,7 +174,8 @@ fn a_file_that_does_not_fit_is_refused_and_told_why() {
         outcome(|shard| plain(shard, &[0.25, 0.25, 0.0])),
         outcome(|shard| plain(shard, &[1.0; 2])),
         outcome(|shard| plain(shard, &[1.0; 4])),
-        outcome(|shard| made_of(shard, 99)),
+        outcome(|shard| made_of(shard, 99, Layout::Conversations)),
+        outcome(|shard| made_of(shard, size(shard), Layout::Captions)),
         outcome(|_| {
             let metadata = HashMap::from([("rebalance".to_owned(), "{".to_owned())]);
             safetensors::serialize(Vec::<(&str, TensorView)>::new(), Some(metadata)).unwrap()
@@ -193,8 +195,26 @@ fn a_file_that_does_not_fit_is_refused_and_told_why() {
     source `demo`: the sampling weights `DIR/w.safetensors` have 2 weights for the shard `DIR/a.tar`, which has more samples
     source `demo`: the sampling weights `DIR/w.safetensors` have 4 weights for the shard `DIR/a.tar`, which has 3 samples
     source `demo`: the sampling weights `DIR/w.safetensors` were made of the shard `DIR/a.tar` when it had 99 bytes, now 4096
+    source `demo`: the sampling weights `DIR/w.safetensors` were made of samples read as `captions`, and the source reads `conversations`
     source `demo`: the sampling weights `DIR/w.safetensors` have metadata that cannot be read: EOF while parsing an object at line 1 column 1
     ");
+}
+
+#[test]
+fn weights_of_one_page_are_not_those_of_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut spec = shards_spec(dir.path(), &[3]);
+    let (shard, path) = (spec.sources[0].shards[0].clone(), dir.path().join("w.safetensors"));
+    (spec.sources[0].layout, spec.sources[0].sampling_weights) = (Layout::Pages, Some(path.clone()));
+    let bytes = std::fs::metadata(&shard).unwrap().len();
+    std::fs::write(&path, made_of(&shard, bytes, Layout::Pages)).unwrap();
+    assert!(crate::check_sources(&spec).is_ok());
+    spec.sources[0].page = PageChoice::Random;
+    let message = crate::check_sources(&spec).unwrap_err().to_string();
+    assert!(message.contains("takes a random one, expected `page: first`\n"), "{message}");
+    // Who wrote weights of whole documents did so on purpose.
+    std::fs::write(&path, plain(&shard, &[1.0; 3])).unwrap();
+    assert!(crate::check_sources(&spec).is_ok());
 }
 
 #[test]
@@ -205,6 +225,6 @@ fn a_file_that_is_not_there_is_named() {
     insta::assert_snapshot!(crate::check_sources(&spec).unwrap_err(), @r"
     source `demo`: the sampling weights `no/w.safetensors` cannot be read: No such file or directory (os error 2)
 
-    hint: write them again with `sail-data rebalance`, naming the shards as the source does
+    hint: write them again with `sail-data rebalance`, with the shards and the `layout` of the source
     ");
 }

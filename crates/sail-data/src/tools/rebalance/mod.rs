@@ -107,6 +107,12 @@ struct Weighed {
 /// Errors of the shards; [`Error::NoGoodSample`] and [`Error::EmptySource`] when no sample has a text; a threshold
 /// below one sample.
 pub(crate) fn rebalance(source: &Source, options: Options, progress: &dyn Progress) -> Result<Rebalanced> {
+    if source.spec.takes_random_pages() {
+        return Err(ToolError::usage(
+            format!("source `{}` takes a random page of each document, another each epoch", source.name),
+            "a weight belongs to one text: give the source `page: first`",
+        ));
+    }
     let counts = CountMin::new(options.memory_bytes);
     let tally = count(source, options.n, &counts, progress)?;
     let texts = check_texts(source, &tally, options.threshold)?;

@@ -1,7 +1,7 @@
 //! Weights worked by hand, and that threads change nothing.
 
 use super::*;
-use crate::spec::SourceSpec;
+use crate::spec::{Layout, PageChoice, SourceSpec};
 use crate::testing::{tar, text_sample};
 use crate::tools::access::find_shards;
 use crate::tools::walk::Silent;
