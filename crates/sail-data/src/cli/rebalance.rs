@@ -12,7 +12,7 @@ use crate::spec::SourceSpec;
 use crate::tools::access::{find_shards, find_shards_in};
 use crate::tools::error::{Result, ToolError};
 use crate::tools::files::write_atomically;
-use crate::tools::rebalance::{Options, rebalance, report};
+use crate::tools::rebalance::{LEAST_MEMORY_BYTES, Options, rebalance, report};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -47,7 +47,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "T", default_value = "0.001", value_parser = share)]
     threshold: f64,
     /// Memory for counts, such as 64MiB
-    #[arg(long, value_name = "B", default_value = "256MiB", value_parser = bytes)]
+    #[arg(long, value_name = "B", default_value = "256MiB", value_parser = memory)]
     memory: u64,
     /// Writes the report for other programs
     #[arg(long, value_name = "FILE")]
@@ -87,6 +87,15 @@ impl Args {
                 "choose one of them with `--source NAME`",
             )),
         }
+    }
+}
+
+fn memory(text: &str) -> std::result::Result<u64, String> {
+    match bytes(text)? {
+        too_few if too_few < LEAST_MEMORY_BYTES => {
+            Err(format!("expected at least {LEAST_MEMORY_BYTES} bytes"))
+        }
+        enough => Ok(enough),
     }
 }
 

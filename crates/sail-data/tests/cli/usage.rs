@@ -49,6 +49,12 @@ fn mistakes_exit_with_2_and_say_what_to_do() {
         (&["rebalance", &shard, "--out", &out, "--source", "a"], "cannot be used with"),
         (&["rebalance", &shard, "--out", &out, "--n", "0"], "0 is not in 1..=64"),
         (&["rebalance", &shard, "--out", &out, "--threshold", "0"], "above 0 and at most 1"),
+        (&["rebalance", &shard, "--out", &out, "--memory", "0"], "it is out of range"),
+        (&["rebalance", &shard, "--out", &out, "--memory", "15"], "expected at least 16 bytes"),
+        (
+            &["rebalance", &shard, "--out", &out, "--threshold", "0.1", "--memory", "16"],
+            "hint: `--memory 1MiB` is enough",
+        ),
         (&["rebalance", &shard, "--out", &out, "--threshold", "1e-4"], "hint: give a higher `--threshold`"),
     ];
     for (args, part) in cases {

@@ -11,6 +11,12 @@ use crate::rng::Key;
 /// additions with a probability of at most exp(-4) = 1.8 %.
 const ROWS: usize = 4;
 
+/// One counter of each row.
+pub(super) const LEAST_BYTES: u64 = (ROWS * size_of::<AtomicU32>()) as u64;
+
+/// exp(-4): with which probability a count may be too high.
+pub(super) const TOLERATED: f64 = 0.018_315_638_888_734_18;
+
 /// Counts that are exact or too high, never too low.
 #[derive(Debug)]
 pub(super) struct CountMin {
@@ -20,9 +26,9 @@ pub(super) struct CountMin {
 }
 
 impl CountMin {
-    /// All counts 0, in this much memory.
+    /// All counts 0, in this much memory, which is at least [`LEAST_BYTES`].
     pub(super) fn new(bytes: u64) -> Self {
-        let width = (bytes as usize / (ROWS * size_of::<AtomicU32>())).max(1);
+        let width = (bytes / LEAST_BYTES).max(1) as usize;
         Self { counters: std::iter::repeat_with(AtomicU32::default).take(ROWS * width).collect(), width }
     }
 
@@ -36,6 +42,29 @@ impl CountMin {
     /// How often `key` was added, or more.
     pub(super) fn count(&self, key: u64) -> u32 {
         self.counters(key).map(|counter| counter.load(Ordering::Relaxed)).min().unwrap_or(0)
+    }
+
+    /// All additions.
+    pub(super) fn total(&self) -> u64 {
+        self.row(0).iter().map(|counter| u64::from(counter.load(Ordering::Relaxed))).sum()
+    }
+
+    /// The probability with which a count is too high by more than this: that all counters of a key have more from
+    /// others.
+    pub(super) fn probability_above(&self, count: f64) -> f64 {
+        let above = |counter: &&AtomicU32| f64::from(counter.load(Ordering::Relaxed)) > count;
+        let share = |row| self.row(row).iter().filter(above).count() as f64 / self.width as f64;
+        (0..ROWS).map(share).product()
+    }
+
+    /// The memory in which `total` additions make a count too high by more than `count` with a probability of at most
+    /// [`TOLERATED`]: in each row at most 1 / e of the counters are above e times their mean (Markov's inequality).
+    pub(super) fn bytes_for(total: u64, count: f64) -> u64 {
+        (std::f64::consts::E * total as f64 / count).ceil() as u64 * LEAST_BYTES
+    }
+
+    fn row(&self, row: usize) -> &[AtomicU32] {
+        &self.counters[row * self.width..(row + 1) * self.width]
     }
 
     fn counters(&self, key: u64) -> impl Iterator<Item = &AtomicU32> {
@@ -64,5 +93,26 @@ mod tests {
         // are shared with a probability of (1 - exp(-1/4))^4.
         assert!(wrong.count() < 10);
         assert_eq!(CountMin::new(1).count(5), 0);
+    }
+
+    #[test]
+    fn how_far_counts_are_off_is_known() {
+        // Each key once, in a width of 4 Ki to 16 Ki: counts of keys that were never added are all noise.
+        for bytes in [64 << 10, 128 << 10, 256 << 10] {
+            let sketch = CountMin::new(bytes);
+            (0..20_000).for_each(|key| sketch.add(key));
+            assert_eq!(sketch.total(), 20_000);
+            for count in [0, 1, 2, 4] {
+                let off = (20_000..60_000).filter(|&key| sketch.count(key) > count).count() as f64 / 40_000.0;
+                let expected = sketch.probability_above(f64::from(count));
+                assert!(
+                    (off - expected).abs() < 0.01,
+                    "above {count} in {bytes}: {off}, expected {expected}"
+                );
+            }
+            let enough = CountMin::new(CountMin::bytes_for(20_000, 3.0));
+            (0..20_000).for_each(|key| enough.add(key));
+            assert!(enough.probability_above(3.0) <= TOLERATED);
+        }
     }
 }

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use self::count_min::CountMin;
+use self::count_min::{CountMin, LEAST_BYTES, TOLERATED};
 use self::ngrams::Ngrams;
 pub(crate) use self::text::report;
 use super::access::answers;
@@ -30,6 +30,12 @@ use crate::weights::{Origin, local_bytes, to_bytes};
 /// held in memory.
 const LEAST_LISTED: f64 = 1e-3;
 
+/// The least memory for counts.
+pub(crate) const LEAST_MEMORY_BYTES: u64 = LEAST_BYTES;
+
+/// Counts may be too high by this share of the threshold, all but a few of them.
+const NOISE_OF_THRESHOLD: f64 = 0.1;
+
 /// How weights are made.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Options {
@@ -37,7 +43,7 @@ pub(crate) struct Options {
     pub(crate) n: usize,
     /// Share of the samples, in (0, 1], that an n-gram may have without lowering a weight.
     pub(crate) threshold: f64,
-    /// Memory for counts.
+    /// Memory for counts, at least [`LEAST_MEMORY_BYTES`].
     pub(crate) memory_bytes: u64,
 }
 
@@ -104,8 +110,8 @@ struct Weighed {
 /// Weighs all samples of a source. A sample without a text has the weight 1, so that training reports it.
 ///
 /// # Errors
-/// Errors of the shards; [`Error::NoGoodSample`] and [`Error::EmptySource`] when no sample has a text; a threshold
-/// below one sample.
+/// Errors of the shards; [`Error::NoGoodSample`] and [`Error::EmptySource`] when no sample has a text; texts that
+/// change with the epoch; a threshold below one sample; less memory than the threshold needs.
 pub(crate) fn rebalance(source: &Source, options: Options, progress: &dyn Progress) -> Result<Rebalanced> {
     if source.spec.takes_random_pages() {
         return Err(ToolError::usage(
@@ -116,6 +122,7 @@ pub(crate) fn rebalance(source: &Source, options: Options, progress: &dyn Progre
     let counts = CountMin::new(options.memory_bytes);
     let tally = count(source, options.n, &counts, progress)?;
     let texts = check_texts(source, &tally, options.threshold)?;
+    check_noise(&counts, options, texts)?;
     let listed_above = options.threshold.max(LEAST_LISTED);
     let scale = Scale { options, counts, texts: texts as f64, listed_above };
     let mut weights: BTreeMap<String, Vec<f32>> =
@@ -190,6 +197,25 @@ fn check_texts(source: &Source, tally: &Tally, threshold: f64) -> Result<u64> {
         }
         None => Err(Error::EmptySource { name: source.name.clone(), shards: source.shards.len() }.into()),
     }
+}
+
+/// Refuses counts that the sketch makes too high for the threshold.
+fn check_noise(counts: &CountMin, options: Options, texts: u64) -> Result<()> {
+    let tolerated = NOISE_OF_THRESHOLD * options.threshold * texts as f64;
+    let probability = counts.probability_above(tolerated);
+    if probability <= TOLERATED {
+        return Ok(());
+    }
+    let (memory, threshold) = (options.memory_bytes, options.threshold);
+    let mebibytes = CountMin::bytes_for(counts.total(), tolerated).div_ceil(1 << 20);
+    Err(ToolError::usage(
+        format!(
+            "in {memory} bytes of memory {:.1} % of the counts are too high by more than a tenth of the threshold \
+             ({threshold})",
+            100.0 * probability
+        ),
+        format!("`--memory {mebibytes}MiB` is enough, and a higher `--threshold` needs less"),
+    ))
 }
 
 /// The first pass: counts the samples, and those that have each n-gram.

@@ -99,7 +99,7 @@ fn threads_do_not_change_the_file() {
     let file = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         // A sketch in which many n-grams share their counters.
-        let options = Options { n: 3, threshold: 0.01, memory_bytes: 1 << 10 };
+        let options = Options { n: 3, threshold: 0.5, memory_bytes: 8 << 10 };
         let rebalanced = pool.install(|| rebalance(&source, options, &Silent)).unwrap();
         (rebalanced.to_bytes(&source).unwrap(), format!("{:?}", rebalanced.summary))
     };
@@ -149,4 +149,42 @@ fn what_cannot_be_weighed_is_refused() {
     std::fs::write(&broken.shards[0], &whole[..whole.len() - 1536]).unwrap();
     let error = rebalance(&broken, options(4, 0.5), &Silent).unwrap_err().to_string();
     assert!(error.contains("0.tar` is broken at byte "), "{error}");
+}
+
+#[test]
+fn a_sketch_too_small_for_the_threshold_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let answers: Vec<String> = (0..100).map(|n| format!("the cat number {n} is {}", n * 7)).collect();
+    let answers: Vec<&str> = answers.iter().map(String::as_str).collect();
+    let source = source(dir.path(), &[&answers]);
+    let with = |memory_bytes, threshold| {
+        rebalance(&source, Options { n: 2, threshold, memory_bytes }, &Silent).map_err(|error| {
+            assert_eq!(error.exit_code(), 2);
+            error.to_string()
+        })
+    };
+    insta::assert_snapshot!(with(LEAST_MEMORY_BYTES, 0.2).unwrap_err(), @r"
+    in 16 bytes of memory 100.0 % of the counts are too high by more than a tenth of the threshold (0.2)
+
+    hint: `--memory 1MiB` is enough, and a higher `--threshold` needs less
+    ");
+    assert!(with(1 << 10, 0.2).is_err());
+    // The memory that a refusal names is enough, and gives what much more of it gives.
+    let (enough, plenty) = (with(1 << 20, 0.2).unwrap(), with(8 << 20, 0.2).unwrap());
+    assert_eq!(enough.weights, plenty.weights);
+    assert!(with(8 << 10, 0.02).is_err() && with(8 << 10, 0.9).is_ok(), "a higher threshold needs less");
+}
+
+#[test]
+fn a_source_of_random_pages_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = source(dir.path(), &[&["a", "b"]]);
+    (source.spec.layout, source.spec.page) = (Layout::Pages, PageChoice::Random);
+    let error = rebalance(&source, options(2, 0.5), &Silent).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    insta::assert_snapshot!(error, @r"
+    source `captions` takes a random page of each document, another each epoch
+
+    hint: a weight belongs to one text: give the source `page: first`
+    ");
 }
