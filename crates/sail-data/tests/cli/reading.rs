@@ -194,6 +194,11 @@ fn a_source_is_weighed_and_its_weights_are_checked_by_the_others() {
     let written = file();
     let numbers: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
     let (samples, kept) = (numbers["samples"].as_u64().unwrap(), numbers["kept"].as_f64().unwrap());
+    assert_eq!(
+        numbers["texts"]["before"].as_f64(),
+        Some(samples as f64),
+        "the shares of n-grams are shares of these"
+    );
     assert!(samples > 100 && kept < samples as f64 && kept > 1.0, "{report}");
     assert!(report.starts_with(&format!("{samples} samples\nan epoch keeps about ")), "{report}");
 

@@ -67,9 +67,8 @@ pub(crate) struct Summary {
     pub(crate) least_weight: f32,
     /// Pairs of a sample with a text and one of its n-grams.
     pub(crate) ngrams: Change,
-    /// Those with a text.
-    #[serde(skip)]
-    texts: Change,
+    /// Those with a text: shares of the samples are shares of these.
+    pub(crate) texts: Change,
     /// N-grams in a larger share of the samples than `listed_above`, most frequent first.
     pub(crate) listed_above: f64,
     pub(crate) frequent: Vec<Frequent>,
