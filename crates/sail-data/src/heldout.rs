@@ -28,8 +28,8 @@ pub fn shard_paths(spec: &DataSpec) -> Result<Vec<String>> {
 /// Every good sample of the sources, in shard order, once, at most `limit` per source (`None`: all), one
 /// at a time.
 ///
-/// `streams`, `seed`, the buffers, the weights and the sampling weights play no part. Bad samples are skipped and logged as in
-/// training.
+/// `streams`, `seed`, the buffers, the weights and the sampling weights play no part. Bad samples are skipped
+/// and logged as in training.
 ///
 /// # Errors
 /// Errors of the shards, [`Error::TooManyBad`], and [`Error::EmptySource`] or [`Error::NoGoodSample`] for a

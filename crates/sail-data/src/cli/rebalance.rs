@@ -22,10 +22,10 @@ Examples:
 Name the shards as the source in the configuration does, and give it `sampling_weights: captions.safetensors`.
 A sample's weight is the mean over its n-grams of min(1, sqrt(T / f)), f the share of samples that have it.";
 
-/// Weights samples so that n-grams which too many answers have become rarer
+/// Gives samples sampling weights that make over-represented n-grams rarer
 ///
-/// The text of all shards is read twice, as one source; images are not looked at. Memory is that of the counts and
-/// 4 bytes a sample.
+/// The text of all shards is read twice, as one source; images are not decoded, but in tar files they lie between the
+/// texts and are read too. Memory is that of the counts and 4 bytes a sample.
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Args {
@@ -40,7 +40,7 @@ pub(super) struct Args {
     /// The file of weights
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Words of an n-gram; characters where a script sets no spaces
+    /// Words of an n-gram; characters where a script writes no spaces
     #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u16).range(1..=64))]
     n: u16,
     /// Share of the samples that an n-gram may have without lowering a weight

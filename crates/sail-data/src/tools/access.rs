@@ -191,7 +191,7 @@ pub(crate) fn find_shards_in(source: SourceSpec, store: StoreSpec) -> Result<Sou
     Ok(Source::open_all(&DataSpec { store, ..spec })?.remove(0))
 }
 
-/// The answers of the sample at `place`: what is learnt of it. Images are not looked at.
+/// The answers of the sample at `place`: what is learnt of it. Images are not decoded.
 ///
 /// # Errors
 /// The outer error is one of the shard; the inner one says why the sample cannot be used.

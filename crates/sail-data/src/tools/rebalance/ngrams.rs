@@ -1,6 +1,6 @@
 //! The n-grams of a sample's answers: what is counted of a text.
 //!
-//! Words are those of Unicode (UAX #29) in lower case, without the punctuation between them. Where a script sets no
+//! Words are those of Unicode (UAX #29) in lower case, without the punctuation between them. Where a script writes no
 //! spaces, as in Chinese, its characters are the words.
 
 use std::ops::Range;
