@@ -133,6 +133,17 @@ fn fingerprint(shards: &[Box<[f32]>]) -> u64 {
     u64::from_le_bytes(std::array::from_fn(|byte| digest[byte]))
 }
 
+/// Whether a file begins as those that [`to_bytes`] makes, whatever has become of the rest of it.
+pub(crate) fn is_file_of(path: &Path) -> bool {
+    let header = |bytes: Vec<u8>| {
+        let (length, rest) = bytes.split_first_chunk()?;
+        let header = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+        serde_json::from_slice::<serde_json::Value>(header).ok()
+    };
+    let header = std::fs::read(path).ok().and_then(header);
+    header.is_some_and(|header| header["__metadata__"][METADATA].is_string())
+}
+
 /// The size of a shard that is a local file, in bytes.
 pub(crate) fn local_bytes(shard: &str) -> Option<u64> {
     std::fs::metadata(shard).ok().map(|about| about.len())

@@ -59,7 +59,7 @@ pub enum Finding {
     Keep,
     /// About as fast: the steps before the trial stay, and their rate.
     Leave,
-    /// Slower by more than twice the error: the steps before the trial stay, and the rate is lowered.
+    /// Slower by more than twice the error: neither stays, and the window is made anew at a lower rate.
     GoBack,
 }
 

@@ -282,7 +282,7 @@ impl Events {
         let found = match verdict {
             Finding::Keep => "is kept",
             Finding::Leave => "makes no difference",
-            Finding::GoBack => "is worse",
+            Finding::GoBack => "is worse: back to before it, with lower ones",
         };
         let gain = gain.map_or("a step that is not to be made".to_owned(), |gain| {
             format!("the loss falls {:+.2e} a step faster (+-{:.1e})", gain.speed, gain.error)

@@ -252,18 +252,24 @@ fn search_rate(next: Next, session: &mut Session, saver: &Saver, events: &mut Ev
     }
 }
 
-/// The run goes on from the end of the window, by one of the two ways to it.
+/// The run goes on from the end of the window, by one of the two ways to it, or from its beginning.
 fn end_trial(trial: &Trial, session: &mut Session, saver: &Saver, events: &mut Events) -> Result<bool> {
-    let start = saver.newest().expect("invariant: one is taken before a window begins").state.progress();
-    let measured = session.take_aside();
-    if trial.verdict == Finding::Keep {
-        events.keep_trial(start);
-    } else {
-        session.go_to(&measured)?;
-        events.drop_trial(session.progress());
+    let start = saver.newest().expect("invariant: one is taken before a window begins");
+    let (from, measured) = (start.state.progress(), session.take_aside());
+    match trial.verdict {
+        Finding::Keep => events.keep_trial(from),
+        Finding::Leave => {
+            session.go_to(&measured)?;
+            events.drop_trial(session.progress());
+        }
+        Finding::GoBack => {
+            session.go_to(start)?;
+            events.drop_trial(from);
+            events.back_to(from);
+        }
     }
-    events.trial((start.steps, session.step), trial);
-    Ok(false)
+    events.trial((from.steps, session.step), trial);
+    Ok(trial.verdict == Finding::GoBack)
 }
 
 fn save_if_due(saver: &mut Saver, session: &Session) -> Result<()> {

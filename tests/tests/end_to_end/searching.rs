@@ -1,5 +1,6 @@
 //! The search for a learning rate: what its trials lead to, and that a run goes on the same way after a stop in one.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use serde_json::Value;
@@ -7,12 +8,12 @@ use serde_json::Value;
 use crate::processes::{Job, assert_same, steps};
 use crate::run;
 
-const LR: f64 = 1e-2;
+const LR: f64 = 1e-4;
 
 fn job(sets: &[&str]) -> Job {
     let search = "schedule={kind: constant, warmup: 1, steps: 24, \
                   ada_lrs: {window: 3, alpha: 9, beta: 2, lambda: 0.8}}";
-    let mut job = Job::new(&[search, "batch.tokens_per_pack=128", "train.projector.lr=1e-2"]);
+    let mut job = Job::new(&[search, "batch.tokens_per_pack=128", "train.projector.lr=1e-4"]);
     job.set(&["checkpoint={every: 2, keep_last: 99}", "parallel.timeout_secs=60"]);
     job.set(sets);
     job
@@ -29,7 +30,8 @@ fn course(job: &Job) -> Vec<Value> {
 fn rates_follow_the_trials() {
     let job = job(&[]);
     job.run(job.alone(), 0);
-    let (mut scale, mut kept, mut trials) = (1.0, 0, 0);
+    let (mut scale, mut trials) = (1.0, 0);
+    let mut verdicts = BTreeMap::from([("keep", 0), ("leave", 0), ("go_back", 0)]);
     let mut window: Vec<f64> = Vec::new();
     for line in course(&job) {
         if line["kind"] == "train" {
@@ -53,18 +55,20 @@ fn rates_follow_the_trials() {
         };
         assert_eq!(trial["verdict"], verdict, "{line}");
         near(&trial["scale"], then);
-        // Of the steps that were made twice one course is left in the record, at its own rate.
-        assert_eq!(line["step"].as_u64().unwrap() - line["from"].as_u64().unwrap(), 3);
-        let steps = window.split_off(window.len() - 3);
+        // Of the steps that were made twice one course is left in the record, at its own rate, or none.
+        let steps = line["step"].as_u64().unwrap() - line["from"].as_u64().unwrap();
+        assert_eq!(steps, if verdict == "go_back" { 0 } else { 3 }, "{line}");
+        let rates = window.split_off(window.len() - steps as usize);
         assert!(
-            steps.iter().all(|rate| (rate - made_at).abs() < 1e-9 * made_at),
-            "{made_at} {steps:?}: {line}"
+            rates.iter().all(|rate| (rate - made_at).abs() < 1e-9 * made_at),
+            "{made_at} {rates:?}: {line}"
         );
-        kept += usize::from(verdict == "keep");
+        *verdicts.get_mut(verdict).unwrap() += 1;
         (scale, trials) = (then, trials + 1);
     }
-    assert_eq!(trials, 7, "a window of 3 steps fits 7 times into the 23 after the warm-up");
-    assert!(kept > 0 && kept < 7, "{kept} of them kept");
+    let made = verdicts["keep"] + verdicts["leave"];
+    assert!(verdicts["keep"] > 0 && verdicts["go_back"] > 0, "{verdicts:?}");
+    assert!(made == 7 || 9.0 * 0.8f64.powi(trials) <= 1.0, "7 windows of 3 steps fit into 23: {verdicts:?}");
     let made = steps(&job.run_dir());
     let numbers: Vec<u64> = made.iter().map(|step| step["step"].as_u64().unwrap()).collect();
     assert_eq!(numbers, (1..=24).collect::<Vec<u64>>());

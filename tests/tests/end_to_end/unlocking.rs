@@ -10,7 +10,7 @@ use sail_train::optim::StateKind;
 use serde_json::Value;
 use tch::Tensor;
 
-use crate::processes::{Job, assert_same, steps};
+use crate::processes::{Job, assert_same, steps, until};
 
 const STEPS: u64 = 10;
 const BF16: &str = "run.precision=bf16";
@@ -171,6 +171,8 @@ fn a_point_is_recorded_once_though_the_run_is_killed_after_it() {
     };
     let mut process = [job.start("run", job.alone())];
     job.wait_for_step(3, &mut process);
+    // It is written while training goes on.
+    until("a checkpoint before the point", || job.run_dir().join("step-00000002").exists());
     drop(process);
     assert_eq!(count(), 1);
     // Back to before the point, as if the later checkpoints had not been written in time.

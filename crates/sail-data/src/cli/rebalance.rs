@@ -1,6 +1,6 @@
 //! `sail-data rebalance`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use serde_json::json;
@@ -13,6 +13,7 @@ use crate::tools::access::{find_shards, find_shards_in};
 use crate::tools::error::{Result, ToolError};
 use crate::tools::files::write_atomically;
 use crate::tools::rebalance::{LEAST_MEMORY_BYTES, Options, rebalance, report};
+use crate::weights;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -57,6 +58,7 @@ pub(super) struct Args {
 impl Args {
     pub(super) fn run(self) -> Result<ExitCode> {
         let source = self.source()?;
+        self.check_targets(&source)?;
         let options =
             Options { n: usize::from(self.n), threshold: self.threshold, memory_bytes: self.memory };
         let bar = Bar::new(Some(2 * source.shards.len()));
@@ -67,6 +69,38 @@ impl Args {
         save(self.json.as_deref(), || format!("{:#}\n", json!(rebalanced.summary)))?;
         print(&report(&rebalanced.summary))?;
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// Whatever is written replaces what is there: nothing that is read, no device, no other kind of file.
+    fn check_targets(&self, source: &Source) -> Result<()> {
+        let read = source.shards.iter().map(Path::new).chain(self.spec.as_deref());
+        let read: Vec<PathBuf> = read.filter_map(canonical).collect();
+        let (out, json) = (("--out", self.out.as_path()), self.json.as_deref().map(|json| ("--json", json)));
+        for (option, path) in [out].into_iter().chain(json) {
+            let refuse = |what: &str| {
+                let message = format!("`{option} {}` {what}", path.display());
+                Err(ToolError::usage(message, "give a new name, or remove what is there"))
+            };
+            let Some(place) = canonical(path) else {
+                return refuse("is in a folder that does not exist, or that cannot be read");
+            };
+            if read.contains(&place) {
+                return refuse("is a file that is read");
+            }
+            if place.exists() && !place.is_file() {
+                return refuse("is no file that could be replaced");
+            }
+        }
+        if json.is_some_and(|(_, json)| canonical(json) == canonical(out.1)) {
+            return Err(ToolError::usage("`--out` and `--json` are one file", "give each a name of its own"));
+        }
+        if self.out.exists() && !weights::is_file_of(&self.out) {
+            return Err(ToolError::usage(
+                format!("`--out {}` is there and holds no sampling weights", self.out.display()),
+                "give a new name, or remove what is there",
+            ));
+        }
+        Ok(())
     }
 
     fn source(&self) -> Result<Source> {
@@ -88,6 +122,15 @@ impl Args {
             )),
         }
     }
+}
+
+/// Where a file is, or would be in a folder that is there.
+fn canonical(path: &Path) -> Option<PathBuf> {
+    if let Ok(place) = path.canonicalize() {
+        return Some(place);
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Some(folder.canonicalize().ok()?.join(path.file_name()?))
 }
 
 fn memory(text: &str) -> std::result::Result<u64, String> {

@@ -1,5 +1,7 @@
 //! `index`, `check`, `stats`, `inspect` and `rebalance` on shards, good and bad.
 
+use std::path::Path;
+
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -216,6 +218,42 @@ fn a_source_is_weighed_and_its_weights_are_checked_by_the_others() {
     let (code, _, stderr) = run(&["check", "--spec", &spec]);
     assert!(code == 1 && stderr.contains("w.safetensors` are no safetensors file: "), "{stderr}");
     succeed(&[&by_name[..], &rest[..]].concat());
+}
+
+/// `--out` and `--json` replaced whatever they named: shards, devices, each other.
+#[test]
+fn what_is_read_is_not_written_over() {
+    let folder = Folder::new();
+    let weights = folder.at("w.safetensors");
+    // Copies: they would be lost where this fails.
+    let bytes = std::fs::read(demo("text-train-000000.tar")).unwrap();
+    let [shard, _] = ["a-0.tar", "a-1.tar"].map(|name| folder.write(name, &bytes));
+    let pattern = folder.at("a-*.tar");
+    let notes = folder.write("notes.txt", "mine");
+    std::os::unix::fs::symlink(&shard, folder.at("link")).unwrap();
+    let [link, nowhere] = ["link", "no/w.safetensors"].map(|name| folder.at(name));
+    let before = std::fs::read(&shard).unwrap();
+    let rest = ["--n", "2", "--threshold", "0.02", "--memory", "1MiB"];
+    for (out, json, said) in [
+        (&shard, None, "is a file that is read"),
+        (&link, None, "is a file that is read"),
+        (&weights, Some(&shard), "is a file that is read"),
+        (&weights, Some(&weights), "are one file"),
+        (&notes, None, "holds no sampling weights"),
+        (&nowhere, None, "is in a folder that does not exist"),
+        (&"/dev/null".to_owned(), None, "is no file that could be replaced"),
+    ] {
+        let mut args = [&["rebalance", &pattern, "--out", out], &rest[..]].concat();
+        args.extend(json.iter().flat_map(|json| ["--json", json.as_str()]));
+        let (code, _, stderr) = run(&args);
+        assert!(code == 2 && stderr.contains(said) && stderr.contains("hint:"), "{out} {json:?}: {stderr}");
+    }
+    assert!(std::fs::read(&shard).unwrap() == before && !Path::new(&weights).exists());
+    assert_eq!(std::fs::read_to_string(&notes).unwrap(), "mine");
+    // Weights are replaced by newer ones.
+    for _ in 0..2 {
+        succeed(&[&["rebalance", &pattern, "--out", &weights], &rest[..]].concat());
+    }
 }
 
 #[test]
