@@ -47,6 +47,8 @@ pub struct AdaLrs {
 struct Window {
     /// Losses at the rate that there is.
     measured: Vec<f64>,
+    /// Steps that were not made at that rate, since their data is at fault: neither are they at the other.
+    skipped: Vec<u64>,
     /// While the trial runs: losses at the higher rate, and the scale before it.
     tried: Option<(Vec<f64>, f64)>,
 }
@@ -126,6 +128,18 @@ impl AdaLrs {
     /// Forgets a window in which nothing is tried yet: what its beginning could be gone back to with is gone.
     pub fn forget_window(&mut self) {
         self.window = None;
+    }
+
+    /// Takes note that a step is not made at the rate that there is.
+    pub fn skip(&mut self, step: u64) {
+        if let Some(window) = self.window.as_mut().filter(|window| window.tried.is_none()) {
+            window.skipped.push(step);
+        }
+    }
+
+    /// Whether a step is not to be made in the trial that runs, as it was not before.
+    pub fn skips(&self, step: u64) -> bool {
+        self.in_trial() && self.window.as_ref().is_some_and(|window| window.skipped.contains(&step))
     }
 
     /// Takes note of a step's loss.
@@ -241,6 +255,22 @@ mod tests {
         let trial = search.break_off(&PLAN);
         assert_eq!((trial.verdict, trial.gain, search.scale), (Finding::GoBack, None, 0.5));
         assert!(!search.in_window());
+    }
+
+    #[test]
+    fn what_was_skipped_is_skipped_in_the_trial() {
+        let mut search = AdaLrs::default();
+        search.skip(6);
+        search.begin();
+        search.skip(7);
+        assert!(!search.skips(7), "it is being measured");
+        let _ = falling(0.1).map(|loss| search.observe(&PLAN, loss));
+        search.skip(8);
+        assert_eq!([6, 7, 8].map(|step| search.skips(step)), [false, true, false]);
+        let _ = falling(0.1).map(|loss| search.observe(&PLAN, loss));
+        search.begin();
+        let _ = falling(0.1).map(|loss| search.observe(&PLAN, loss));
+        assert!(search.in_trial() && !search.skips(7), "it is of another window");
     }
 
     /// A loss whose speed is a parabola in the logarithm of the rate, and which falls ever slower as training does: from

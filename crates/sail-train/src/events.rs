@@ -360,6 +360,15 @@ impl Events {
         }
     }
 
+    /// Forgets the steps that were not made after so many were judged: the run judges them anew.
+    pub fn forget_trips(&mut self, judged: u64) {
+        if let Some(Files { trips, .. }) = &mut self.files
+            && let Err(error) = trips.keep_if(|line| is_at_most(line, "judged", judged))
+        {
+            warn!("{error}; what is judged anew stays in it beside what is found then");
+        }
+    }
+
     /// Removes the bar. What could not be written until now is not written any more.
     pub fn close(&mut self) {
         if let Some(bar) = &self.bar {

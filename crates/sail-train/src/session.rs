@@ -419,6 +419,9 @@ impl Session {
     /// Those of c10d.
     pub fn skip(&mut self) -> Result<()> {
         self.optimizer.discard();
+        if let Some(search) = &mut self.ada_lrs {
+            search.skip(self.step + 1);
+        }
         self.pass()
     }
 

@@ -140,6 +140,10 @@ fn steps(
             saver.advance()?;
         }
         let went_back = match session.judge(&verdict) {
+            _ if session.skips_again() => {
+                session.skip()?;
+                false
+            }
             // What another rate breaks says that it is too high.
             Some(_) if session.in_trial() => end_trial(&session.break_off_trial(), session, saver, events)?,
             Some(trip) => tripped(&trip, &step, &verdict, session, saver, events)?,
@@ -266,6 +270,8 @@ fn end_trial(trial: &Trial, session: &mut Session, saver: &Saver, events: &mut E
             session.go_to(start)?;
             events.drop_trial(from);
             events.back_to(from);
+            // The same steps are judged anew.
+            events.forget_trips(session.standing().judged);
         }
     }
     events.trial((from.steps, session.step), trial);

@@ -181,6 +181,45 @@ fn a_spike_sends_the_run_back() {
     assert_tripped(&later, "rollback");
 }
 
+/// A sample at fault within a window that is made at two learning rates: it is skipped at both, is no word against the
+/// higher rate, and is recorded once, whichever way the run goes on. The windows begin after step 10.
+#[test]
+fn a_spike_is_skipped_at_both_rates_of_a_trial() {
+    for (alpha, verdict) in [(3, "keep"), (20, "leave"), (60, "go_back")] {
+        let search = format!(
+            "schedule={{kind: constant, warmup: 10, steps: {STEPS}, \
+             ada_lrs: {{window: 5, alpha: {alpha}, beta: 7, lambda: 0.001}}}}"
+        );
+        let searched = alone(&[GARBAGE.0], &[&search, "guard.spike=skip", "checkpoint.every=10"]);
+        let metrics = fs::read_to_string(searched.run_dir().join("metrics.jsonl")).unwrap();
+        let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let trials: Vec<Value> = lines.filter(|line| line["kind"] == "ada_lrs").collect();
+        assert_eq!(trials.len(), 1, "{trials:?}");
+        assert_eq!(
+            (trials[0]["trial"]["verdict"].as_str(), trials[0]["from"].as_u64()),
+            (Some(verdict), Some(10))
+        );
+        // What breaks off the last one is a step that was made at the lower rate.
+        assert_eq!(trials[0]["trial"]["gain"].is_null(), verdict == "go_back", "{trials:?}");
+        assert_tripped(&searched, "skip");
+        assert_eq!(steps_made(&searched), (1..=STEPS).filter(|step| *step != GARBAGE.1).collect::<Vec<_>>());
+
+        // What follows is made again as it was.
+        let (dir, last) = (searched.run_dir(), STEPS.to_string());
+        let checkpoint = dir.join("step-00000010");
+        let args = ["replay", "--run", dir.to_str().unwrap(), "--step", &last];
+        let said = run(&[&args[..], &["--checkpoint", checkpoint.to_str().unwrap()]].concat(), 0);
+        let said = String::from_utf8(said.stdout).unwrap();
+        let losses: Vec<f64> = said
+            .split("loss ")
+            .skip(1)
+            .map(|rest| rest.split_whitespace().next().unwrap().parse().unwrap())
+            .collect();
+        let recorded = steps(&dir).pop().unwrap()["loss"].as_f64().unwrap();
+        assert!((losses.iter().sum::<f64>() / 2.0 - recorded).abs() < 1e-4, "{recorded}: {said}");
+    }
+}
+
 /// Half of the language model joins after this step, later than the newest checkpoint before the garbage.
 const UNLOCKED: u64 = 12;
 

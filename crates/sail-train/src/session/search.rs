@@ -37,6 +37,12 @@ impl Session {
         self.ada_lrs.as_ref().is_some_and(AdaLrs::in_trial)
     }
 
+    /// Whether the step that is being made is not to be made: it was skipped before the trial that runs, and the two ways
+    /// through the window have the same steps.
+    pub fn skips_again(&self) -> bool {
+        self.ada_lrs.as_ref().is_some_and(|search| search.skips(self.step + 1))
+    }
+
     /// Takes note of the loss of a step that was made.
     pub fn observe(&mut self, loss: f64) -> Next {
         match (&mut self.ada_lrs, &self.plan.schedule.ada_lrs) {
