@@ -64,6 +64,11 @@ impl SamplingWeights {
         source: &SourceSpec,
         shards: &[String],
     ) -> std::result::Result<Self, String> {
+        if path.to_string_lossy().contains("://") {
+            return Err(
+                "are elsewhere, expected a local file: weights are read as a whole, so fetch it".into()
+            );
+        }
         let bytes = std::fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
         let no_file = |error: SafeTensorError| format!("are no safetensors file: {error}");
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(no_file)?;

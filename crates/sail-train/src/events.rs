@@ -224,7 +224,7 @@ impl Events {
                 bar.set_position(done);
                 bar.set_message(figures);
             }
-            None if is_due(Some(self.plan.log.every), report.step) || schedule.is_done(self.at) => {
+            None if is_due(Some(self.plan.log.every), report.step) || schedule.length.is_reached(self.at) => {
                 let place = match schedule.length {
                     Amount::Steps(steps) => format!("{}/{steps}", report.step),
                     Amount::Tokens(tokens) => format!("{} tokens {done}/{tokens}", report.step),

@@ -99,6 +99,16 @@ fn a_plan_that_is_shown_loads_again() {
     assert_eq!(String::from_utf8(first), String::from_utf8(second));
 }
 
+/// What would be ignored is refused.
+#[test]
+fn a_dry_run_takes_no_position() {
+    for option in [&["--resume", "never"][..], &["--stop-at", "3"], &["--allow-config-change"]] {
+        let dry_run = ["--config", "configs/tiny/stage1.yaml", "--dry-run"];
+        let error = stderr(&run(&[&dry_run[..], option].concat(), 2));
+        assert!(error.contains("cannot be used with") && error.contains(option[0]), "{error}");
+    }
+}
+
 /// For one GPU unless another number is asked for.
 #[test]
 fn a_dry_run_says_what_would_be_done() {

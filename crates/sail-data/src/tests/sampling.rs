@@ -227,4 +227,7 @@ fn a_file_that_is_not_there_is_named() {
 
     hint: write them again with `sail-data rebalance`, with the shards and the `layout` of the source
     ");
+    spec.sources[0].sampling_weights = Some("s3://bucket/w.safetensors".into());
+    let error = crate::check_sources(&spec).unwrap_err().to_string();
+    assert!(error.contains("are elsewhere, expected a local file"), "{error}");
 }

@@ -91,7 +91,7 @@ struct TrainArgs {
     #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
     stop_at: Option<u64>,
     /// Prints what each stage would do and take, and trains nothing; `config show` prints every value of the plan
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["resume", "stop_at", "allow_config_change"])]
     dry_run: bool,
     #[command(flatten)]
     planning: planning::Options,

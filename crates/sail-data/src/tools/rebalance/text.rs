@@ -8,6 +8,8 @@ use crate::tools::stats::text_count;
 
 /// Frequent n-grams that are shown.
 const SHOWN: usize = 10;
+/// Characters of each that are shown.
+const SHOWN_CHARS: usize = 100;
 
 /// How many samples are kept, and the most frequent n-grams before and after.
 pub(crate) fn report(summary: &Summary) -> String {
@@ -37,9 +39,18 @@ pub(crate) fn report(summary: &Summary) -> String {
     let _ = writeln!(out, "   before     after  most frequent {n}-grams, in a share of the samples");
     for frequent in summary.frequent.iter().take(SHOWN) {
         let Change { before, after } = frequent.samples.of(summary.texts);
-        let _ = writeln!(out, "{:>9} {:>9}  {}", percent(before), percent(after), one_line(&frequent.ngram));
+        let _ = writeln!(out, "{:>9} {:>9}  {}", percent(before), percent(after), shown(&frequent.ngram));
     }
     out
+}
+
+/// An n-gram of words without spaces between them may be as long as a sample.
+fn shown(ngram: &str) -> String {
+    let text = one_line(ngram);
+    match text.char_indices().nth(SHOWN_CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }
 
 fn percent(share: f64) -> String {
