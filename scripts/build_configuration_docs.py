@@ -30,7 +30,7 @@ FIELD = re.compile(r"    pub\(super\) (?:r#)?(\w+): ")
 
 def place(section: str, fields: list[str]) -> int:
     """Where a section belongs: in the order of a stage's fields, whatever file it is in."""
-    first = re.match(r"\n## `(\w+)", section)
+    first = re.match(r"\n## (?:An item of )?`(\w+)", section)
     if first:
         return fields.index(first[1])
     return -1 if section.startswith("\n## A stage\n") else len(fields)

@@ -15,7 +15,7 @@ fn main() {
         .cpp(true)
         .std("c++17")
         .files(
-            ["ops", "cpu_memory", "device", "store", "group", "gloo", "nccl", "stacks"]
+            ["ops", "loss", "recompute", "cpu_memory", "device", "store", "group", "gloo", "nccl", "stacks"]
                 .map(|name| format!("csrc/{name}.cpp")),
         )
         .include("csrc/gloo_api")

@@ -1,17 +1,22 @@
-//! The transformer blocks of a module, and who is told that one is about to compute.
+//! The transformer blocks of a module, who is told that one is about to compute, and which are computed twice.
 //!
-//! A block is the unit in which a trainer moves parameters: it may bring a block's weights just before they are
-//! used. The models only say which block comes next; what that leads to is not known here.
+//! A block is the unit in which a trainer moves parameters and keeps activations: it may bring a block's weights just
+//! before they are used, and have a block computed again in the backward pass instead of keeping what it computed.
+//! The models only say which block comes next; what that leads to is not known here.
 
+use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use sail_torch::recompute;
+use tch::Tensor;
 
 use crate::error::Result;
 use crate::params::Builder;
 
 type Callback = Box<dyn Fn(&str) + Send>;
 
-/// Who is told about blocks; nobody at first. Clones share it.
+/// Who is told about blocks, and which are recomputed; nobody and none at first. Clones share it.
 #[derive(Clone, Default)]
 pub struct Listener(Arc<Mutex<Told>>);
 
@@ -19,6 +24,7 @@ pub struct Listener(Arc<Mutex<Told>>);
 struct Told {
     blocks: Vec<String>,
     callback: Option<Callback>,
+    recomputed: BTreeSet<String>,
 }
 
 impl Listener {
@@ -32,13 +38,23 @@ impl Listener {
         self.lock().callback = Some(Box::new(callback));
     }
 
+    /// Has these of [`Listener::blocks`], and no others, computed again in a backward pass: of what they compute in the
+    /// forward pass only their results are kept.
+    pub fn set_recomputed(&self, blocks: BTreeSet<String>) {
+        self.lock().recomputed = blocks;
+    }
+
+    fn recomputes(&self, block: &str) -> bool {
+        self.lock().recomputed.contains(block)
+    }
+
     fn tell(&self, block: &str) {
         if let Some(callback) = &self.lock().callback {
             callback(block);
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Told> {
+    fn lock(&self) -> MutexGuard<'_, Told> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -51,11 +67,37 @@ impl fmt::Debug for Listener {
 
 /// Blocks in the order in which they compute.
 pub(crate) struct Blocks<B> {
-    blocks: Vec<(String, B)>,
+    blocks: Vec<Block<B>>,
     listener: Listener,
 }
 
-impl<B> Blocks<B> {
+struct Block<B> {
+    name: String,
+    params: Vec<Tensor>,
+    /// Shared with the graphs that will compute it again.
+    block: Shared<B>,
+}
+
+/// What a graph holds as well: used by one thread at a time, that of the forward or that of the backward pass.
+struct Shared<T>(Arc<Mutex<T>>);
+
+impl<T> Shared<T> {
+    fn new(value: T) -> Self {
+        Self(Arc::new(Mutex::new(value)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, T> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<B: Send + 'static> Blocks<B> {
     /// `count` blocks, number i made from `layers.sub(i)`.
     pub(crate) fn new(
         layers: &Builder,
@@ -67,17 +109,50 @@ impl<B> Blocks<B> {
             let builder = layers.sub(i);
             let name = builder.full_prefix();
             listener.lock().blocks.push(name.clone());
-            Ok((name, make(i, &builder)?))
+            let block = Shared::new(make(i, &builder)?);
+            Ok(Block { name, params: builder.params_here(), block })
         };
         Ok(Self { blocks: (0..count).map(block).collect::<Result<_>>()?, listener })
     }
 
     /// One block after the other; the listener is told of each before it is given out.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &B> {
-        self.blocks.iter().map(|(name, block)| {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = MutexGuard<'_, B>> {
+        self.blocks.iter().map(|Block { name, block, .. }| {
             self.listener.tell(name);
-            block
+            block.lock()
         })
+    }
+
+    /// `x` through all blocks. `step` makes of a block's rows those of the next one, first among its results; the
+    /// others are given back, by block. A block that is to be recomputed keeps its rows alone, and with all of them
+    /// the `context`, until the backward pass calls `step` once more.
+    ///
+    /// # Panics
+    /// As tch's operators, when libtorch reports an error.
+    pub(crate) fn forward<C: Send + 'static>(
+        &self,
+        x: &Tensor,
+        context: C,
+        step: fn(&B, &Tensor, &C) -> Vec<Tensor>,
+    ) -> (Tensor, Vec<Vec<Tensor>>) {
+        let context = Shared::new(context);
+        let mut x = x.shallow_clone();
+        let mut beside = Vec::with_capacity(self.blocks.len());
+        for Block { name, params, block } in &self.blocks {
+            self.listener.tell(name);
+            let mut results = if self.listener.recomputes(name) {
+                let (block, context) = (block.clone(), context.clone());
+                let trains = params.iter().any(Tensor::requires_grad);
+                recompute(&[&x], trains, move |rows| step(&block.lock(), &rows[0], &context.lock()))
+                    .unwrap_or_else(|error| panic!("{error}"))
+            } else {
+                step(&block.lock(), &x, &context.lock())
+            };
+            let others = results.split_off(1);
+            x = results.remove(0);
+            beside.push(others);
+        }
+        (x, beside)
     }
 }
 
@@ -102,9 +177,9 @@ mod tests {
         let (tell, told) = std::sync::mpsc::channel();
         builder.listener().set(move |name| tell.send(name.to_owned()).unwrap());
         let mut iter = blocks.iter();
-        iter.next().unwrap();
+        drop(iter.next().unwrap());
         assert_eq!(told.try_iter().collect::<Vec<_>>(), ["llm.model.layers.0."]);
-        iter.next().unwrap();
+        drop(iter.next().unwrap());
         assert_eq!(told.try_iter().collect::<Vec<_>>(), ["llm.model.layers.1."]);
         let names = builder.listener().blocks();
         assert!(params.borrow().keys().all(|name| names.iter().any(|block| name.starts_with(block))));

@@ -122,6 +122,9 @@ pub enum Error {
     /// libtorch reported an error.
     #[error(transparent)]
     Torch(#[from] tch::TchError),
+    /// libtorch refused a call that tch does not have.
+    #[error(transparent)]
+    SailTorch(#[from] sail_torch::Error),
 }
 
 /// Tensors that keep weights and a model from fitting together, by their names in the file.

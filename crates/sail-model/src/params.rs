@@ -191,6 +191,13 @@ impl<'a> Builder<'a> {
         format!("{}.{}", self.module, self.prefix)
     }
 
+    /// The parameters that were taken here and below so far.
+    pub(crate) fn params_here(&self) -> Vec<Tensor> {
+        let (params, prefix) = (self.params.borrow(), self.full_prefix());
+        let here = params.iter().filter(|(name, _)| name.starts_with(&prefix));
+        here.map(|(_, param)| param.shallow_clone()).collect()
+    }
+
     /// The builder one level down: `b.sub("layers").sub(3)`.
     #[must_use]
     pub fn sub(&self, name: impl Display) -> Self {

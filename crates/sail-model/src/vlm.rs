@@ -10,14 +10,15 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use sail_torch::CrossEntropy;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Reduction, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::attention::Segments;
 use crate::blocks::Listener;
 use crate::error::{Error, Result};
 use crate::generate::{GenerateOptions, OnToken, from_embeddings};
-use crate::llm::{Llm, LlmConfig, Routing, Trunk};
+use crate::llm::{Llm, LlmConfig, Trunk};
 use crate::params::{Builder, Params, ShapesOnly, TensorSource};
 use crate::projector::{Projector, ProjectorConfig};
 use crate::vision::{Vision, VisionConfig};
@@ -83,11 +84,13 @@ pub struct Batch {
     pub weights_t: Tensor,
 }
 
-/// What a batch costs: 0-dimensional fp32 tensors.
+/// What a batch costs: fp32 tensors.
 #[derive(Debug)]
 pub struct Loss {
-    /// Sum over rows of weight times cross-entropy.
+    /// Sum over rows of weight times cross-entropy, 0-dimensional.
     pub sum: Tensor,
+    /// Cross-entropy, without weights, of the rows that have a target, in their order `[r]`; without a graph.
+    pub losses_r: Tensor,
     /// `router_aux_loss_coef` times the loss for unevenly used experts, a mean over the batch's rows; None
     /// for a language model without experts.
     pub balance: Option<Tensor>,
@@ -220,31 +223,15 @@ impl Vlm {
     /// # Errors
     /// As [`Vlm::loss_sum`].
     pub fn loss(&self, batch: &Batch) -> Result<Loss> {
-        let rows_r = rows_with_target(batch);
-        let (losses_r, routing) = self.losses_of(batch, &rows_r)?;
-        let sum = (losses_r * batch.weights_t.index_select(0, &rows_r)).sum(Kind::Float);
-        Ok(Loss { sum, balance: routing.map(|routing| routing.weighted_balance_loss()) })
-    }
-
-    /// Cross-entropy, without weights, of the rows that have a target, in their order `[r]` fp32.
-    ///
-    /// # Errors
-    /// As [`Vlm::loss_sum`].
-    pub fn row_losses(&self, batch: &Batch) -> Result<Tensor> {
-        Ok(self.losses_of(batch, &rows_with_target(batch))?.0)
-    }
-
-    fn losses_of(&self, batch: &Batch, rows_r: &Tensor) -> Result<(Tensor, Option<Routing>)> {
         let segments = batch.check(&self.config)?;
         let x_td = self.embed(&batch.ids_t, &batch.images, &batch.image_rows)?;
         let Trunk { x_td, routing } = self.llm.trunk(&x_td, &batch.positions_t, &segments, None);
-        let x_rd = self.llm.final_norm(&x_td.index_select(0, rows_r));
-        let logits_rv = self.llm.logits(&x_rd).to_kind(Kind::Float);
-        let targets_r = batch.targets_t.index_select(0, rows_r);
-        let no_class_weights = None::<&Tensor>;
-        let losses_r =
-            logits_rv.f_cross_entropy_loss(&targets_r, no_class_weights, Reduction::None, IGNORE, 0.0)?;
-        Ok((losses_r, routing))
+        let rows_r = rows_with_target(batch);
+        let [targets_r, weights_r] =
+            [&batch.targets_t, &batch.weights_t].map(|of_t| of_t.index_select(0, &rows_r));
+        let CrossEntropy { sum, losses_r } =
+            self.llm.cross_entropy(&x_td.index_select(0, &rows_r), &targets_r, &weights_r)?;
+        Ok(Loss { sum, losses_r, balance: routing.map(|routing| routing.weighted_balance_loss()) })
     }
 
     /// Embeddings `[t, d]` with visual tokens in `image_rows`, which were checked to be as many. Those

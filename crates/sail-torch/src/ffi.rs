@@ -32,6 +32,15 @@ pub(crate) struct RawWork([u8; 0]);
 pub(crate) type HookCall = extern "C" fn(data: *mut c_void, param: *mut C_tensor) -> *mut RawError;
 pub(crate) type HookDrop = extern "C" fn(data: *mut c_void);
 
+pub(crate) type ComputationCall = extern "C" fn(
+    data: *mut c_void,
+    inputs: *const *mut C_tensor,
+    n: usize,
+    sink: *mut c_void,
+) -> *mut RawError;
+pub(crate) type ComputationDrop = extern "C" fn(data: *mut c_void);
+pub(crate) type Give = extern "C" fn(out: *mut c_void, tensor: *mut C_tensor);
+
 unsafe extern "C" {
     pub(crate) fn sail_error_free(error: *mut RawError);
     pub(crate) fn sail_error_new(message: *const c_char) -> *mut RawError;
@@ -71,6 +80,28 @@ unsafe extern "C" {
         causal: bool,
         out: *mut *mut C_tensor,
     ) -> *mut RawError;
+
+    pub(crate) fn sail_linear_cross_entropy(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        targets: *const C_tensor,
+        weights: *const C_tensor,
+        chunk: i64,
+        sum: *mut *mut C_tensor,
+        losses: *mut *mut C_tensor,
+    ) -> *mut RawError;
+
+    pub(crate) fn sail_recompute(
+        inputs: *const *mut C_tensor,
+        n: usize,
+        trains: bool,
+        call: ComputationCall,
+        drop: ComputationDrop,
+        data: *mut c_void,
+        give: Give,
+        out: *mut c_void,
+    ) -> *mut RawError;
+    pub(crate) fn sail_push(sink: *mut c_void, tensor: *const C_tensor);
 
     pub(crate) fn sail_set_post_accumulate_grad_hook(
         param: *const C_tensor,

@@ -7,6 +7,8 @@
 //! |---|---|
 //! | [`fused_adamw`], [`global_norm`], [`foreach_mul`] | the update of many parameters in one call |
 //! | [`varlen_attention`] | attention over segments, on CUDA |
+//! | [`linear_cross_entropy`] | a head and its loss, the logits of a few rows at a time |
+//! | [`recompute`] | a part of the forward pass that is computed again instead of being kept |
 //! | [`on_accumulated`], [`take_grad`] | gradients as they arrive in a backward pass |
 //! | [`cpu_memory::measure`] | what libtorch takes on the CPU while something runs |
 //! | [`set_device`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
@@ -21,7 +23,9 @@ mod device;
 mod error;
 mod ffi;
 mod group;
+mod loss;
 mod optim;
+mod recompute;
 mod stacks;
 mod store;
 
@@ -30,6 +34,8 @@ pub use autograd::{on_accumulated, take_grad};
 pub use device::{MemoryPeak, has_context, memory_peak, set_device};
 pub use error::{Error, Result};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work};
+pub use loss::{CrossEntropy, cross_entropy_chunk, linear_cross_entropy};
 pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm};
+pub use recompute::recompute;
 pub use stacks::{ThreadStack, thread_stacks};
 pub use store::Store;

@@ -18,11 +18,12 @@ use crate::train_loop::{RunOptions, SUMMARY, StageSummary};
 use crate::world::World;
 
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 15] = [
+const HARMLESS: [&str; 16] = [
     "run.name",
     "run.dir",
     "run.time_limit_secs",
     "run.time_margin_secs",
+    "batch.recompute",
     "data.threads",
     "data.store",
     "parallel.strategy",

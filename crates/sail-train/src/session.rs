@@ -129,6 +129,7 @@ impl Session {
         };
         world.agree(|| model_fields(&model, &started_from))?;
         let mut optimizer = optimizer(plan, &model, &trained, precision, world)?;
+        model.listener().set_recomputed(plan.batch.recompute.blocks(&model.listener().blocks()));
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
         }
@@ -293,7 +294,7 @@ impl Session {
             self.world.goes_on();
             self.optimizer.begin_pass(pass, step.passes);
             if let Some(pack) = step.packs.get(pass) {
-                let Loss { sum, balance } = self.model.loss(&to_batch(pack, self.device))?;
+                let Loss { sum, balance, .. } = self.model.loss(&to_batch(pack, self.device))?;
                 let mut loss = sum / step.all.weight;
                 // A frozen router is as it is; one that trains is kept from sending all rows one way.
                 if let Some(balance) = balance.filter(|_| trains_router) {

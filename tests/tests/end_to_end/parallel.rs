@@ -73,6 +73,17 @@ pub(crate) fn assert_close(what: &str, a: &Job, b: &Job) {
     assert!(loss < TOLERANCE && weights < TOLERANCE, "{what}: losses {loss:e}, weights {weights:e}");
 }
 
+/// Alone and in buckets that leave while the backward pass goes on, of one process and of two.
+#[test]
+fn blocks_computed_twice_train_the_same() {
+    let recompute = "batch.recompute={vision: block, llm: every 2}";
+    let plain = alone(&[STAGE_3]);
+    assert_same("one process", &alone(&[STAGE_3, recompute]), &plain);
+    for strategy in ["ddp", "zero2"] {
+        assert_close(strategy, &trained(&[STAGE_3, recompute], 2, strategy), &plain);
+    }
+}
+
 #[test]
 fn ranks_train_what_one_process_trains() {
     let all = [STAGE_3, MIX[0], MIX[1]];

@@ -27,6 +27,9 @@ pub use family::{DecoderShape, LlmFamily, MoeShape};
 pub use moe::Routing;
 pub use rope::{RopeParameters, RopeScaling, Yarn};
 
+use std::iter;
+
+use sail_torch::{CrossEntropy, linear_cross_entropy};
 use tch::{Device, Tensor};
 
 use crate::attention::Segments;
@@ -37,7 +40,7 @@ use crate::params::{Builder, Init};
 use cache::LayerCaches;
 use decoder::DecoderBlock;
 use family::Family;
-use rotary::Rotary;
+use rotary::{Rotary, Rotation};
 
 /// The families there are.
 static FAMILIES: &[Family] = &[
@@ -63,7 +66,7 @@ pub struct Llm {
 pub struct Trunk {
     /// Output of the last block `[t, d]`, before the final norm.
     pub x_td: Tensor,
-    /// Where the routers sent the rows; None without experts.
+    /// Where the routers sent the rows; None without experts, and with caches.
     pub routing: Option<Routing>,
 }
 
@@ -116,21 +119,27 @@ impl Llm {
         x_td: &Tensor,
         positions_t: &Tensor,
         segments: &Segments,
-        mut caches: Option<&mut [KvCache]>,
+        caches: Option<&mut [KvCache]>,
     ) -> Trunk {
         let rotation = self.rotary.at(positions_t, x_td.kind());
-        let mut x_td = x_td.shallow_clone();
-        let mut routing: Option<Routing> = None;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let of_layer = caches.as_deref_mut().map(|caches| LayerCaches { caches, layer });
-            let of_block;
-            (x_td, of_block) = block.forward(&x_td, &rotation, segments, of_layer);
-            routing = match (routing, of_block) {
-                (Some(all), Some(one)) => Some(Routing::plus(one, &all)),
-                (all, one) => all.or(one),
+        let Some(caches) = caches else {
+            let step = |block: &DecoderBlock, x_td: &Tensor, (rotation, segments): &(Rotation, Segments)| {
+                let (x_td, routing) = block.forward(x_td, rotation, segments, None);
+                iter::once(x_td).chain(routing.into_iter().flat_map(Routing::into_tensors)).collect()
             };
+            let rows = x_td.size()[0];
+            let (x_td, beside) = self.blocks.forward(x_td, (rotation, segments.clone()), step);
+            let routings = (0..).zip(beside).filter_map(|(layer, tensors)| {
+                self.config.shape(layer).moe.map(|moe| Routing::of_tensors(tensors, rows, moe))
+            });
+            return Trunk { x_td, routing: routings.reduce(|all, one| one.plus(&all)) };
+        };
+        let mut x_td = x_td.shallow_clone();
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let of_layer = LayerCaches { caches: &mut *caches, layer };
+            (x_td, _) = block.forward(&x_td, &rotation, segments, Some(of_layer));
         }
-        Trunk { x_td, routing }
+        Trunk { x_td, routing: None }
     }
 
     /// As [`Llm::trunk`], after the final norm.
@@ -152,7 +161,26 @@ impl Llm {
     /// Rows after the final norm `[r, d]` -> scores of every token `[r, vocab]`, in the parameters'
     /// type.
     pub fn logits(&self, x_rd: &Tensor) -> Tensor {
-        x_rd.linear(self.lm_head_vd.as_ref().unwrap_or(&self.embed_tokens_vd), None::<&Tensor>)
+        x_rd.linear(self.head(), None::<&Tensor>)
+    }
+
+    /// `[vocab, d]`
+    fn head(&self) -> &Tensor {
+        self.lm_head_vd.as_ref().unwrap_or(&self.embed_tokens_vd)
+    }
+
+    /// Output of the last block in rows with a target `[r, d]` -> their weighted cross-entropy, through the final norm and
+    /// the head; see [`sail_torch::linear_cross_entropy`] for `targets_r` and `weights_r`.
+    ///
+    /// # Errors
+    /// A target that is no token.
+    pub fn cross_entropy(
+        &self,
+        x_rd: &Tensor,
+        targets_r: &Tensor,
+        weights_r: &Tensor,
+    ) -> Result<CrossEntropy> {
+        Ok(linear_cross_entropy(&self.norm.forward(x_rd), self.head(), targets_r, weights_r)?)
     }
 
     /// An empty cache with room for `rows` rows; it grows when they are not enough.

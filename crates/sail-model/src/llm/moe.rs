@@ -36,6 +36,18 @@ pub struct Routing {
 }
 
 impl Routing {
+    /// What it has of tensors: visits and probabilities.
+    pub(super) fn into_tensors(self) -> [Tensor; 2] {
+        [self.visits_e, self.probabilities_e]
+    }
+
+    /// Of one block of this shape that has seen `rows` rows, from its [`Routing::into_tensors`].
+    pub(super) fn of_tensors(tensors: Vec<Tensor>, rows: i64, moe: MoeShape) -> Self {
+        let [visits_e, probabilities_e] =
+            <[Tensor; 2]>::try_from(tensors).expect("invariant: a block of experts gives both");
+        Self { visits_e, probabilities_e, rows, balance_coef: moe.balance_coef }
+    }
+
     /// Both together.
     pub(super) fn plus(self, other: &Self) -> Self {
         Self {

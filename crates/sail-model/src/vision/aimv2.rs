@@ -255,8 +255,8 @@ impl VisionModel for Aimv2 {
     }
 
     fn encode(&self, x_td: &Tensor, images: &Segments) -> Tensor {
-        let x_td = x_td.shallow_clone();
-        let x_td = self.blocks.iter().fold(x_td, |x_td, block| block.forward(&x_td, images));
+        let step = |block: &Block, x_td: &Tensor, images: &Segments| vec![block.forward(x_td, images)];
+        let (x_td, _) = self.blocks.forward(x_td, images.clone(), step);
         self.norm.forward(&x_td)
     }
 }

@@ -46,13 +46,14 @@ pub use path::{FieldPath, Step};
 pub use plan::{
     AdaLrsPlan, AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EarlyStopPlan, EmaPlan, EvalPlan,
     ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan,
-    RulePlan, RunPlan, SchedulePlan, TrainPlan, UnlockPlan, VisionPlan, VisualShape, WatchdogPlan,
+    RecomputePlan, RulePlan, RunPlan, SchedulePlan, TrainPlan, UnlockPlan, VisionPlan, VisualShape,
+    WatchdogPlan,
 };
 pub use schema::schema;
 pub use select::Selector;
 pub use values::{
     Amount, DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, Progress, Rates,
-    ReduceDtype, ScheduleKind, Strategy, VisualBalance,
+    Recompute, ReduceDtype, ScheduleKind, Strategy, VisualBalance,
 };
 
 use check::Checker;

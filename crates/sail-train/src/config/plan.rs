@@ -18,7 +18,7 @@ use sail_model::vision::VitLayout;
 
 use super::select::Selector;
 use super::values::{
-    Amount, DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, Progress, Rates,
+    Amount, DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, Rates, Recompute,
     ReduceDtype, ScheduleKind, Strategy, VisualBalance, amount_as_text,
 };
 
@@ -288,13 +288,6 @@ pub struct AdaLrsPlan {
     pub lambda: f64,
 }
 
-impl SchedulePlan {
-    /// Whether a stage that has come so far is done.
-    pub fn is_done(&self, progress: Progress) -> bool {
-        self.length.is_reached(progress)
-    }
-}
-
 /// Size of a step. A pack is the micro-batch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BatchPlan {
@@ -302,6 +295,42 @@ pub struct BatchPlan {
     pub tokens_per_pack: usize,
     /// Packs whose gradients are summed for one optimizer step.
     pub packs_per_step: usize,
+    /// What is computed twice to save memory.
+    #[serde(default)]
+    pub recompute: RecomputePlan,
+}
+
+/// Which transformer blocks of a module are computed again in the backward pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecomputePlan {
+    /// Of the vision encoder.
+    pub vision: Recompute,
+    /// Of the language model.
+    pub llm: Recompute,
+}
+
+impl RecomputePlan {
+    /// Those of a module; the projector has no blocks.
+    pub fn of(self, module: Module) -> Recompute {
+        match module {
+            Module::Vision => self.vision,
+            Module::Projector => Recompute::None,
+            Module::Llm => self.llm,
+        }
+    }
+
+    /// Those among `blocks`, named as the parameters in them begin and each module's in their order.
+    pub fn blocks(self, blocks: &[String]) -> BTreeSet<String> {
+        let of = |module: Module| {
+            let prefix = format!("{module}.");
+            let of_module = blocks.iter().filter(move |block| block.starts_with(&prefix));
+            of_module
+                .enumerate()
+                .filter(move |(i, _)| self.of(module).includes(*i))
+                .map(|(_, block)| block.clone())
+        };
+        Module::ALL.into_iter().flat_map(of).collect()
+    }
 }
 
 /// The training stream. What `sail-data` needs of it is cut out by [`Plan::data_spec`].

@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::raw_data::{RawData, RawSource};
 use super::raw_train::{RawOptimizer, RawSchedule, RawTrain};
 use super::schema::{words, words_or_null};
-use super::values::{DeviceChoice, GuardAction, Precision, ReduceDtype, Strategy};
+use super::values::{DeviceChoice, GuardAction, Precision, Recompute, ReduceDtype, Strategy};
 
 /// A stage. Besides these fields a file may say `extends: FILE` (relative to itself): that file's values come first,
 /// mappings are merged key by key, everything else is replaced.
@@ -30,9 +30,9 @@ pub(super) struct RawRun {
     pub(super) init: Option<RawInit>,
     /// What each module does. Every module must be named, at least one must be trained.
     pub(super) train: RawTrain,
-    /// `AdamW` and clipping.
+    /// `AdamW`, clipping, moving averages.
     pub(super) optimizer: RawOptimizer,
-    /// Length and learning rate curve.
+    /// Length, learning rate curve, search for a rate, early stop.
     pub(super) schedule: RawSchedule,
     /// Size of a step.
     pub(super) batch: RawBatch,
@@ -176,6 +176,22 @@ pub(super) struct RawBatch {
     pub(super) tokens_per_pack: Option<usize>,
     /// Packs whose gradients make up one optimizer step. Required.
     pub(super) packs_per_step: Option<usize>,
+    /// What is computed twice to save memory.
+    pub(super) recompute: RawRecompute,
+}
+
+/// `batch.recompute`: for each module whether its transformer blocks keep what they compute for the backward pass
+/// (`none`), compute it again there and keep only what comes in and goes out (`block`), or do so in the first one of
+/// each N (`every N`). Losses and weights are the same; memory falls, and time grows by up to a forward pass.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawRecompute {
+    /// `none`, `block` or `every N`. Default: `none`.
+    #[schemars(with = "String")]
+    pub(super) vision: Recompute,
+    /// `none`, `block` or `every N`. Default: `none`.
+    #[schemars(with = "String")]
+    pub(super) llm: Recompute,
 }
 
 /// `parallel`. What counts as a rank is said in docs/clusters.md; their number must divide `data.streams` and

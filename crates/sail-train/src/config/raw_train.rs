@@ -186,9 +186,9 @@ pub(super) struct RawEarlyStop {
 pub(super) struct RawAdaLrs {
     /// Steps of a window, at least 3. Default: 50.
     pub(super) window: usize,
-    /// How far up, a whole number above 1. Default: 3.
+    /// How far up, a whole number above 1. Default: 2.
     pub(super) alpha: u32,
-    /// How far down, a whole number above 1 that has no divisor in common with `alpha`. Default: 2.
+    /// How far down, a whole number above 1 that has no divisor in common with `alpha`. Default: 3.
     pub(super) beta: u32,
     /// How fast both shrink, between 0 and 1. Default: 0.9.
     pub(super) lambda: f64,
@@ -196,6 +196,6 @@ pub(super) struct RawAdaLrs {
 
 impl Default for RawAdaLrs {
     fn default() -> Self {
-        Self { window: 50, alpha: 3, beta: 2, lambda: 0.9 }
+        Self { window: 50, alpha: 2, beta: 3, lambda: 0.9 }
     }
 }

@@ -16,11 +16,11 @@ use super::error::{ConfigError, Problem};
 use super::path::FieldPath;
 use super::plan::{
     BatchPlan, CheckpointPlan, EarlyStopPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan,
-    ParallelPlan, Plan, RunPlan, VisionPlan, WatchdogPlan,
+    ParallelPlan, Plan, RecomputePlan, RunPlan, VisionPlan, WatchdogPlan,
 };
 use super::raw::{
     RawBatch, RawCheckpoint, RawExport, RawGuard, RawInit, RawLlm, RawLog, RawModel, RawParallel,
-    RawProjector, RawRun, RawRunSection, RawVision, RawWatchdog,
+    RawProjector, RawRecompute, RawRun, RawRunSection, RawVision, RawWatchdog,
 };
 use super::tree::Node;
 use super::values::{Amount, ModelSource};
@@ -290,7 +290,12 @@ fn init(checker: &mut Checker<'_>, raw: RawInit, root: &Path) -> Option<InitPlan
 fn batch(checker: &mut Checker<'_>, raw: &RawBatch) -> Option<BatchPlan> {
     let tokens_per_pack = checker.required("batch.tokens_per_pack", raw.tokens_per_pack);
     let packs_per_step = checker.required("batch.packs_per_step", raw.packs_per_step);
-    let plan = BatchPlan { tokens_per_pack: tokens_per_pack?, packs_per_step: packs_per_step? };
+    let RawRecompute { vision, llm } = raw.recompute;
+    let plan = BatchPlan {
+        tokens_per_pack: tokens_per_pack?,
+        packs_per_step: packs_per_step?,
+        recompute: RecomputePlan { vision, llm },
+    };
     let (tokens, packs) = (plan.tokens_per_pack, plan.packs_per_step);
     checker.expect(tokens >= 2, "batch.tokens_per_pack", "must be at least 2", tokens);
     checker.expect(packs >= 1, "batch.packs_per_step", "must be at least 1", packs);

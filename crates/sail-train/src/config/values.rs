@@ -102,6 +102,61 @@ impl From<DeviceChoice> for String {
     }
 }
 
+/// Which blocks of a module are computed again in the backward pass: `none`, `block` (all) or `every N`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Recompute {
+    /// None: all activations are kept.
+    #[default]
+    None,
+    /// All.
+    Block,
+    /// The first one of each so many blocks, at least 2.
+    Every(usize),
+}
+
+impl Recompute {
+    /// Whether the block of this number, from 0, is one of them.
+    pub fn includes(self, block: usize) -> bool {
+        match self {
+            Self::None => false,
+            Self::Block => true,
+            Self::Every(blocks) => block.is_multiple_of(blocks),
+        }
+    }
+}
+
+impl fmt::Display for Recompute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Block => f.write_str("block"),
+            Self::Every(blocks) => write!(f, "every {blocks}"),
+        }
+    }
+}
+
+impl TryFrom<String> for Recompute {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let parsed = match &text[..] {
+            "none" => Some(Self::None),
+            "block" => Some(Self::Block),
+            _ => text.strip_prefix("every ").and_then(|blocks| blocks.trim().parse().ok()).map(Self::Every),
+        };
+        let parsed = parsed.filter(|recompute| !matches!(recompute, Self::Every(0 | 1)));
+        parsed
+            .ok_or_else(|| format!("found `{text}`, expected `none`, `block` or `every N` with N at least 2"))
+    }
+}
+
+impl From<Recompute> for String {
+    fn from(recompute: Recompute) -> Self {
+        recompute.to_string()
+    }
+}
+
 /// The dtype the forward pass computes in; masters and moments are always fp32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

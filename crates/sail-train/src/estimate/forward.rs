@@ -14,7 +14,7 @@ use sail_model::vlm::VlmConfig;
 use super::flops::Flops;
 use super::graph::{Backend, Graph, Live, Region, Shaped};
 use super::ops::{FLOAT, Heads, LONG, Sequences};
-use crate::config::{Module, TrainPlan};
+use crate::config::{Module, RecomputePlan, TrainPlan};
 
 /// What a pack holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,15 +59,20 @@ impl Pass {
 }
 
 /// The forward and backward pass of one pack.
-pub fn pass(config: &VlmConfig, train: &TrainPlan, pack: &PackShape, backend: Backend) -> Pass {
+pub fn pass(
+    config: &VlmConfig,
+    (train, recompute): (&TrainPlan, RecomputePlan),
+    pack: &PackShape,
+    backend: Backend,
+) -> Pass {
     let g = Graph::new(backend);
     // Ids, positions, targets and weights.
     let _batch = g.input(4 * pack.tokens(), LONG);
     let patch = config.vision.patch_size() as u64;
     let pixels = g.input(pack.images * pack.patches_per_image * 3 * patch * patch, FLOAT);
-    let model = Model { config, train, pack, g: &g };
-    let losses = model.losses(&pixels);
-    g.backward(losses);
+    let model = Model { config, train, recompute, pack, g: &g };
+    let loss = model.loss(&pixels);
+    g.backward(loss);
     drop(pixels);
     let peak = g.peak();
     let (flops, parameters) = g.totals();
@@ -77,6 +82,7 @@ pub fn pass(config: &VlmConfig, train: &TrainPlan, pack: &PackShape, backend: Ba
 struct Model<'a> {
     config: &'a VlmConfig,
     train: &'a TrainPlan,
+    recompute: RecomputePlan,
     pack: &'a PackShape,
     g: &'a Graph,
 }
@@ -86,8 +92,8 @@ impl Model<'_> {
         self.g.enter(module, self.train.ever_trains(module));
     }
 
-    /// `Vlm::losses_of`.
-    fn losses(&self, pixels: &Shaped) -> Shaped {
+    /// `Vlm::loss`.
+    fn loss(&self, pixels: &Shaped) -> Shaped {
         let g = self.g;
         let decoder = self.config.llm.decoder();
         let (rows, d, vocab) = (self.pack.targets, decoder.hidden_size as u64, decoder.vocab_size as u64);
@@ -99,10 +105,9 @@ impl Model<'_> {
         let x = g.rms_norm(&g.gather(&x, rows * d), d);
         g.count_as(Region::Head);
         let head = if decoder.tie_word_embeddings { table } else { g.param(vocab * d) };
-        let scores = g.cast(&g.linear(&x, head, vocab), FLOAT);
-        let losses = g.cross_entropy(&scores, vocab);
+        let loss = g.linear_cross_entropy(&x, head, vocab);
         g.count_as(Region::Trunk);
-        losses
+        loss
     }
 
     /// `Vlm::embed`, from the embeddings of the ids.
@@ -132,8 +137,9 @@ impl Model<'_> {
             if shape.prefix == 0 && images > 1 { g.copy(&x) } else { x }
         };
         let sequences = Sequences { lengths: vec![length; images as usize], causal: false };
-        let blocks = 0..self.config.vision.num_layers();
-        let x = blocks.fold(x, |x, _| vit_block(g, &x, &shape, d, &sequences));
+        let x = self.blocks(x, Module::Vision, self.config.vision.num_layers(), |g, x, _| {
+            vit_block(g, x, &shape, d, &sequences)
+        });
         let x = shape.final_norm.map_or(x.clone(), |kind| norm(g, kind, &x, d));
         if shape.prefix > 0 { g.gather(&x, images * self.pack.patches_per_image * d) } else { x }
     }
@@ -160,8 +166,25 @@ impl Model<'_> {
         let (g, decoder) = (self.g, self.config.llm.decoder());
         let angles = g.input(self.pack.tokens() * decoder.head_dim as u64, g.backend.compute_bytes);
         let sequences = Sequences { lengths: self.pack.samples.clone(), causal: true };
-        (0..decoder.num_hidden_layers).fold(x.clone(), |x, layer| {
-            decoder_block(g, &x, decoder, self.config.llm.shape(layer), &angles, &sequences)
+        self.blocks(x.clone(), Module::Llm, decoder.num_hidden_layers, |g, x, layer| {
+            decoder_block(g, x, decoder, self.config.llm.shape(layer), &angles, &sequences)
+        })
+    }
+
+    /// `Blocks::forward`.
+    fn blocks(
+        &self,
+        x: Shaped,
+        module: Module,
+        count: i64,
+        block: impl Fn(&Graph, &Shaped, i64) -> Shaped,
+    ) -> Shaped {
+        (0..count).fold(x, |x, layer| {
+            if self.recompute.of(module).includes(layer as usize) {
+                self.g.recomputed(&x, |g, x| block(g, x, layer))
+            } else {
+                block(self.g, &x, layer)
+            }
         })
     }
 }
@@ -317,7 +340,8 @@ mod tests {
         || PackShape { samples: vec![3, 2], images: 2, patches_per_image: 4, targets: 2 };
 
     fn flops_of(module: Module, trained: &[Module]) -> [u64; 3] {
-        let flops = pass(&smallest(), &train(trained), &PACK(), CPU).flops[&module];
+        let flops =
+            pass(&smallest(), (&train(trained), RecomputePlan::default()), &PACK(), CPU).flops[&module];
         [flops.forward, flops.backward_inputs, flops.backward_weights]
     }
 
@@ -351,7 +375,8 @@ mod tests {
         });
         llm.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
         let config = VlmConfig { llm: LlmConfig::from_json(&llm).unwrap(), ..smallest() };
-        let flops = pass(&config, &train(&Module::ALL), &PACK(), CPU).flops[&Module::Llm];
+        let flops =
+            pass(&config, (&train(&Module::ALL), RecomputePlan::default()), &PACK(), CPU).flops[&Module::Llm];
         // As above, with a 5x4 router and for 10 visits three 4x3 in place of the SwiGLU.
         let linear = 2 * 5 * (2 * 16 + 2 * 8 + 20) + 2 * 10 * 3 * 12 + 2 * 2 * 40;
         assert_eq!((flops.forward, flops.backward_weights), (linear + 144, linear));
@@ -359,7 +384,9 @@ mod tests {
 
     #[test]
     fn nothing_is_kept_upstream_of_what_trains() {
-        let peak = |trained: &[Module]| pass(&smallest(), &train(trained), &PACK(), CPU).peak.total();
+        let peak = |trained: &[Module]| {
+            pass(&smallest(), (&train(trained), RecomputePlan::default()), &PACK(), CPU).peak.total()
+        };
         let stages = [&[Module::Projector][..], &[Module::Vision, Module::Projector], &Module::ALL].map(peak);
         assert!(stages.is_sorted() && stages[0] < stages[1], "{stages:?}");
     }
@@ -414,7 +441,11 @@ mod tests {
                 *expected.entry(module_of(name).unwrap()).or_default() += counted;
             }
             let pack = PackShape { samples: vec![300], images: 1, patches_per_image: 256, targets: 3 };
-            assert_eq!(pass(&config, &train(&[]), &pack, CPU).parameters, expected, "{vit} {llm}");
+            assert_eq!(
+                pass(&config, (&train(&[]), RecomputePlan::default()), &pack, CPU).parameters,
+                expected,
+                "{vit} {llm}"
+            );
         }
     }
 }

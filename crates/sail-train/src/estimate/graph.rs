@@ -26,7 +26,7 @@ pub struct Backend {
 pub(super) enum Region {
     /// Everything before the head.
     Trunk,
-    /// Scores of all tokens, their softmax and its gradients.
+    /// Logits of some rows, their softmax, and the gradients made of it.
     Head,
 }
 
@@ -35,7 +35,7 @@ pub(super) enum Region {
 pub struct Live {
     /// Everything before the head.
     pub trunk: u64,
-    /// Scores of all tokens, their softmax and its gradients.
+    /// Logits of some rows, their softmax, and the gradients made of it.
     pub head: u64,
 }
 
@@ -107,23 +107,37 @@ pub(super) struct Param {
 pub(super) struct Edge {
     to: usize,
     bytes: u64,
-    /// A tensor of its own, if not the incoming gradient or a view of it.
-    fresh: bool,
+    gradient: Gradient,
+}
+
+/// Where the memory of a gradient comes from.
+enum Gradient {
+    /// It is taken in the backward pass.
+    Fresh,
+    /// That of the incoming gradient, which it is or is a view of.
+    Incoming,
+    /// It was taken in the forward pass, which has made the gradient already.
+    Made(Rc<Storage>),
 }
 
 /// A new tensor as the gradient of `x`.
 pub(super) fn fresh(x: &Shaped) -> Option<Edge> {
-    x.node.map(|to| Edge { to, bytes: x.bytes(), fresh: true })
+    x.node.map(|to| Edge { to, bytes: x.bytes(), gradient: Gradient::Fresh })
 }
 
 /// The incoming gradient as that of `x`.
 pub(super) fn same(x: &Shaped) -> Option<Edge> {
-    x.node.map(|to| Edge { to, bytes: x.bytes(), fresh: false })
+    x.node.map(|to| Edge { to, bytes: x.bytes(), gradient: Gradient::Incoming })
+}
+
+/// A tensor of the forward pass as the gradient of a node.
+pub(super) fn made(to: usize, gradient: &Shaped) -> Edge {
+    Edge { to, bytes: gradient.bytes(), gradient: Gradient::Made(Rc::clone(&gradient.memory)) }
 }
 
 /// The gradient of a parameter.
 pub(super) fn of_param(param: Param, element_bytes: u64) -> Option<Edge> {
-    param.leaf.map(|to| Edge { to, bytes: param.elements * element_bytes, fresh: true })
+    param.leaf.map(|to| Edge { to, bytes: param.elements * element_bytes, gradient: Gradient::Fresh })
 }
 
 struct Node {
@@ -215,6 +229,39 @@ impl Graph {
         Some(self.push(kept.iter().map(|x| Rc::clone(&x.memory)).collect(), edges, scratch, None))
     }
 
+    /// Of what `block` computes only the result is kept: the backward pass computes it once more. Operations are those of
+    /// the first time.
+    pub(super) fn recomputed(&self, x: &Shaped, block: impl Fn(&Self, &Shaped) -> Shaped) -> Shaped {
+        let alone = |with_graph: bool| {
+            let g = Self::new(self.backend);
+            g.enter(self.module.get(), with_graph && self.trained.get());
+            let node = (with_graph && x.requires_grad()).then(|| g.push(vec![], vec![], 0, None));
+            let y = block(&g, &g.tensor(x.elements, x.element_bytes, node));
+            let (size, is_trained) = ((y.elements, y.element_bytes), y.requires_grad());
+            g.backward(y);
+            (g.peak().total(), size, is_trained, g.totals())
+        };
+        let (without_graph, (elements, element_bytes), ..) = alone(false);
+        let (peak, _, is_trained, (flops, used)) = alone(true);
+        for (module, flops) in flops {
+            *self.flops.borrow_mut().entry(module).or_default() += flops;
+        }
+        for (module, elements) in used {
+            *self.used.borrow_mut().entry(module).or_default() += elements;
+        }
+        let result_bytes = elements * element_bytes;
+        self.scratch(without_graph.saturating_sub(x.bytes()));
+        // What is trained inside has a graph even where nothing before it is.
+        let anchor = is_trained.then(|| Edge {
+            to: self.push(vec![], vec![], 0, None),
+            bytes: 0,
+            gradient: Gradient::Incoming,
+        });
+        let scratch = peak.saturating_sub(x.bytes() + if x.requires_grad() { x.bytes() } else { 0 });
+        let node = self.node(&[x], [anchor, fresh(x)], scratch);
+        Shaped { memory: self.allocate(result_bytes), elements, element_bytes, node }
+    }
+
     /// Adds to what the present module computes.
     pub(super) fn count(&self, flops: Flops) {
         *self.flops.borrow_mut().entry(self.module.get()).or_default() += flops;
@@ -233,8 +280,10 @@ impl Graph {
             let edges = std::mem::take(&mut nodes[index].edges);
             let kept = std::mem::take(&mut nodes[index].kept);
             let working = self.allocate(nodes[index].scratch);
-            let gradient_of = |edge: &Edge| {
-                if edge.fresh { self.allocate(edge.bytes) } else { Rc::clone(&incoming) }
+            let gradient_of = |edge: &Edge| match &edge.gradient {
+                Gradient::Fresh => self.allocate(edge.bytes),
+                Gradient::Incoming => Rc::clone(&incoming),
+                Gradient::Made(gradient) => Rc::clone(gradient),
             };
             let outgoing: Vec<Rc<Storage>> = edges.iter().map(gradient_of).collect();
             drop((working, kept, incoming));

@@ -24,7 +24,7 @@ pub struct Memory {
     pub moments: u64,
     /// What a pass takes, but for the head.
     pub activations: u64,
-    /// Scores of all tokens, their softmax and its gradients.
+    /// Logits of some rows, their softmax, and the gradients made of it.
     pub logits: u64,
 }
 

@@ -4,8 +4,10 @@
 //! only where its weight is trained, a product each factor only where the other requires a gradient, an
 //! activation its input always. Called by `forward.rs`.
 
+use sail_torch::cross_entropy_chunk;
+
 use super::flops::{Flops, Wanted, causal_pairs, full_pairs};
-use super::graph::{Edge, Graph, Param, Shaped, fresh, of_param, same};
+use super::graph::{Edge, Graph, Param, Shaped, fresh, made, of_param, same};
 
 /// Bytes of fp32.
 pub(super) const FLOAT: u64 = 4;
@@ -203,13 +205,24 @@ impl Graph {
         if is_joined { self.copy(&out) } else { out }
     }
 
-    /// Cross-entropy of fp32 scores `[rows, classes]`: a loss for each row.
-    pub(super) fn cross_entropy(&self, scores: &Shaped, classes: u64) -> Shaped {
-        let rows = scores.elements / classes;
-        let targets = self.input(rows, LONG);
-        let log_probabilities = self.keeping_result(scores.elements, [fresh(scores)]);
-        let kept = [&log_probabilities, &targets];
-        self.result((rows, FLOAT), &kept, [fresh(&log_probabilities)], 0)
+    /// `sail_torch::linear_cross_entropy`: the head and its loss, whose forward pass makes the gradients.
+    pub(super) fn linear_cross_entropy(&self, x: &Shaped, head: Param, vocab: u64) -> Shaped {
+        let inputs = head.elements / vocab;
+        let rows = x.elements / inputs;
+        let wanted = Wanted { inputs: x.requires_grad(), weights: head.leaf.is_some() };
+        self.count(Flops::linear(rows, inputs, vocab, wanted));
+        let of_x = x.node.map(|to| (to, self.input(x.elements, x.element_bytes)));
+        let of_head = head.leaf.map(|to| (to, self.input(head.elements, FLOAT)));
+        let chunk = cross_entropy_chunk(rows as i64, vocab as i64, self.backend.cuda) as u64;
+        let is_single = x.element_bytes == FLOAT;
+        // Logits and their softmax; in 16 bits also the logits in fp32 and the product that is added to a gradient.
+        let widened = if is_single { 0 } else { chunk * vocab * FLOAT };
+        let added = if is_single || !wanted.weights { 0 } else { head.elements * x.element_bytes };
+        self.scratch(chunk * vocab * (x.element_bytes + FLOAT) + widened.max(added));
+        let edge = |(to, gradient): &(usize, Shaped)| made(*to, gradient);
+        // The gradient of the head is cast to its type.
+        let narrowed = if is_single || !wanted.weights { 0 } else { head.elements * x.element_bytes };
+        self.result((1, FLOAT), &[], [of_x.as_ref().map(edge), of_head.as_ref().map(edge)], narrowed)
     }
 
     /// An fp32 result that its own backward pass needs.

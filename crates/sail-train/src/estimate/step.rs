@@ -106,7 +106,7 @@ impl Steps<'_> {
             in_blocks: buckets.iter().map(Layout::is_in_blocks).collect(),
             packs_per_rank: (plan.batch.packs_per_step as u64).div_ceil(cluster.world),
             tokens_per_pack: self.pack.tokens(),
-            pass: pass(self.config, &train, self.pack, self.backend),
+            pass: pass(self.config, (&train, plan.batch.recompute), self.pack, self.backend),
         })
     }
 }

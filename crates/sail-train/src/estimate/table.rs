@@ -96,8 +96,9 @@ impl StageEstimate {
         }
         writeln!(
             f,
-            "the stage: {} steps, {} tokens, {} samples, {}, {}",
+            "the stage: {} step{}, {} tokens, {} samples, {}, {}",
             grouped(course.steps),
+            if course.steps == 1 { "" } else { "s" },
             rounded(stage.tokens),
             rounded(stage.samples),
             short(stage.flops, "FLOP"),
@@ -300,9 +301,9 @@ mod tests {
 
         memory of a rank, GiB
         strategy   parameters     masters   gradients     moments activations      logits       total
-        ddp            0.0125      0.0250      0.0250      0.0501      0.0707     0.00586       0.189
-        zero1*         0.0125      0.0125      0.0250      0.0250      0.0707     0.00586       0.152
-        zero2          0.0125      0.0125      0.0375      0.0250      0.0707     0.00586       0.164
+        ddp            0.0125      0.0250      0.0250      0.0501      0.0709     0.00696       0.191
+        zero1*         0.0125      0.0125      0.0250      0.0250      0.0709     0.00696       0.153
+        zero2          0.0125      0.0125      0.0375      0.0250      0.0709     0.00696       0.165
 
         a step: GB that a rank sends, seconds, tokens of all ranks a second
         strategy       sent   compute   sending  of it latency  without overlap  with overlap       tokens/s

@@ -229,7 +229,7 @@ fn sample_losses(model: &Vlm, encoder: &TextEncoder, image: &ImageSpec) -> Resul
         targets_t: Tensor::from_slice(&encoded.targets),
         weights_t: Tensor::from_slice(&encoded.weights),
     };
-    Ok(no_grad(|| model.row_losses(&batch))?)
+    Ok(no_grad(|| model.loss(&batch))?.losses_r)
 }
 
 /// Scores of every token after a few.
