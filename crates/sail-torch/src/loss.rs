@@ -17,7 +17,7 @@ pub struct CrossEntropy {
 }
 
 /// Logits that are held at a time, on the CPU and on CUDA.
-const LOGITS: [i64; 2] = [1 << 24, 1 << 27];
+const LOGITS: [i64; 2] = [1 << 24, 1 << 26];
 
 /// Rows whose logits [`linear_cross_entropy`] holds at a time: few enough that these are a small part of memory, but at
 /// least 64, so that a matrix product is fast.

@@ -19,15 +19,16 @@ pub struct Slope {
 }
 
 impl Slope {
-    /// How much faster the loss falls in `tried` than in `measured`. Step by step the first is below the second by
-    /// their difference; before the first step, where the weights are the same, by nothing. This is the slope of a line
-    /// through that origin, fitted by least squares.
+    /// How much faster the loss falls in `tried` than in `measured`, of three steps or more. Before its first update, and
+    /// so in its first step, either has the same loss; from then on the first is below the second by their difference.
+    /// This is the slope of a line through that origin, fitted to the differences by least squares, and its error.
     pub fn gain(measured: &[f64], tried: &[f64]) -> Self {
-        let points = || measured.iter().zip(tried).enumerate().map(|(i, (m, t))| ((i + 1) as f64, m - t));
+        let differences: Vec<f64> = measured.iter().zip(tried).map(|(m, t)| m - t).skip(1).collect();
+        let points = || differences.iter().enumerate().map(|(i, y)| ((i + 1) as f64, *y));
         let sum_xx: f64 = points().map(|(x, _)| x * x).sum();
         let speed = points().map(|(x, y)| x * y).sum::<f64>() / sum_xx;
-        let residuals: f64 = points().map(|(x, y)| (y - speed * x).powi(2)).sum();
-        Self { speed, error: (residuals / (points().count() as f64 - 1.0) / sum_xx).sqrt() }
+        let squares: f64 = points().map(|(x, y)| (y - speed * x).powi(2)).sum();
+        Self { speed, error: (squares / (differences.len() as f64 - 1.0) / sum_xx).sqrt() }
     }
 }
 
@@ -220,12 +221,12 @@ mod tests {
     #[test]
     fn a_gain_and_its_error_are_those_of_least_squares() {
         // By hand: y = 1, 3, 2 at x = 1, 2, 3: slope 13/14; squared residuals 1/196, 256/196, 121/196, so s^2 = 27/28.
-        let gain = Slope::gain(&[9.0, 9.0, 9.0], &[8.0, 6.0, 7.0]);
+        let gain = Slope::gain(&[9.0, 9.0, 9.0, 9.0], &[9.0, 8.0, 6.0, 7.0]);
         assert!((gain.speed - 13.0 / 14.0).abs() < 1e-12, "{gain:?}");
         assert!((gain.error - (27.0f64 / 28.0 / 14.0).sqrt()).abs() < 1e-12, "{gain:?}");
         // What data does to both is no difference.
         let noisy = [5.0, 7.0, 4.0, 6.0];
-        let tried: Vec<f64> = noisy.iter().enumerate().map(|(i, loss)| loss - 0.5 * (i + 1) as f64).collect();
+        let tried: Vec<f64> = noisy.iter().enumerate().map(|(i, loss)| loss - 0.5 * i as f64).collect();
         let gain = Slope::gain(&noisy, &tried);
         assert!((gain.speed - 0.5).abs() < 1e-12 && gain.error < 1e-12, "{gain:?}");
     }
