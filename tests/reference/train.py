@@ -235,7 +235,7 @@ def make(model: Vlm, optimizer, step: Step, factor: float, clip_norm: float | No
             loss.backward()
         loss_sum += loss.detach()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, float("inf") if clip_norm is None else clip_norm, foreach=True)
+    norm = nn.utils.clip_grad_norm_(trained, float("inf") if clip_norm is None else clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     optimizer.step()
