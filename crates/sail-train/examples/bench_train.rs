@@ -183,7 +183,7 @@ fn fixed(session: &Session, length: usize) -> Result<Step, Error> {
 fn make(step: &Step, session: &mut Session, report: &mut Report) -> Result<(), Error> {
     let (begun, processor) = (Instant::now(), processor_secs()?);
     let loss = session.accumulate(step)?;
-    let accumulated = begun.elapsed();
+    let accumulated = Instant::now();
     let verdict = session.agree(&loss, false, true)?;
     if let Some(trip) = session.judge(&verdict) {
         let number = session.step + 1;
@@ -198,11 +198,11 @@ fn make(step: &Step, session: &mut Session, report: &mut Report) -> Result<(), E
     let factors = session.factors(step);
     session.update(step, &factors)?;
     session.advance(step)?;
-    let whole = begun.elapsed();
+    let (whole, update) = (begun.elapsed(), accumulated.elapsed());
     report.losses.push(verdict.loss);
     report.grad_norms.push(verdict.grad_norm);
     report.seconds.push(whole.as_secs_f64());
-    report.update_seconds.push((whole - accumulated).as_secs_f64());
+    report.update_seconds.push(update.as_secs_f64());
     report.processor_seconds.push(processor_secs()? - processor);
     report.tokens.push(step.all.size.tokens);
     report.samples.push(step.all.size.samples);
