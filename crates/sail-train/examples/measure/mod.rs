@@ -1,0 +1,94 @@
+//! What the benches of steps and forward passes share: memory and processor time, results for machines, exit codes.
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use sail_train::Error;
+use serde::Serialize;
+
+const STATUS: &str = "/proc/self/status";
+const STAT: &str = "/proc/self/stat";
+/// `USER_HZ`, the same on every architecture that libtorch is built for.
+const TICKS_PER_SEC: f64 = 100.0;
+const CLEAR_REFS: &str = "/proc/self/clear_refs";
+
+/// Resident memory of this process from some moment on, bytes. Linux alone tells it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Memory {
+    /// Resident at that moment.
+    before_bytes: u64,
+}
+
+/// What [`Memory`] saw.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct MemoryUse {
+    /// Resident when it began: weights, data and libraries.
+    pub(crate) before_bytes: u64,
+    /// Most that was resident at once since then, with what was there before.
+    pub(crate) peak_bytes: u64,
+}
+
+impl Memory {
+    /// Forgets the peak so far, that of loading (`clear_refs` in proc(5)).
+    pub(crate) fn begin() -> Result<Self, Error> {
+        fs::write(CLEAR_REFS, "5").map_err(io(CLEAR_REFS.as_ref()))?;
+        Ok(Self { before_bytes: status_bytes("VmRSS")? })
+    }
+
+    /// The peak since [`Memory::begin`].
+    pub(crate) fn end(self) -> Result<MemoryUse, Error> {
+        Ok(MemoryUse { before_bytes: self.before_bytes, peak_bytes: status_bytes("VmHWM")? })
+    }
+}
+
+/// A line of `/proc/self/status`, which says kB and means KiB.
+fn status_bytes(field: &str) -> Result<u64, Error> {
+    let text = fs::read_to_string(STATUS).map_err(io(STATUS.as_ref()))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.map(|kib| kib * 1024).ok_or_else(|| Error::Usage {
+        message: format!("`{STATUS}` has no line `{field}: N kB`"),
+        hint: "this bench measures memory as Linux tells it".into(),
+    })
+}
+
+/// Processor seconds of all threads of this process so far, from `/proc/self/stat` (fields 14 and 15 of proc(5)).
+pub(crate) fn processor_secs() -> Result<f64, Error> {
+    let text = fs::read_to_string(STAT).map_err(io(STAT.as_ref()))?;
+    // The second field is a name in parentheses, which may have anything in it.
+    let after_name = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let ticks: Vec<u64> =
+        after_name.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse().ok()).collect();
+    match ticks[..] {
+        [user, system] => Ok((user + system) as f64 / TICKS_PER_SEC),
+        _ => Err(Error::Usage {
+            message: format!("`{STAT}` has no processor times"),
+            hint: "this bench measures time as Linux tells it".into(),
+        }),
+    }
+}
+
+/// Writes a result for machines, where a file is asked for.
+pub(crate) fn write_json(path: Option<&Path>, result: &impl Serialize) -> Result<(), Error> {
+    let Some(path) = path else { return Ok(()) };
+    let text = serde_json::to_string_pretty(result).expect("invariant: text keys and finite numbers");
+    fs::write(path, text + "\n").map_err(io(path))
+}
+
+/// For `map_err` on an IO call.
+pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { path, source }
+}
+
+/// Says what went wrong, with the exit code of `sail-train`.
+pub(crate) fn exit(result: Result<(), Error>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

@@ -1,0 +1,267 @@
+#!/usr/bin/env python3
+"""Compares this trainer with a plain eager PyTorch one (`tests/reference/train.py`) on the same work; see bench.sh.
+
+Both sides use the same libtorch, the same weights and the same samples, on two threads each. They take turns, so that
+what else the machine does meets both; figures are medians over rounds, with the lowest and the highest, and a ratio is
+that of the two runs of a round. Losses that differ by more than 1e-4 of theirs end the comparison with exit code 1.
+
+Figures of a stage: tokens and samples a second, tokens a second of processor time (all threads, which other work on
+the machine disturbs less), and the most memory resident in the steps, in MB. Padding does not count as tokens.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "target/release/examples"
+PYTHON = ROOT / ".venv/bin/python"
+SMOLLM2 = ROOT / "weights/smollm2-135m-instruct"
+# Largest relative difference of a loss.
+LOSS_LIMIT = 1e-4
+# Of a gradient norm: PyTorch sums squares in fp32 on a CPU, which for a table of 28M elements is off by more than
+# the losses are.
+NORM_LIMIT = 5e-3
+# A rate at which training does not amplify rounding beyond the limit; it changes no work.
+RATE = "1e-5"
+TRAINED = {1: ["projector"], 2: ["projector", "vision"], 3: ["projector", "vision", "llm"]}
+# What is no part of a step.
+STEPS_ALONE = ["init=null", "eval=null", "export=null", "schedule.kind=constant", "schedule.warmup=0"]
+
+
+@dataclass
+class Figure:
+    """What is compared: values of each round, and whether more is better."""
+
+    name: str
+    more_is_better: bool
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+
+    def ratios(self) -> list[float]:
+        """How many times better ours is, round by round."""
+        pairs = zip(self.ours, self.theirs, strict=True)
+        return [ours / theirs if self.more_is_better else theirs / ours for ours, theirs in pairs]
+
+
+class Failure(Exception):
+    pass
+
+
+def execute(command: list) -> None:
+    """Runs one side; what it says is shown only when it fails."""
+    # A thread that waits for the other gives its core away: where other work has that core, spinning took nine tenths
+    # of the time of either side.
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise Failure(f"`{' '.join(map(str, command))}` failed with {done.returncode}:\n{done.stdout}{done.stderr}")
+
+
+class Bench:
+    def __init__(self, args):
+        self.args = args
+        self.results = {}
+
+    def stage(self, name: str, config: str, sets: list[str], work: str, memory_alone: bool = False):
+        """Rounds of steps of a stage's configuration, `fixed` or `padded`."""
+        warmup = 0 if memory_alone else self.args.warmup
+        ours = [EXAMPLES / "bench_train", "--config", config, "--steps", self.steps(name), "--warmup", warmup]
+        for assignment in [*STEPS_ALONE, *sets]:
+            ours += ["--set", assignment]
+        if work == "fixed":
+            ours += ["--fixed", "--sequence", self.sequence(name)]
+        with tempfile.TemporaryDirectory(dir=self.args.work) as folder:
+            dump = Path(folder) / "dump"
+            execute([*ours, "--dump", dump, "--dump-only"])
+            theirs = [PYTHON, "tests/reference/train.py", dump, "--collate", work, "--warmup", warmup]
+            if self.args.compile:
+                theirs.append("--compile")
+            rounds = 1 if name.startswith("agreement") else self.args.rounds
+            pairs = self.turns(ours, theirs, Path(folder), rounds)
+        checks = [agreement(ours, theirs) for ours, theirs in pairs]
+        self.results[name] = {
+            "steps": self.steps(name),
+            "loss_difference": max(check[0] for check in checks),
+            "norm_difference": max(check[1] for check in checks),
+        }
+        if "padded_tokens" in pairs[0][1]:
+            padded, tokens = (sum(pairs[0][1][key]) for key in ("padded_tokens", "tokens"))
+            self.results[name]["padding"] = 1 - tokens / padded
+        figures = [Figure("peak memory, MB", False)]
+        if not (memory_alone or name.startswith("agreement")):
+            figures += [Figure("tokens/s", True), Figure("samples/s", True), Figure("tokens/processor s", True)]
+        for figure in figures:
+            figure.ours = [stage_value(report, figure.name) for report, _ in pairs]
+            figure.theirs = [stage_value(report, figure.name) for _, report in pairs]
+        self.show(name, figures)
+
+    def forward(self, name: str, ours: list, theirs: list):
+        """Rounds of a model without gradients."""
+        with tempfile.TemporaryDirectory(dir=self.args.work) as folder:
+            if name == "vit":
+                dump = Path(folder) / "dump"
+                execute([*ours, "--repeats", 0, "--dump", dump])
+                theirs = [*theirs, dump]
+            repeats = ["--repeats", self.args.repeats]
+            pairs = self.turns([*ours, *repeats], [*theirs, *repeats], Path(folder), self.args.rounds)
+        if any(ours["ids"] != theirs["ids"] for ours, theirs in pairs):
+            raise Failure(f"{name}: the texts differ:\n{pairs[0][0]['ids']}\n{pairs[0][1]['ids']}")
+        figures = [Figure("tokens/s", True), Figure("tokens/processor s", True), Figure("peak memory, MB", False)]
+        for figure in figures:
+            figure.ours = [forward_value(report, figure.name) for report, _ in pairs]
+            figure.theirs = [forward_value(report, figure.name) for _, report in pairs]
+        self.results[name] = {}
+        self.show(name, figures)
+
+    def turns(self, ours: list, theirs: list, folder: Path, rounds: int) -> list[tuple[dict, dict]]:
+        """The reports of both sides, by round; who is first changes from round to round."""
+        pairs = []
+        for number in range(rounds):
+            reports = {}
+            for side in ("ours", "theirs") if number % 2 == 0 else ("theirs", "ours"):
+                path = folder / f"{side}.json"
+                execute([*(ours if side == "ours" else theirs), "--json", path])
+                reports[side] = json.loads(path.read_text())
+            pairs.append((reports["ours"], reports["theirs"]))
+        return pairs
+
+    def steps(self, name: str) -> int:
+        if name.startswith("agreement"):
+            return self.args.agreement_steps
+        return 2 if name == "vocabulary" else self.args.steps
+
+    def sequence(self, name: str) -> int:
+        return {"vocabulary": 512}.get(name, 64 if name.startswith("agreement") else 128)
+
+    def show(self, name: str, figures: list[Figure]):
+        result = self.results[name]
+        result["figures"] = {
+            figure.name: {"ours": figure.ours, "theirs": figure.theirs, "ratios": figure.ratios()} for figure in figures
+        }
+        for figure in figures:
+            sides = [spread(figure.ours, ".1f"), spread(figure.theirs, ".1f"), spread(figure.ratios(), ".2f")]
+            print(f"{name:<24} {figure.name:<19} {sides[0]:>26} {sides[1]:>26} {sides[2]:>20}")
+        if "loss_difference" in result:
+            losses, norms = result["loss_difference"], result["norm_difference"]
+            print(f"{name:<24} largest difference of a loss {losses:.1e}, of a gradient norm {norms:.1e}", end="")
+            print(f"; {result['padding']:.0%} of the padded batches is padding" if result.get("padding") else "")
+            for what, found, limit in [("losses", losses, LOSS_LIMIT), ("gradient norms", norms, NORM_LIMIT)]:
+                # Written so that a difference that is not a number fails.
+                if not found <= limit:
+                    raise Failure(f"{name}: {what} differ by {found:.1e} of theirs, more than {limit:.0e}")
+        sys.stdout.flush()
+        if self.args.json:
+            self.args.json.write_text(json.dumps(self.results, indent=2) + "\n")
+
+    def parts(self) -> dict:
+        """What can be compared, by name."""
+        parts = {}
+        for stage, modules in TRAINED.items():
+            config = f"configs/demo/stage{stage}.yaml"
+            sets = [f"train.{module}.lr={RATE}" for module in modules]
+            small = [*sets, "batch.tokens_per_pack=128"]
+            for work in ("fixed", "padded"):
+                for name, sets_of_part in [(f"stage{stage}-{work}", sets), (f"agreement-{stage}-{work}", small)]:
+                    parts[name] = lambda args=(name, config, sets_of_part, work): self.stage(*args)
+        wide = ["train.projector.lr=1e-5", "model.llm.random.vocab_size=151936", "batch.tokens_per_pack=4096"]
+        wide.append("batch.packs_per_step=1")
+        parts["vocabulary"] = lambda: self.stage("vocabulary", "configs/tiny/stage1.yaml", wide, "fixed", True)
+        python, ours = [PYTHON, "tests/reference/forward.py"], EXAMPLES / "bench_forward"
+        parts["vit"] = lambda: self.forward("vit", [ours, "vit", "--image-px", 448], [*python, "vit"])
+        llm = ["generate", "--llm", SMOLLM2, "--new-tokens", self.args.new_tokens, "--prompt", prompt()]
+        parts["generate"] = lambda: self.forward("generate", [ours, *llm], [*python, *llm])
+        return parts
+
+
+def agreement(ours: dict, theirs: dict) -> tuple[float, float]:
+    """Largest relative differences of losses and of gradient norms."""
+    if (ours["tokens"], ours["samples"]) != (theirs["tokens"], theirs["samples"]):
+        raise Failure("the sides had different samples")
+
+    def largest(key: str) -> float:
+        differences = [abs(a - b) / abs(a) for a, b in zip(ours[key], theirs[key], strict=True)]
+        return float("nan") if any(value != value for value in differences) else max(differences)
+
+    return largest("losses"), largest("grad_norms")
+
+
+def stage_value(report: dict, figure: str) -> float:
+    if figure == "peak memory, MB":
+        return report["peak_bytes"] / 1e6
+    counted, seconds = {
+        "tokens/s": ("tokens", "seconds"),
+        "samples/s": ("samples", "seconds"),
+        "tokens/processor s": ("tokens", "processor_seconds"),
+    }[figure]
+    return sum(report[counted][report["warmup"] :]) / sum(report[seconds][report["warmup"] :])
+
+
+def forward_value(report: dict, figure: str) -> float:
+    if figure == "peak memory, MB":
+        return report["peak_bytes"] / 1e6
+    seconds = {"tokens/s": "seconds", "tokens/processor s": "processor_seconds"}[figure]
+    return report["tokens"] / statistics.median(report[seconds])
+
+
+def spread(values: list[float], form: str) -> str:
+    middle = format(statistics.median(values), form)
+    return middle if len(values) == 1 else f"{middle} ({min(values):{form}}-{max(values):{form}})"
+
+
+def prompt() -> str:
+    """Token ids of a chat, those of the golden that generation is tested with."""
+    golden = json.loads((ROOT / "tests/goldens/smollm2_greedy.json").read_text())
+    return ",".join(map(str, golden["cases"][0]["prompt_ids"]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="parts, as `stage1-fixed`, `stage*`, `vit`")
+    parser.add_argument("--list", action="store_true", help="names the parts")
+    parser.add_argument("--rounds", type=int, default=5, help="how often both sides take their turn")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of a run")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--agreement-steps", type=int, default=20, help="steps on small packs, to compare losses")
+    parser.add_argument("--repeats", type=int, default=3, help="timed forward passes and texts of a run")
+    parser.add_argument("--new-tokens", type=int, default=64, help="length of a text")
+    parser.add_argument("--compile", action="store_true", help="the other side with torch.compile")
+    parser.add_argument("--work", type=Path, help="where 1.5 GB of weights are put meanwhile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures for machines")
+    args = parser.parse_args()
+    if min(args.rounds, args.steps, args.repeats, args.new_tokens, args.agreement_steps) < 1 or args.warmup < 0:
+        parser.error("rounds, steps and lengths count from 1")
+
+    parts = Bench(args).parts()
+    chosen = [name for name in parts if not args.only or any(fnmatch.fnmatch(name, only) for only in args.only)]
+    unknown = [only for only in args.only or [] if not fnmatch.filter(parts, only)]
+    if unknown:
+        parser.error(f"no part is called {', '.join(unknown)}; there are {', '.join(parts)}")
+    if args.list:
+        print("\n".join(chosen))
+        return 0
+    work = args.work or Path(tempfile.gettempdir())
+    if not work.is_dir() or shutil.disk_usage(work).free < 2e9:
+        parser.error(f"`{work}` is no folder with 2 GB of room; give one as --work")
+    args.work = work
+    print(f"{'part':<24} {'figure':<19} {'ours':>26} {'PyTorch':>26} {'times better':>20}", flush=True)
+    failed = False
+    for name in chosen:
+        try:
+            parts[name]()
+        except Failure as failure:
+            failed = True
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
