@@ -71,7 +71,7 @@ class Runs:
             command = [str(self.program), "--config", "configs/tiny/stage1.yaml"]
             for path, value in (sets | {"run.root": root}).items():
                 command += ["--set", f"{path}={value}"]
-            made = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ, capture_output=True, text=True)
+            made = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
             if made.returncode:
                 raise RuntimeError(f"{' '.join(command)}\n{made.stderr[-2000:]}")
             folder = Path(root) / "runs/tiny/stage1"

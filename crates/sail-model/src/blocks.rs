@@ -67,11 +67,11 @@ impl fmt::Debug for Listener {
 
 /// Blocks in the order in which they compute.
 pub(crate) struct Blocks<B> {
-    blocks: Vec<Block<B>>,
+    blocks: Vec<Named<B>>,
     listener: Listener,
 }
 
-struct Block<B> {
+struct Named<B> {
     name: String,
     params: Vec<Tensor>,
     /// Shared with the graphs that will compute it again.
@@ -110,14 +110,14 @@ impl<B: Send + 'static> Blocks<B> {
             let name = builder.full_prefix();
             listener.lock().blocks.push(name.clone());
             let block = Shared::new(make(i, &builder)?);
-            Ok(Block { name, params: builder.params_here(), block })
+            Ok(Named { name, params: builder.params_here(), block })
         };
         Ok(Self { blocks: (0..count).map(block).collect::<Result<_>>()?, listener })
     }
 
     /// One block after the other; the listener is told of each before it is given out.
     pub(crate) fn iter(&self) -> impl Iterator<Item = MutexGuard<'_, B>> {
-        self.blocks.iter().map(|Block { name, block, .. }| {
+        self.blocks.iter().map(|Named { name, block, .. }| {
             self.listener.tell(name);
             block.lock()
         })
@@ -138,7 +138,7 @@ impl<B: Send + 'static> Blocks<B> {
         let context = Shared::new(context);
         let mut x = x.shallow_clone();
         let mut beside = Vec::with_capacity(self.blocks.len());
-        for Block { name, params, block } in &self.blocks {
+        for Named { name, params, block } in &self.blocks {
             self.listener.tell(name);
             let mut results = if self.listener.recomputes(name) {
                 let (block, context) = (block.clone(), context.clone());

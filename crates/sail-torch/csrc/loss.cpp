@@ -29,15 +29,15 @@ Pass pass(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& targe
   if (of_x) out.grad_x = at::empty_like(x);
   if (of_weight) out.grad_weight = at::zeros(weight.sizes(), weight.options().dtype(at::kFloat));
   const bool is_single = x.scalar_type() == at::kFloat;
-  at::Tensor logits, log_probs;
+  // The last rows, fewer than a chunk, use a part of them.
+  const auto all_logits = at::empty({std::min(chunk, rows), weight.size(0)}, x.options());
+  const auto all_log_probs = at::empty(all_logits.sizes(), x.options().dtype(at::kFloat));
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t count = std::min(chunk, rows - begin);
     const auto x_c = x.narrow(0, begin, count);
     const auto target_c = targets.narrow(0, begin, count).unsqueeze(1);
-    if (!logits.defined() || logits.size(0) != count) {
-      logits = at::empty({count, weight.size(0)}, x.options());
-      log_probs = at::empty(logits.sizes(), x.options().dtype(at::kFloat));
-    }
+    auto logits = all_logits.narrow(0, 0, count);
+    auto log_probs = all_log_probs.narrow(0, 0, count);
     at::mm_out(logits, x_c, weight.t());
     at::_log_softmax_out(log_probs, is_single ? logits : logits.to(at::kFloat), 1, /*half_to_float=*/false);
     out.losses.narrow(0, begin, count).copy_(log_probs.gather(1, target_c).squeeze(1).neg_());

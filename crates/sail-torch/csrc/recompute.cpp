@@ -46,6 +46,8 @@ class Recompute : public torch::autograd::Function<Recompute> {
  public:
   static variable_list forward(AutogradContext* context, c10::intrusive_ptr<Computation> computation,
                                at::TensorList inputs, const at::Tensor& /*anchor*/) {
+    // A result that nothing depends on has no gradient, and need not have one of zeros.
+    context->set_materialize_grads(false);
     context->save_for_backward(inputs.vec());
     context->saved_data["computation"] = c10::IValue::make_capsule(computation);
     return (*computation)(inputs);

@@ -31,7 +31,8 @@ pub fn cross_entropy_chunk(rows: i64, vocab: i64, cuda: bool) -> i64 {
 ///
 /// `x_rd` `[r, d]` and `weight_vd` `[v, d]` of one float type; `targets_r` `[r]` int64, each in `0..v`; `weights_r`
 /// `[r]` fp32. Softmax, losses and the sums over rows are fp32. Memory is that of the logits of
-/// [`cross_entropy_chunk`] rows, twice, and of the gradients; that of `weight_vd` is summed in fp32.
+/// [`cross_entropy_chunk`] rows and of their softmax, in 16 bits also of these logits in fp32 or of one product of the size
+/// of `weight_vd`, and of the gradients; that of `weight_vd` is summed in fp32.
 ///
 /// # Errors
 /// [`Error::Argument`](crate::Error::Argument) when kinds, shapes or devices do not fit; those of libtorch, as for a

@@ -116,9 +116,9 @@ impl AdaLrs {
         self.window.as_ref().is_some_and(|window| window.tried.is_some())
     }
 
-    /// Whether a window is to begin now, once a snapshot is taken.
+    /// Whether a window is to begin now, once a snapshot is taken: as long as there is a higher rate to try.
     pub fn is_ready(&self, plan: &AdaLrsPlan) -> bool {
-        self.window.is_none() && self.factors(plan) != (1.0, 1.0)
+        self.window.is_none() && self.factors(plan).0 > 1.0
     }
 
     /// Begins a window.
@@ -278,15 +278,19 @@ mod tests {
     /// far below and far above, the search comes near the best rate.
     #[test]
     fn it_comes_near_the_best_rate_from_below_and_above() {
-        let plan = AdaLrsPlan { window: 4, alpha: 3, beta: 2, lambda: 0.9 };
-        for start in [0.1, 10.0] {
+        let factors = [(3, 2), (2, 3)];
+        for (start, (alpha, beta)) in
+            [0.1, 10.0].into_iter().flat_map(|start| factors.map(|both| (start, both)))
+        {
+            let plan = AdaLrsPlan { window: 4, alpha, beta, lambda: 0.9 };
             let mut search = AdaLrs::default();
             let mut windows = 0;
             while search.is_ready(&plan) {
                 let slower = 1.0 / f64::from(1 + windows);
                 let speed = |scale: f64| slower * (0.5 - 0.02 * (start * scale).ln().powi(2));
                 let measured = speed(search.scale);
-                window(&mut search, &plan, measured, speed);
+                let trial = window(&mut search, &plan, measured, speed);
+                assert!(trial.scale_tried > trial.scale_before, "{trial:?}");
                 windows += 1;
             }
             let rate = start * search.scale;

@@ -85,6 +85,12 @@ impl GuardState {
         Some(Trip { reason, action: if too_many { GuardAction::Stop } else { action }, too_many })
     }
 
+    /// Takes note of a step that is not made since it was not made before at another rate, whatever it is like at this one.
+    pub fn pass_over(&mut self, step: u64) {
+        self.judged += 1;
+        self.trips.push(step);
+    }
+
     /// How many steps were judged so far. Unlike the number of the step, it never goes back while a run goes on.
     pub fn judged(&self) -> u64 {
         self.judged

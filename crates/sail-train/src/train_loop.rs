@@ -139,9 +139,10 @@ fn steps(
         if verdict.saved {
             saver.advance()?;
         }
-        let went_back = match session.judge(&verdict) {
-            _ if session.skips_again() => {
-                session.skip()?;
+        let trip = if session.skips_again() { None } else { session.judge(&verdict) };
+        let went_back = match trip {
+            None if session.skips_again() => {
+                session.skip_again()?;
                 false
             }
             // What another rate breaks says that it is too high.

@@ -180,7 +180,7 @@ pub(super) struct RawBatch {
     pub(super) recompute: RawRecompute,
 }
 
-/// `batch.recompute`: for each module whether its transformer blocks keep what they compute for the backward pass
+/// `batch.recompute`. For each module whether its transformer blocks keep what they compute for the backward pass
 /// (`none`), compute it again there and keep only what comes in and goes out (`block`), or do so in the first one of
 /// each N (`every N`). Losses and weights are the same; memory falls, and time grows by up to a forward pass.
 #[derive(Debug, Default, Deserialize, JsonSchema)]

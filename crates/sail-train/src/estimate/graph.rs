@@ -238,7 +238,10 @@ impl Graph {
             let node = (with_graph && x.requires_grad()).then(|| g.push(vec![], vec![], 0, None));
             let y = block(&g, &g.tensor(x.elements, x.element_bytes, node));
             let (size, is_trained) = ((y.elements, y.element_bytes), y.requires_grad());
+            // The result is held until the gradients are there.
+            let held = y.clone();
             g.backward(y);
+            drop(held);
             (g.peak().total(), size, is_trained, g.totals())
         };
         let (without_graph, (elements, element_bytes), ..) = alone(false);

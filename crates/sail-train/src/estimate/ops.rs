@@ -220,9 +220,14 @@ impl Graph {
         let added = if is_single || !wanted.weights { 0 } else { head.elements * x.element_bytes };
         self.scratch(chunk * vocab * (x.element_bytes + FLOAT) + widened.max(added));
         let edge = |(to, gradient): &(usize, Shaped)| made(*to, gradient);
-        // The gradient of the head is cast to its type.
-        let narrowed = if is_single || !wanted.weights { 0 } else { head.elements * x.element_bytes };
-        self.result((1, FLOAT), &[], [of_x.as_ref().map(edge), of_head.as_ref().map(edge)], narrowed)
+        let of_x = of_x.as_ref().map(edge);
+        match &of_head {
+            Some((_, sum)) if !is_single => {
+                // Cast to the head's type in the backward pass.
+                self.result((1, FLOAT), &[sum], [of_x, of_param(head, x.element_bytes)], 0)
+            }
+            _ => self.result((1, FLOAT), &[], [of_x, of_head.as_ref().map(edge)], 0),
+        }
     }
 
     /// An fp32 result that its own backward pass needs.

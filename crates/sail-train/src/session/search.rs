@@ -8,7 +8,7 @@ use crate::error::Result;
 
 impl Session {
     /// Whether a window of steps is to begin that another learning rate will be tried on; none does that the stage would
-    /// end in.
+    /// end in, but where steps of it are skipped.
     pub fn is_window_due(&self) -> bool {
         let schedule = &self.plan.schedule;
         let (Some(search), Some(plan)) = (&self.ada_lrs, &schedule.ada_lrs) else { return false };
@@ -41,6 +41,15 @@ impl Session {
     /// through the window have the same steps.
     pub fn skips_again(&self) -> bool {
         self.ada_lrs.as_ref().is_some_and(|search| search.skips(self.step + 1))
+    }
+
+    /// Passes such a step.
+    ///
+    /// # Errors
+    /// Those of c10d.
+    pub fn skip_again(&mut self) -> Result<()> {
+        self.guard.pass_over(self.step + 1);
+        self.skip()
     }
 
     /// Takes note of the loss of a step that was made.
