@@ -5,8 +5,7 @@ Both sides use the same libtorch, the same weights and the same samples, on two 
 what else the machine does meets both; figures are medians over rounds, with the lowest and the highest, and a ratio is
 that of the two runs of a round. Losses that differ by more than 1e-4 of theirs end the comparison with exit code 1.
 
-Figures of a stage: tokens and samples a second, tokens a second of processor time (all threads, which other work on
-the machine disturbs less), and the most memory resident in the steps, in MB. Padding does not count as tokens.
+Figures of a stage: tokens and samples a second, tokens a second of processor time of all threads, and the most memory resident in the steps, in MB. Padding does not count as tokens.
 """
 
 import argparse
@@ -30,8 +29,9 @@ LOSS_LIMIT = 1e-4
 # Of a gradient norm: PyTorch sums squares in fp32 on a CPU, which for a table of 28M elements is off by more than
 # the losses are.
 NORM_LIMIT = 5e-3
-# A rate at which training does not amplify rounding beyond the limit; it changes no work.
-RATE = "1e-5"
+# Rates at which training does not amplify rounding beyond the limit; they change no work. At 1e-5 the losses of stage 3
+# differ by 6e-4 after 20 steps between one and two threads of the same program, so that they say nothing there.
+RATES = {1: "1e-5", 2: "1e-5", 3: "1e-6"}
 TRAINED = {1: ["projector"], 2: ["projector", "vision"], 3: ["projector", "vision", "llm"]}
 # What is no part of a step.
 STEPS_ALONE = ["init=null", "eval=null", "export=null", "schedule.kind=constant", "schedule.warmup=0"]
@@ -167,12 +167,12 @@ class Bench:
         parts = {}
         for stage, modules in TRAINED.items():
             config = f"configs/demo/stage{stage}.yaml"
-            sets = [f"train.{module}.lr={RATE}" for module in modules]
+            sets = [f"train.{module}.lr={RATES[stage]}" for module in modules]
             small = [*sets, "batch.tokens_per_pack=128"]
             for work in ("fixed", "padded"):
                 for name, sets_of_part in [(f"stage{stage}-{work}", sets), (f"agreement-{stage}-{work}", small)]:
                     parts[name] = lambda args=(name, config, sets_of_part, work): self.stage(*args)
-        wide = ["train.projector.lr=1e-5", "model.llm.random.vocab_size=151936", "batch.tokens_per_pack=4096"]
+        wide = [f"train.projector.lr={RATES[1]}", "model.llm.random.vocab_size=151936", "batch.tokens_per_pack=4096"]
         wide.append("batch.packs_per_step=1")
         parts["vocabulary"] = lambda: self.stage("vocabulary", "configs/tiny/stage1.yaml", wide, "fixed", True)
         python, ours = [PYTHON, "tests/reference/forward.py"], EXAMPLES / "bench_forward"
