@@ -172,6 +172,9 @@ class Bench:
             for work in ("fixed", "padded"):
                 for name, sets_of_part in [(f"stage{stage}-{work}", sets), (f"agreement-{stage}-{work}", small)]:
                     parts[name] = lambda args=(name, config, sets_of_part, work): self.stage(*args)
+        # Without weights that have to be fetched; the usual tests run it.
+        tiny = [f"train={{{', '.join(f'{module}: {{lr: 1e-4}}' for module in TRAINED[3])}}}"]
+        parts["agreement-tiny"] = lambda: self.stage("agreement-tiny", "configs/tiny/stage1.yaml", tiny, "padded")
         wide = [f"train.projector.lr={RATES[1]}", "model.llm.random.vocab_size=151936", "batch.tokens_per_pack=4096"]
         wide.append("batch.packs_per_step=1")
         parts["vocabulary"] = lambda: self.stage("vocabulary", "configs/tiny/stage1.yaml", wide, "fixed", True)

@@ -58,7 +58,8 @@ class Runs:
         schedule = f"{{{kind}}}" if search is None else f"{{{kind}, ada_lrs: {search}}}"
         sets = TEST_BED | {"run.seed": seed, "schedule": schedule, "checkpoint.every": self.steps}
         sets |= {f"train.{module}": f"{{lr: {rate:g}}}" for module in ["projector", "llm"]}
-        name = f"seed {seed}, rate {rate:g}, schedule {schedule}"
+        # Whatever decides a run is in its name; another program asks for another file.
+        name = ", ".join(f"{path}={value}" for path, value in sets.items())
         if name not in self.known:
             made = self.make(sets, rate)
             with self.lock:

@@ -30,6 +30,8 @@ step .venv/bin/python scripts/fetch_demo_weights.py
 step cargo test --release --workspace
 step .venv/bin/python tests/reference/test_remote_code.py
 step .venv/bin/python tests/reference/check_webdataset.py
+# Losses and gradient norms are those of a plain PyTorch trainer.
+step .venv/bin/python scripts/bench.py --only agreement-tiny --agreement-steps 5
 # The check of GPU machines as it is carried to one, but on the CPU; libtorch is that of a Python there.
 pack=$(mktemp -d)
 trap 'rm -rf "$pack"' EXIT

@@ -9,18 +9,13 @@
 
 import argparse
 import json
-import re
 import time
 from pathlib import Path
 
+import memory
 import torch
 from safetensors.torch import load_file
 from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM
-
-
-def status_bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024
 
 
 def vit(args):
@@ -71,9 +66,8 @@ def main():
 
     with torch.inference_mode():
         call, tokens = {"vit": vit, "generate": generate}[args.work](args)
-        # Forgets the peak of loading.
-        Path("/proc/self/clear_refs").write_text("5")
-        report = {"before_bytes": status_bytes("VmRSS"), "seconds": [], "processor_seconds": [], "tokens": tokens}
+        memory.forget_peak()
+        report = {"before_bytes": memory.resident_bytes(), "seconds": [], "processor_seconds": [], "tokens": tokens}
         result = call()
         for _ in range(args.repeats):
             begun, processor = time.perf_counter(), time.process_time()
@@ -82,7 +76,7 @@ def main():
             report["processor_seconds"].append(time.process_time() - processor)
             print(f"{report['seconds'][-1]:.3f} s, {tokens / report['seconds'][-1]:.1f} tokens/s", flush=True)
     report["ids"] = result.tolist() if args.work == "generate" else []
-    report["peak_bytes"] = status_bytes("VmHWM")
+    report["peak_bytes"] = memory.peak_bytes()
     print(f"peak resident memory {report['peak_bytes'] / 1e6:.0f} MB")
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -15,11 +15,11 @@ them out to as many micro-batches as there were packs, in their order, and pads 
 import argparse
 import contextlib
 import json
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import memory
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -243,11 +243,6 @@ def make(model: Vlm, optimizer, step: Step, factor: float, clip_norm: float | No
     return loss_sum.item(), norm.item()
 
 
-def status_bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dump", type=Path, help="what `bench_train --dump` wrote")
@@ -267,9 +262,8 @@ def main():
         model.vision, model.llm = torch.compile(model.vision), torch.compile(model.llm)
 
     report = {"warmup": args.warmup}
-    # Forgets the peak of loading.
-    Path("/proc/self/clear_refs").write_text("5")
-    report["before_bytes"] = status_bytes("VmRSS")
+    memory.forget_peak()
+    report["before_bytes"] = memory.resident_bytes()
     for number, (step, factor) in enumerate(zip(steps, rates["factors"], strict=True), 1):
         profiled = args.profile and number == len(steps)
         with torch.profiler.profile() if profiled else contextlib.nullcontext() as profile:
@@ -282,7 +276,7 @@ def main():
         print(f"step {number}: loss {loss:.6f}, gradient norm {norm:.4f}, {seconds:.3f} s", flush=True)
         if profiled:
             print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
-    report["peak_bytes"] = status_bytes("VmHWM")
+    report["peak_bytes"] = memory.peak_bytes()
     report["tokens"], report["samples"] = [step.tokens for step in steps], [step.samples for step in steps]
     report["padded_tokens"] = [sum(batch.ids.numel() for batch in step.batches) for step in steps]
     timed = sum(report["tokens"][args.warmup :]) / sum(report["seconds"][args.warmup :])

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <exception>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,15 @@ inline sail_error* make_error(const char* what, int32_t kind) {
   std::strcpy(message, what);
   *error = {kind, message};
   return error;
+}
+
+// Throws what a callback has reported, and frees it; nothing where that is nullptr.
+inline void rethrow(sail_error* error) {
+  if (error == nullptr) return;
+  std::string message = error->message;
+  std::free(error->message);
+  std::free(error);
+  throw std::runtime_error(message);
 }
 
 inline bool mentions(const char* text, const char* part) { return std::strstr(text, part) != nullptr; }

@@ -43,10 +43,9 @@ Pass pass(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& targe
     out.losses.narrow(0, begin, count).copy_(log_probs.gather(1, target_c).squeeze(1).neg_());
     if (!of_x && !of_weight) continue;
     // d loss / d logits = softmax - one at the target, times the row's weight.
-    auto weights_c = weights.narrow(0, begin, count).unsqueeze(1);
     auto& grad = log_probs.exp_();
     grad.scatter_add_(1, target_c, at::full({}, -1.0, grad.options()).expand({count, 1}));
-    grad.mul_(weights_c);
+    grad.mul_(weights.narrow(0, begin, count).unsqueeze(1));
     if (!is_single) logits.copy_(grad);
     const auto& grad_c = is_single ? grad : logits;
     if (of_x) {
@@ -74,15 +73,13 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     context->saved_data["grad_x"] = made.grad_x;
     context->saved_data["grad_weight"] = made.grad_weight;
     context->saved_data["weight_kind"] = static_cast<int64_t>(weight.scalar_type());
-    context->saved_data["spent"] = false;
+    context->set_materialize_grads(false);
     context->mark_non_differentiable({made.losses});
     return {at::dot(made.losses, weights), made.losses};
   }
 
   static tensor_list backward(AutogradContext* context, tensor_list grads) {
     TORCH_CHECK(!at::GradMode::is_enabled(), "linear_cross_entropy has no second derivative");
-    TORCH_CHECK(!context->saved_data["spent"].toBool(), "linear_cross_entropy goes backward once");
-    context->saved_data["spent"] = true;
     auto take = [&](const char* name) {
       auto grad = context->saved_data[name].toTensor();
       context->saved_data[name] = at::Tensor();
@@ -90,6 +87,8 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     };
     const auto grad_x = take("grad_x");
     const auto grad_weight = take("grad_weight");
+    // One of them was asked for, or there would be no graph.
+    TORCH_CHECK(grad_x.defined() || grad_weight.defined(), "linear_cross_entropy goes backward once");
     const auto weight_kind = static_cast<at::ScalarType>(context->saved_data["weight_kind"].toInt());
     return {grad_x, grad_weight.defined() ? grad_weight.to(weight_kind) : grad_weight, {}, {}, {}, {}, {}};
   }
@@ -99,8 +98,8 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
 
 extern "C" {
 
-// The logits of `chunk` rows, at least 1, are there at a time. `sum` and `losses` receive new tensors, owned by the caller: the weighted sum, with a graph, and the loss of each
-// row `[r]`, without; both fp32.
+// The logits of `chunk` rows, at least 1, are there at a time. `sum` and `losses` receive new tensors, owned by the
+// caller: the weighted sum, with a graph, and the loss of each row `[r]`, without; both fp32.
 sail_error* sail_linear_cross_entropy(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* targets,
                                       const at::Tensor* weights, int64_t chunk, at::Tensor** sum,
                                       at::Tensor** losses) {

@@ -12,7 +12,6 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <memory>
-#include <stdexcept>
 
 using sail::guarded;
 using sail::list;
@@ -30,12 +29,7 @@ class Hook final : public torch::autograd::PostAccumulateGradHook {
 
   void operator()(const at::Tensor& param) override {
     // The callee owns this reference.
-    sail_error* error = call_(data_, new at::Tensor(param));
-    if (error == nullptr) return;
-    std::string message = error->message;
-    std::free(error->message);
-    std::free(error);
-    throw std::runtime_error(message);
+    sail::rethrow(call_(data_, new at::Tensor(param)));
   }
 
  private:

@@ -8,8 +8,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
-#include <stdexcept>
-
 using sail::guarded;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -29,12 +27,8 @@ struct Computation : torch::CustomClassHolder {
     std::vector<at::Tensor*> pointers;
     for (const at::Tensor& input : inputs) pointers.push_back(const_cast<at::Tensor*>(&input));
     variable_list outputs;
-    sail_error* error = call(data, pointers.data(), pointers.size(), &outputs);
-    if (error == nullptr) return outputs;
-    std::string message = error->message;
-    std::free(error->message);
-    std::free(error);
-    throw std::runtime_error(message);
+    sail::rethrow(call(data, pointers.data(), pointers.size(), &outputs));
+    return outputs;
   }
 
   Call call;

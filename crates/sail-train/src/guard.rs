@@ -78,16 +78,21 @@ impl GuardState {
             }
             return None;
         };
-        // By the number of the step: a run that goes back again and again gets no further, and comes to its end.
-        self.trips.retain(|trip| trip + plan.window as u64 > step);
-        self.trips.push(step);
+        self.remember(plan, step);
         let too_many = action != GuardAction::Stop && self.trips.len() > plan.max_trips;
         Some(Trip { reason, action: if too_many { GuardAction::Stop } else { action }, too_many })
     }
 
     /// Takes note of a step that is not made since it was not made before at another rate, whatever it is like at this one.
-    pub fn pass_over(&mut self, step: u64) {
+    pub fn pass_over(&mut self, plan: &GuardPlan, step: u64) {
         self.judged += 1;
+        self.remember(plan, step);
+    }
+
+    /// Counts a step among those that were not good.
+    fn remember(&mut self, plan: &GuardPlan, step: u64) {
+        // By the number of the step: a run that goes back again and again gets no further, and comes to its end.
+        self.trips.retain(|trip| trip + plan.window as u64 > step);
         self.trips.push(step);
     }
 
@@ -207,6 +212,16 @@ mod tests {
             assert_eq!(trip.too_many, is_last);
             assert_eq!(trip.action, if is_last { GuardAction::Stop } else { GuardAction::Rollback });
         }
+    }
+
+    /// Whatever its loss is like there: it is no good one, and one of those that may not be too many.
+    #[test]
+    fn a_step_that_is_passed_over_is_no_good_one() {
+        let mut judged = after_good_steps(&PLAN);
+        let mut passed = judged.clone();
+        assert!(judged.judge(&PLAN, 21, f64::NAN, 1.0).is_some());
+        passed.pass_over(&PLAN, 21);
+        assert_eq!(passed, judged);
     }
 
     #[test]

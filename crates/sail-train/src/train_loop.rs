@@ -139,21 +139,23 @@ fn steps(
         if verdict.saved {
             saver.advance()?;
         }
-        let trip = if session.skips_again() { None } else { session.judge(&verdict) };
-        let went_back = match trip {
-            None if session.skips_again() => {
-                session.skip_again()?;
-                false
-            }
-            // What another rate breaks says that it is too high.
-            Some(_) if session.in_trial() => end_trial(&session.break_off_trial(), session, saver, events)?,
-            Some(trip) => tripped(&trip, &step, &verdict, session, saver, events)?,
-            None => {
-                let factors = session.factors(&step);
-                session.update(&step, &factors)?;
-                session.advance(&step)?;
-                events.step(&report(session, &step, &verdict, &factors, started)?);
-                search_rate(session.observe(verdict.loss), session, saver, events)?
+        let went_back = if session.skips_again() {
+            session.skip_again()?;
+            false
+        } else {
+            match session.judge(&verdict) {
+                // What another rate breaks says that it is too high.
+                Some(_) if session.in_trial() => {
+                    end_trial(&session.break_off_trial(), session, saver, events)?
+                }
+                Some(trip) => tripped(&trip, &step, &verdict, session, saver, events)?,
+                None => {
+                    let factors = session.factors(&step);
+                    session.update(&step, &factors)?;
+                    session.advance(&step)?;
+                    events.step(&report(session, &step, &verdict, &factors, started)?);
+                    search_rate(session.observe(verdict.loss), session, saver, events)?
+                }
             }
         };
         watchdog.step_done(session.step, started.elapsed());

@@ -79,9 +79,11 @@ fn blocks_computed_twice_train_the_same() {
     let recompute = "batch.recompute={vision: block, llm: every 2}";
     let plain = alone(&[STAGE_3]);
     assert_same("one process", &alone(&[STAGE_3, recompute]), &plain);
-    for strategy in ["ddp", "zero2"] {
+    for strategy in ["ddp", "zero1", "zero2"] {
         assert_close(strategy, &trained(&[STAGE_3, recompute], 2, strategy), &plain);
     }
+    // Gradients pass through a frozen language model.
+    assert_same("a frozen module", &alone(&[STAGE_2, recompute]), &alone(&[STAGE_2]));
 }
 
 #[test]

@@ -7,7 +7,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use sail_model::weights::ModelRef;
-use serde::{Deserialize, Serialize};
+use serde::de::{Error, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 /// A part of the model that is trained or frozen as one.
@@ -103,8 +104,8 @@ impl From<DeviceChoice> for String {
 }
 
 /// Which blocks of a module are computed again in the backward pass: `none`, `block` (all) or `every N`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(into = "String")]
 pub enum Recompute {
     /// None: all activations are kept.
     #[default]
@@ -136,18 +137,30 @@ impl fmt::Display for Recompute {
     }
 }
 
-impl TryFrom<String> for Recompute {
-    type Error = String;
+impl<'de> Deserialize<'de> for Recompute {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Words;
 
-    fn try_from(text: String) -> Result<Self, String> {
-        let parsed = match &text[..] {
-            "none" => Some(Self::None),
-            "block" => Some(Self::Block),
-            _ => text.strip_prefix("every ").and_then(|blocks| blocks.trim().parse().ok()).map(Self::Every),
-        };
-        let parsed = parsed.filter(|recompute| !matches!(recompute, Self::Every(0 | 1)));
-        parsed
-            .ok_or_else(|| format!("found `{text}`, expected `none`, `block` or `every N` with N at least 2"))
+        impl Visitor<'_> for Words {
+            type Value = Recompute;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`none`, `block` or `every N` with N at least 2")
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<Recompute, E> {
+                let every = || text.strip_prefix("every ")?.parse().ok().filter(|blocks| *blocks >= 2);
+                match text {
+                    "none" => Ok(Recompute::None),
+                    "block" => Ok(Recompute::Block),
+                    _ => every()
+                        .map(Recompute::Every)
+                        .ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Words)
     }
 }
 

@@ -12,7 +12,7 @@ use sail_model::vision::{NormKind, VitShape};
 use sail_model::vlm::VlmConfig;
 
 use super::flops::Flops;
-use super::graph::{Backend, Graph, Live, Region, Shaped};
+use super::graph::{Backend, Graph, Live, Param, Region, Shaped};
 use super::ops::{FLOAT, Heads, LONG, Sequences};
 use crate::config::{Module, RecomputePlan, TrainPlan};
 
@@ -41,6 +41,8 @@ impl PackShape {
 pub struct Pass {
     /// Operations of each module.
     pub flops: BTreeMap<Module, Flops>,
+    /// Operations that are made again in the backward pass, and are not among `flops`.
+    pub recomputed_flops: u64,
     /// Memory at its peak, without parameters and without gradients that stay.
     pub peak: Live,
     /// Elements of the parameters that were used, but for biases.
@@ -74,9 +76,9 @@ pub fn pass(
     let loss = model.loss(&pixels);
     g.backward(loss);
     drop(pixels);
-    let peak = g.peak();
+    let (peak, recomputed_flops) = (g.peak(), g.recomputed_flops());
     let (flops, parameters) = g.totals();
-    Pass { flops, peak, parameters }
+    Pass { flops, recomputed_flops, peak, parameters }
 }
 
 struct Model<'a> {
@@ -99,8 +101,7 @@ impl Model<'_> {
         let (rows, d, vocab) = (self.pack.targets, decoder.hidden_size as u64, decoder.vocab_size as u64);
         self.enter(Module::Llm);
         let table = g.param(vocab * d);
-        let x = self.embed(g.embedding(table, self.pack.tokens(), d), pixels);
-        self.enter(Module::Llm);
+        let x = self.embed(table, pixels);
         let x = self.trunk(&x);
         let x = g.rms_norm(&g.gather(&x, rows * d), d);
         g.count_as(Region::Head);
@@ -110,14 +111,13 @@ impl Model<'_> {
         loss
     }
 
-    /// `Vlm::embed`, from the embeddings of the ids.
-    fn embed(&self, x: Shaped, pixels: &Shaped) -> Shaped {
-        if self.pack.images == 0 {
-            return x;
-        }
-        let features = self.vision(pixels);
-        let visual = self.projector(&features);
-        self.g.index_copy(&x, &visual)
+    /// `Vlm::embed`: the table is looked up after the images, so its gradient comes before theirs.
+    fn embed(&self, table: Param, pixels: &Shaped) -> Shaped {
+        let visual = (self.pack.images > 0).then(|| self.projector(&self.vision(pixels)));
+        self.enter(Module::Llm);
+        let d = self.config.llm.decoder().hidden_size as u64;
+        let x = self.g.embedding(table, self.pack.tokens(), d);
+        visual.map_or_else(|| x.clone(), |visual| self.g.index_copy(&x, &visual))
     }
 
     /// `Vision::features`.
@@ -301,7 +301,8 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::config::{ModulePlan, Rates};
+    use crate::config::{ModulePlan, Rates, Recompute};
+    use crate::estimate::flops::Wanted;
     use crate::stage::module_of;
 
     const CPU: Backend = Backend { cuda: false, compute_bytes: 4 };
@@ -389,6 +390,25 @@ mod tests {
         };
         let stages = [&[Module::Projector][..], &[Module::Vision, Module::Projector], &Module::ALL].map(peak);
         assert!(stages.is_sorted() && stages[0] < stages[1], "{stages:?}");
+    }
+
+    /// The work of a pass is the same; what is made again is the forward pass of blocks that the backward pass comes to.
+    #[test]
+    fn what_is_made_again_is_counted_apart() {
+        let made = |trained: &[Module], vision, llm| {
+            pass(&smallest(), (&train(trained), RecomputePlan { vision, llm }), &PACK(), CPU)
+        };
+        let plain = made(&Module::ALL, Recompute::None, Recompute::None);
+        assert_eq!(plain.recomputed_flops, 0);
+        let again = made(&Module::ALL, Recompute::None, Recompute::Block);
+        assert_eq!((&again.flops, &again.parameters), (&plain.flops, &plain.parameters));
+        let (config, wanted) = (smallest(), Wanted { inputs: true, weights: true });
+        let decoder = config.llm.decoder();
+        let (d, vocab) = (decoder.hidden_size as u64, decoder.vocab_size as u64);
+        let head = Flops::linear(PACK().targets, d, vocab, wanted).forward;
+        assert_eq!(again.recomputed_flops, plain.flops[&Module::Llm].forward - head);
+        // Upstream of what is trained nothing is kept, and nothing made again.
+        assert_eq!(made(&[Module::Projector], Recompute::Block, Recompute::None).recomputed_flops, 0);
     }
 
     /// The figures are those of `tests/reference/cuda_block.py`, where attention keeps 24 bytes of a generator's

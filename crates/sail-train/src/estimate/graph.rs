@@ -159,6 +159,7 @@ pub(super) struct Graph {
     trained: Cell<bool>,
     nodes: RefCell<Vec<Node>>,
     flops: RefCell<BTreeMap<Module, Flops>>,
+    recomputed: Cell<u64>,
     used: RefCell<BTreeMap<Module, u64>>,
 }
 
@@ -173,6 +174,7 @@ impl Graph {
             trained: Cell::new(false),
             nodes: RefCell::default(),
             flops: RefCell::default(),
+            recomputed: Cell::new(0),
             used: RefCell::default(),
         }
     }
@@ -229,8 +231,8 @@ impl Graph {
         Some(self.push(kept.iter().map(|x| Rc::clone(&x.memory)).collect(), edges, scratch, None))
     }
 
-    /// Of what `block` computes only the result is kept: the backward pass computes it once more. Operations are those of
-    /// the first time.
+    /// Of what `block` computes only the result is kept: the backward pass computes it once more. Operations of the
+    /// second time are counted apart.
     pub(super) fn recomputed(&self, x: &Shaped, block: impl Fn(&Self, &Shaped) -> Shaped) -> Shaped {
         let alone = |with_graph: bool| {
             let g = Self::new(self.backend);
@@ -247,6 +249,10 @@ impl Graph {
         let (without_graph, (elements, element_bytes), ..) = alone(false);
         let (peak, _, is_trained, (flops, used)) = alone(true);
         for (module, flops) in flops {
+            // Without a graph the backward pass does not come here.
+            if is_trained {
+                self.recomputed.set(self.recomputed.get() + flops.forward);
+            }
             *self.flops.borrow_mut().entry(module).or_default() += flops;
         }
         for (module, elements) in used {
@@ -316,6 +322,11 @@ impl Graph {
     /// What was in use when most was.
     pub(super) fn peak(&self) -> Live {
         self.meter.peak.get()
+    }
+
+    /// Operations that the backward pass computes again.
+    pub(super) fn recomputed_flops(&self) -> u64 {
+        self.recomputed.get()
     }
 
     /// Operations, and elements of the parameters that took part, by module.

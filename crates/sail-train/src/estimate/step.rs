@@ -138,7 +138,8 @@ impl StepModel {
         }
         let flops = self.pass.total_flops();
         let secs_of = |flops: u64| flops as f64 / (cluster.peak_flops * cluster.mfu);
-        let [forward_secs, backward_secs] = [flops.forward, flops.backward()].map(secs_of);
+        let [forward_secs, backward_secs] =
+            [flops.forward, flops.backward() + self.pass.recomputed_flops].map(secs_of);
         let compute_secs = (forward_secs + backward_secs) * *packs_per_rank as f64;
 
         let total = |times: &[Time]| times.iter().copied().sum::<Time>();

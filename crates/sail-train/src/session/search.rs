@@ -48,7 +48,7 @@ impl Session {
     /// # Errors
     /// Those of c10d.
     pub fn skip_again(&mut self) -> Result<()> {
-        self.guard.pass_over(self.step + 1);
+        self.guard.pass_over(&self.plan.guard, self.step + 1);
         self.skip()
     }
 

@@ -26,7 +26,7 @@ pub(crate) fn edited(edits: &[(&str, &str)]) -> String {
 }
 
 /// A piece of [`STAGE`] and what stands there instead.
-const SLIPS: [(&str, &str); 87] = [
+const SLIPS: [(&str, &str); 88] = [
     // Names.
     ("run: {", "runs: {"),
     ("dir: runs/demo", "dir: runs/demo, sed: 1"),
@@ -94,6 +94,7 @@ const SLIPS: [(&str, &str); 87] = [
     ("packs_per_step: 8", "packs_per_step: 3"),
     ("tokens_per_pack: 512", "tokens_per_pack: 1"),
     ("tokens_per_pack: 512", "recompute: { llm: every 1 }, tokens_per_pack: 512"),
+    ("tokens_per_pack: 512", "recompute: { vision: 3 }, tokens_per_pack: 512"),
     ("tokens_per_pack: 512", "recompute: block, tokens_per_pack: 512"),
     ("from: weights/llm", "from: \"hf:Qwen\""),
     ("from: weights/llm", "from: weights/llm, random: { model_type: qwen3 }"),
