@@ -15,12 +15,17 @@ fn main() {
         .cpp(true)
         .std("c++17")
         .files(
-            ["ops", "loss", "recompute", "cpu_memory", "device", "store", "group", "gloo", "nccl", "stacks"]
+            ["ops", "fused", "loss", "recompute", "cpu_memory", "device", "store", "group", "gloo", "nccl", "stacks"]
                 .map(|name| format!("csrc/{name}.cpp")),
         )
         .include("csrc/gloo_api")
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))
+        // libtorch's loops over threads are templates.
+        .flag("-fopenmp")
+        // Else a loop with a choice or a root in it is no vector: nobody asks for the traps and codes of such operations.
+        .flag("-fno-trapping-math")
+        .flag("-fno-math-errno")
         .warnings(false);
     if let Some(headers) = nccl_headers(torch) {
         build.includes(headers).define("SAIL_WITH_NCCL", None);
@@ -30,6 +35,8 @@ fn main() {
         println!("cargo:rustc-link-lib=asan");
     }
     build.compile("sail_torch_shim");
+    // The one that libtorch has loaded: they have one name.
+    println!("cargo:rustc-link-lib=gomp");
     // So that this crate's tests find libtorch, and libtorch its own dependencies, without a variable.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib_dir.display());
     println!("cargo:rustc-link-arg=-Wl,--disable-new-dtags");

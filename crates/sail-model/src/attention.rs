@@ -14,10 +14,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// Where each sequence of a pack ends. Never empty, and no sequence is.
+/// Where each sequence of a pack ends, and which rows need a gradient. Never empty, and no sequence is.
 #[derive(Debug)]
 pub struct Segments {
     lengths: Vec<i64>,
+    grad_rows_r: Option<Tensor>,
     /// Cumulative lengths as the CUDA kernel takes them, made once for all blocks of a forward.
     cu_seqlens: OnceCell<Tensor>,
 }
@@ -35,7 +36,7 @@ impl Segments {
             _ if lengths.is_empty() => wrong("there must be at least one segment"),
             _ if lengths.iter().any(|length| *length < 1) => wrong("they must increase"),
             (_, Some(last)) if *last != rows => wrong("they must end at the number of rows"),
-            _ => Ok(Self { lengths, cu_seqlens: OnceCell::new() }),
+            _ => Ok(Self { lengths, grad_rows_r: None, cu_seqlens: OnceCell::new() }),
         }
     }
 
@@ -45,7 +46,7 @@ impl Segments {
     /// [`Error::Segments`] when there is none, or one is empty.
     pub fn of_lengths(lengths: Vec<i64>) -> Result<Self> {
         if !lengths.is_empty() && lengths.iter().all(|length| *length > 0) {
-            return Ok(Self { lengths, cu_seqlens: OnceCell::new() });
+            return Ok(Self { lengths, grad_rows_r: None, cu_seqlens: OnceCell::new() });
         }
         let mut cu_seqlens = vec![0];
         for length in lengths {
@@ -60,6 +61,17 @@ impl Segments {
     /// [`Error::Segments`] when `rows` is not positive.
     pub fn single(rows: i64) -> Result<Self> {
         Self::new(&[0, rows], rows)
+    }
+
+    /// Says that gradients of rows `[r]` int64 alone lead to something that is trained. The others' need not be computed.
+    #[must_use]
+    pub fn with_grad_rows(self, grad_rows_r: Tensor) -> Self {
+        Self { grad_rows_r: Some(grad_rows_r), ..self }
+    }
+
+    /// Rows `[r]` int64 whose gradients lead to something that is trained; None: they may all.
+    pub fn grad_rows(&self) -> Option<&Tensor> {
+        self.grad_rows_r.as_ref()
     }
 
     /// Boundaries `[segments + 1]` int32 on `device`.
@@ -81,7 +93,8 @@ impl Segments {
 
 impl Clone for Segments {
     fn clone(&self) -> Self {
-        Self { lengths: self.lengths.clone(), cu_seqlens: OnceCell::new() }
+        let grad_rows_r = self.grad_rows_r.as_ref().map(Tensor::shallow_clone);
+        Self { lengths: self.lengths.clone(), grad_rows_r, cu_seqlens: OnceCell::new() }
     }
 }
 

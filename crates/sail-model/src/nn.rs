@@ -6,7 +6,7 @@
 //!
 //! Dimension letters: o outputs, i inputs, d width.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::error::Result;
 use crate::params::{Builder, Init};
@@ -27,32 +27,57 @@ impl Linear {
     }
 
     /// `[.., inputs]` -> `[.., outputs]`; `x` has the parameters' type.
+    ///
+    /// # Panics
+    /// As tch's operators, when libtorch reports an error.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight_oi, self.bias_o.as_ref())
+        let [y] = Self::forward_together([self], x, None);
+        y
+    }
+
+    /// What several maps, all with a bias or all without, make of the same rows, of which those in `grad_rows_r`, or
+    /// all, need a gradient; see [`sail_torch::linears`].
+    ///
+    /// # Panics
+    /// As tch's operators, when libtorch reports an error.
+    pub fn forward_together<const N: usize>(
+        maps: [&Self; N],
+        x: &Tensor,
+        grad_rows_r: Option<&Tensor>,
+    ) -> [Tensor; N] {
+        let maps = maps.map(|map| (&map.weight_oi, map.bias_o.as_ref()));
+        sail_torch::linears(x, maps, grad_rows_r).unwrap_or_else(|error| panic!("{error}"))
     }
 }
 
-/// `y = w * x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang and Sennrich 2019, eq. 4).
-///
-/// The mean and the division are fp32; the result is cast back before the multiplication by the
-/// weight, in the order of the Llama, Qwen and `AIMv2` reference code.
+/// `y = w * x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang and Sennrich 2019, eq. 4), the mean and the
+/// division in fp32; see [`sail_torch::rms_norm`].
 pub struct RmsNorm {
     weight_d: Tensor,
-    width: i64,
     eps: f64,
 }
 
 impl RmsNorm {
     /// Takes `weight` `[width]`, started at one.
     pub fn new(builder: &Builder, width: i64, eps: f64) -> Result<Self> {
-        Ok(Self { weight_d: builder.param("weight", &[width], Init::Ones)?, width, eps })
+        Ok(Self { weight_d: builder.param("weight", &[width], Init::Ones)?, eps })
     }
 
     /// `[.., width]` -> `[.., width]`.
+    ///
+    /// # Panics
+    /// As tch's operators, when libtorch reports an error.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let normed = x.to_kind(Kind::Float).rms_norm([self.width], None::<&Tensor>, self.eps);
-        normed.to_kind(x.kind()) * &self.weight_d
+        sail_torch::rms_norm(x, &self.weight_d, self.eps).unwrap_or_else(|error| panic!("{error}"))
     }
+}
+
+/// `silu(gate) * up`, see [`sail_torch::swiglu`].
+///
+/// # Panics
+/// As tch's operators, when libtorch reports an error.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    sail_torch::swiglu(gate, up).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Layer normalisation over the last dimension with weight and bias (Ba et al. 2016).
@@ -82,7 +107,7 @@ mod tests {
     use std::cell::RefCell;
     use std::rc::Rc;
 
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
     use crate::params::{Params, RandomSource};

@@ -223,7 +223,7 @@ impl Vlm {
     /// # Errors
     /// As [`Vlm::loss_sum`].
     pub fn loss(&self, batch: &Batch) -> Result<Loss> {
-        let segments = batch.check(&self.config)?;
+        let segments = self.with_grad_rows(batch.check(&self.config)?, batch);
         let x_td = self.embed(&batch.ids_t, &batch.images, &batch.image_rows)?;
         let Trunk { x_td, routing } = self.llm.trunk(&x_td, &batch.positions_t, &segments, None);
         let rows_r = rows_with_target(batch);
@@ -232,6 +232,15 @@ impl Vlm {
         let CrossEntropy { sum, losses_r } =
             self.llm.cross_entropy(&x_td.index_select(0, &rows_r), &targets_r, &weights_r)?;
         Ok(Loss { sum, losses_r, balance: routing.map(|routing| routing.weighted_balance_loss()) })
+    }
+
+    /// Where the language model is frozen, gradients need not go everywhere.
+    fn with_grad_rows(&self, segments: Segments, batch: &Batch) -> Segments {
+        let trains = |(name, param): (&String, &Tensor)| name.starts_with("llm.") && param.requires_grad();
+        if self.params.iter().any(trains) {
+            return segments;
+        }
+        segments.with_grad_rows(Tensor::from_slice(&batch.rows_from_images()).to_device(self.device))
     }
 
     /// Embeddings `[t, d]` with visual tokens in `image_rows`, which were checked to be as many. Those
@@ -308,6 +317,15 @@ impl Batch {
         }
         Ok(segments)
     }
+
+    /// Rows that see a visual token: in each sequence the first of them and what follows.
+    fn rows_from_images(&self) -> Vec<i64> {
+        let of_sequence = |ends: &[i64]| {
+            let first = self.image_rows.iter().filter(|row| (ends[0]..ends[1]).contains(row)).min();
+            first.map_or(0..0, |first| *first..ends[1])
+        };
+        self.cu_seqlens.windows(2).flat_map(of_sequence).collect()
+    }
 }
 
 /// Visual tokens of each image of these batches.
@@ -332,4 +350,27 @@ fn check_rows(name: &str, rows: i64, features: i64) -> Result<()> {
 /// Indices `[r]` of the rows whose target is a token.
 fn rows_with_target(batch: &Batch) -> Tensor {
     batch.targets_t.ne(IGNORE).nonzero().squeeze_dim(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gradients_go_to_what_sees_an_image() {
+        let none = || Tensor::from_slice::<i64>(&[]);
+        let batch = Batch {
+            ids_t: none(),
+            positions_t: none(),
+            // An image after two rows, text alone, images at the beginning and at the end.
+            cu_seqlens: vec![0, 5, 8, 12],
+            images: vec![],
+            images_per_sequence: vec![1, 0, 2],
+            image_rows: vec![2, 3, 8, 11],
+            names: vec![],
+            targets_t: none(),
+            weights_t: none(),
+        };
+        assert_eq!(batch.rows_from_images(), [2, 3, 4, 8, 9, 10, 11]);
+    }
 }

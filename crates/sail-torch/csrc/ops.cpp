@@ -1,6 +1,7 @@
 // What ATen and its autograd have and tch's generated bindings leave out.
 
 #include "common.h"
+#include "sink.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_flash_attention_forward.h>
@@ -8,37 +9,11 @@
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
-#include <torch/csrc/autograd/function_hook.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <memory>
 
 using sail::guarded;
 using sail::list;
-
-namespace {
-
-// A callback of the caller's; frees what it captured when the hook goes.
-class Hook final : public torch::autograd::PostAccumulateGradHook {
- public:
-  using Call = sail_error* (*)(void*, at::Tensor*);
-  using Drop = void (*)(void*);
-
-  Hook(Call call, Drop drop, void* data) : call_(call), drop_(drop), data_(data) {}
-  ~Hook() override { drop_(data_); }
-
-  void operator()(const at::Tensor& param) override {
-    // The callee owns this reference.
-    sail::rethrow(call_(data_, new at::Tensor(param)));
-  }
-
- private:
-  Call call_;
-  Drop drop_;
-  void* data_;
-};
-
-}  // namespace
 
 extern "C" {
 
@@ -102,11 +77,9 @@ sail_error* sail_varlen_attention(const at::Tensor* q, const at::Tensor* k, cons
   });
 }
 
-// Calls `call(data, param)` each time that a gradient was added to `param.grad`, and `drop(data)` once when
-// the hook goes: with the parameter, with the next hook set on it, or at once when this fails.
-sail_error* sail_set_post_accumulate_grad_hook(const at::Tensor* param, Hook::Call call, Hook::Drop drop,
-                                               void* data) {
-  auto hook = std::make_unique<Hook>(call, drop, data);
+// `sink` is dropped once: with the parameter, with the next one set on it, or at once when this fails.
+sail_error* sail_set_grad_sink(const at::Tensor* param, const sail_grad_sink* sink) {
+  auto hook = std::make_unique<sail::GradSink>(*sink);
   return guarded([&] { torch::autograd::impl::set_post_acc_grad_hooks(*param, std::move(hook)); });
 }
 

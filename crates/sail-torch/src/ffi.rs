@@ -29,8 +29,16 @@ pub(crate) struct RawCpuMemory([u8; 0]);
 #[repr(C)]
 pub(crate) struct RawWork([u8; 0]);
 
-pub(crate) type HookCall = extern "C" fn(data: *mut c_void, param: *mut C_tensor) -> *mut RawError;
-pub(crate) type HookDrop = extern "C" fn(data: *mut c_void);
+/// `sail_grad_sink` of `csrc/sink.h`.
+#[repr(C)]
+pub(crate) struct RawGradSink {
+    pub(crate) data: *mut c_void,
+    pub(crate) place:
+        extern "C" fn(data: *mut c_void, place: *mut *mut C_tensor, holds: *mut bool) -> *mut RawError,
+    pub(crate) placed: extern "C" fn(data: *mut c_void) -> *mut RawError,
+    pub(crate) accumulated: extern "C" fn(data: *mut c_void, param: *mut C_tensor) -> *mut RawError,
+    pub(crate) drop: extern "C" fn(data: *mut c_void),
+}
 
 pub(crate) type ComputationCall = extern "C" fn(
     data: *mut c_void,
@@ -91,6 +99,31 @@ unsafe extern "C" {
         losses: *mut *mut C_tensor,
     ) -> *mut RawError;
 
+    pub(crate) fn sail_rms_norm(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        eps: f64,
+        out: *mut *mut C_tensor,
+    ) -> *mut RawError;
+    pub(crate) fn sail_swiglu(
+        gate: *const C_tensor,
+        up: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut RawError;
+    pub(crate) fn sail_rotate(
+        x: *const C_tensor,
+        cos: *const C_tensor,
+        sin: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut RawError;
+    pub(crate) fn sail_linears(
+        tensors: *const *mut C_tensor,
+        n: usize,
+        count: usize,
+        grad_rows: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut RawError;
+
     pub(crate) fn sail_recompute(
         inputs: *const *mut C_tensor,
         n: usize,
@@ -103,12 +136,7 @@ unsafe extern "C" {
     ) -> *mut RawError;
     pub(crate) fn sail_push(sink: *mut c_void, tensor: *const C_tensor);
 
-    pub(crate) fn sail_set_post_accumulate_grad_hook(
-        param: *const C_tensor,
-        call: HookCall,
-        drop: HookDrop,
-        data: *mut c_void,
-    ) -> *mut RawError;
+    pub(crate) fn sail_set_grad_sink(param: *const C_tensor, sink: *const RawGradSink) -> *mut RawError;
     pub(crate) fn sail_take_grad(param: *mut C_tensor, out: *mut *mut C_tensor) -> *mut RawError;
 
     pub(crate) fn sail_cpu_memory_begin(out: *mut *mut RawCpuMemory) -> *mut RawError;

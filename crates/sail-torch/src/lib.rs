@@ -7,9 +7,10 @@
 //! |---|---|
 //! | [`fused_adamw`], [`global_norm`], [`foreach_mul`] | the update of many parameters in one call |
 //! | [`varlen_attention`] | attention over segments, on CUDA |
+//! | [`rms_norm`], [`swiglu`], [`rotate`], [`linears`] | what the blocks of a transformer repeat, in one operation each |
 //! | [`linear_cross_entropy`] | a head and its loss, the logits of a few rows at a time |
 //! | [`recompute`] | a part of the forward pass that is computed again instead of being kept |
-//! | [`on_accumulated`], [`take_grad`] | gradients as they arrive in a backward pass |
+//! | [`set_grad_sink`], [`take_grad`] | gradients as they arrive in a backward pass |
 //! | [`cpu_memory::measure`] | what libtorch takes on the CPU while something runs |
 //! | [`set_device`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
 //! | [`thread_stacks`] | what every thread of this process is in |
@@ -22,6 +23,7 @@ pub mod cpu_memory;
 mod device;
 mod error;
 mod ffi;
+mod fused;
 mod group;
 mod loss;
 mod optim;
@@ -30,9 +32,10 @@ mod stacks;
 mod store;
 
 pub use attention::{has_varlen_attention, varlen_attention};
-pub use autograd::{on_accumulated, take_grad};
+pub use autograd::{GradSink, SinkResult, set_grad_sink, take_grad};
 pub use device::{MemoryPeak, has_context, memory_peak, set_device};
 pub use error::{Error, Result};
+pub use fused::{linears, rms_norm, rotate, swiglu};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work};
 pub use loss::{CrossEntropy, cross_entropy_chunk, linear_cross_entropy};
 pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm};

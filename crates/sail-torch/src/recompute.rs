@@ -111,7 +111,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::{on_accumulated, take_grad};
+    use crate::{set_grad_sink, take_grad};
 
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -194,7 +194,7 @@ mod tests {
         let (x, w) = (Tensor::randn([3, 4], FLOAT), weight());
         let seen = Arc::new(AtomicUsize::new(0));
         let of_hook = Arc::clone(&seen);
-        on_accumulated(&w, move |param| {
+        set_grad_sink(&w, move |param: Tensor| {
             of_hook.fetch_add(1, Ordering::Relaxed);
             take_grad(&param).map_err(|error| error.to_string())?.map(drop).ok_or_else(|| "none".into())
         })

@@ -191,7 +191,7 @@ impl Member {
         let param = self.zeros(1, Kind::Float).set_requires_grad(true);
         let state = Arc::new(Mutex::new((self.zeros(1, Kind::Float), Vec::<Work>::new())));
         let (of_hook, group) = (Arc::clone(&state), Arc::clone(&self.group));
-        sail_torch::on_accumulated(&param, move |param| {
+        sail_torch::set_grad_sink(&param, move |param: Tensor| {
             let send = || -> Result<(), Box<dyn Error>> {
                 let grad = sail_torch::take_grad(&param)?.ok_or("no gradient")?;
                 let (flat, works) = &mut *of_hook.lock().unwrap_or_else(PoisonError::into_inner);

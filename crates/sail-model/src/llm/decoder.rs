@@ -15,7 +15,7 @@ use super::moe::{Routing, SparseMlp};
 use super::rotary::Rotation;
 use crate::attention::{Segments, Visibility, cached_attention, packed_attention};
 use crate::error::Result;
-use crate::nn::{Linear, RmsNorm};
+use crate::nn::{Linear, RmsNorm, swiglu};
 use crate::params::{Builder, Init};
 
 /// One block: `x += attention(norm(x))`, `x += mlp(norm(x))`.
@@ -57,7 +57,7 @@ impl DecoderBlock {
         let x_td = x_td + self.self_attn.forward(&normed, rotation, segments, caches);
         let normed = self.post_attention_layernorm.forward(&x_td);
         match &self.mlp {
-            Mlp::Dense(mlp) => (x_td + mlp.forward(&normed), None),
+            Mlp::Dense(mlp) => (x_td + mlp.forward(&normed, segments.grad_rows()), None),
             Mlp::Sparse(mlp) => {
                 let (y_td, routing) = mlp.forward(&normed);
                 (x_td + y_td, Some(routing))
@@ -104,9 +104,9 @@ impl Attention {
         caches: Option<LayerCaches>,
     ) -> Tensor {
         let rows = x_td.size()[0];
-        let heads = |linear: &Linear| linear.forward(x_td).view([rows, -1, self.head_dim]);
-        let (mut q_tnh, mut k_tmh) = (heads(&self.q_proj), heads(&self.k_proj));
-        let v_tmh = heads(&self.v_proj);
+        let projections = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let [mut q_tnh, mut k_tmh, v_tmh] =
+            Linear::forward_together(projections, x_td, segments.grad_rows()).map(|x| x.view([rows, -1, self.head_dim]));
         if let Some((q_norm, k_norm)) = &self.norms {
             (q_tnh, k_tmh) = (q_norm.forward(&q_tnh), k_norm.forward(&k_tmh));
         }
@@ -125,7 +125,9 @@ impl Attention {
                 Tensor::cat(&outputs, 0)
             }
         };
-        self.o_proj.forward(&out_tnh.reshape([rows, -1]))
+        let out_td = out_tnh.reshape([rows, -1]);
+        let [y_td] = Linear::forward_together([&self.o_proj], &out_td, segments.grad_rows());
+        y_td
     }
 }
 
@@ -148,7 +150,9 @@ impl SwiGlu {
         })
     }
 
-    fn forward(&self, x_td: &Tensor) -> Tensor {
-        self.down.forward(&(self.gate.forward(x_td).silu() * self.up.forward(x_td)))
+    fn forward(&self, x_td: &Tensor, grad_rows_r: Option<&Tensor>) -> Tensor {
+        let [gate, up] = Linear::forward_together([&self.gate, &self.up], x_td, grad_rows_r);
+        let [y_td] = Linear::forward_together([&self.down], &swiglu(&gate, &up), grad_rows_r);
+        y_td
     }
 }

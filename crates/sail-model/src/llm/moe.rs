@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 use super::config::DecoderConfig;
 use super::family::MoeShape;
 use crate::error::Result;
+use crate::nn::swiglu;
 use crate::params::{Builder, Init};
 
 /// A feed-forward layer of experts; parameters are `gate.weight`, `experts.gate_up_proj` and
@@ -130,7 +131,7 @@ impl SparseMlp {
             .filter(|(_, count)| **count > 0)
             .map(|((rows_td, (gate_up_id, down_di)), _)| {
                 let both = rows_td.linear(&gate_up_id, None::<&Tensor>).chunk(2, -1);
-                (both[0].silu() * &both[1]).linear(&down_di, None::<&Tensor>)
+                swiglu(&both[0], &both[1]).linear(&down_di, None::<&Tensor>)
             })
             .collect();
         let inverse_s = order_s.argsort(0, false);

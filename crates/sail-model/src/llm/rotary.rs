@@ -62,12 +62,11 @@ impl Rotary {
 
 impl Rotation {
     /// Turns every head of `x_tnh` `[t, n, h]`.
+    ///
+    /// # Panics
+    /// As tch's operators, when libtorch reports an error.
     pub(super) fn apply(&self, x_tnh: &Tensor) -> Tensor {
-        let halves = x_tnh.chunk(2, -1);
-        let (low, high) = (&halves[0], &halves[1]);
-        let turned_low = low * &self.cos_t1f - high * &self.sin_t1f;
-        let turned_high = high * &self.cos_t1f + low * &self.sin_t1f;
-        Tensor::cat(&[turned_low, turned_high], -1)
+        sail_torch::rotate(x_tnh, &self.cos_t1f, &self.sin_t1f).unwrap_or_else(|error| panic!("{error}"))
     }
 }
 

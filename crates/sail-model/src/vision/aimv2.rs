@@ -14,7 +14,7 @@ use crate::attention::Segments;
 use crate::blocks::Blocks;
 use crate::error::Result;
 use crate::keys::{Refusal, UnknownKeys};
-use crate::nn::{Linear, RmsNorm};
+use crate::nn::{Linear, RmsNorm, swiglu};
 use crate::params::{Builder, Init};
 use crate::weights::{Layout, Piece, own_names};
 
@@ -308,11 +308,11 @@ impl Block {
 
     fn forward(&self, x_td: &Tensor, images: &Segments) -> Tensor {
         let normed = self.norm1.forward(x_td);
-        let (q, k, v) = (self.q.forward(&normed), self.k.forward(&normed), self.v.forward(&normed));
+        let [q, k, v] = Linear::forward_together([&self.q, &self.k, &self.v], &normed, None);
         let x_td = x_td + self.out.forward(&attend(&q, &k, &v, self.heads, images));
         let normed = self.norm2.forward(&x_td);
-        let inner = self.gate.forward(&normed).silu() * self.up.forward(&normed);
-        x_td + self.down.forward(&inner)
+        let [gate, up] = Linear::forward_together([&self.gate, &self.up], &normed, None);
+        x_td + self.down.forward(&swiglu(&gate, &up))
     }
 }
 

@@ -257,7 +257,7 @@ impl Block {
 
     fn forward(&self, x_td: &Tensor, images: &Segments) -> Tensor {
         let normed = self.norm1.forward(x_td);
-        let (q, k, v) = (self.q.forward(&normed), self.k.forward(&normed), self.v.forward(&normed));
+        let [q, k, v] = Linear::forward_together([&self.q, &self.k, &self.v], &normed, None);
         let attended = attend(&q, &k, &v, self.heads, images);
         let x_td = x_td + self.out.forward(&attended) * &self.scale1_d;
         let inner = self.mlp.forward(&self.norm2.forward(&x_td));

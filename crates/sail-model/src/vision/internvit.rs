@@ -366,7 +366,7 @@ impl Block {
 
     fn forward(&self, x_td: &Tensor, images: &Segments) -> Tensor {
         let normed = self.norm1.forward(x_td);
-        let (q, k, v) = (self.q.forward(&normed), self.k.forward(&normed), self.v.forward(&normed));
+        let [q, k, v] = Linear::forward_together([&self.q, &self.k, &self.v], &normed, None);
         let q = self.q_norm.as_ref().map_or(q.shallow_clone(), |norm| norm.forward(&q));
         let k = self.k_norm.as_ref().map_or(k.shallow_clone(), |norm| norm.forward(&k));
         let attended = attend(&q, &k, &v, self.heads, images);

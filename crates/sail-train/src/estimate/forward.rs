@@ -200,8 +200,7 @@ fn norm(g: &Graph, kind: NormKind, x: &Shaped, width: u64) -> Shaped {
 fn vit_block(g: &Graph, x: &Shaped, shape: &VitShape, d: u64, images: &Sequences) -> Shaped {
     let scaled = |x: Shaped| if shape.layer_scale { g.mul_param(&x, g.param(d)) } else { x };
     let normed = norm(g, shape.norm, x, d);
-    let project = || g.linear(&normed, g.param(d * d), d);
-    let [q, k, v] = [project(), project(), project()];
+    let [q, k, v] = g.linears(&normed, [(); 3].map(|()| (g.param(d * d), d)));
     let qk_norm = |x: &Shaped| if shape.qk_norm { g.rms_norm(x, d) } else { x.clone() };
     let (q, k) = (qk_norm(&q), qk_norm(&k));
     let heads =
@@ -210,17 +209,19 @@ fn vit_block(g: &Graph, x: &Shaped, shape: &VitShape, d: u64, images: &Sequences
     let x = g.add(x, &scaled(g.linear(&attended, g.param(d * d), d)));
     let normed = norm(g, shape.norm, &x, d);
     let inner = shape.inner as u64;
-    let up = |x: &Shaped| g.linear(x, g.param(d * inner), inner);
-    let hidden = if shape.gated { gated(g, up(&normed), || up(&normed)) } else { g.activation(&up(&normed)) };
+    let hidden = if shape.gated {
+        gated(g, &normed, d, inner)
+    } else {
+        g.activation(&g.linear(&normed, g.param(d * inner), inner))
+    };
     let out = g.linear(&hidden, g.param(inner * d), d);
     g.add(&x, &scaled(out))
 }
 
-/// `silu(gate) * up`
-fn gated(g: &Graph, gate: Shaped, up: impl FnOnce() -> Shaped) -> Shaped {
-    let silu = g.activation(&gate);
-    drop(gate);
-    g.mul(&silu, &up())
+/// `silu(gate(x)) * up(x)`
+fn gated(g: &Graph, x: &Shaped, d: u64, inner: u64) -> Shaped {
+    let [gate, up] = g.linears(x, [(); 2].map(|()| (g.param(d * inner), inner)));
+    g.swiglu(&gate, &up)
 }
 
 /// `DecoderBlock::forward`.
@@ -240,8 +241,8 @@ fn decoder_block(
         sparse_mlp(g, &normed, d, moe)
     } else {
         let inner = decoder.intermediate_size as u64;
-        let up = || g.linear(&normed, g.param(d * inner), inner);
-        g.linear(&gated(g, up(), up), g.param(inner * d), d)
+        let [y] = g.linears(&gated(g, &normed, d, inner), [(g.param(inner * d), d)]);
+        y
     };
     g.add(&x, &y)
 }
@@ -261,13 +262,14 @@ fn self_attention(
         keys: decoder.num_key_value_heads as u64,
         width,
     };
-    let project = |heads: u64| g.linear(x, g.param(d * heads * width), heads * width);
-    let (q, k, v) = (project(heads.queries), project(heads.keys), project(heads.keys));
+    let projections = [heads.queries, heads.keys, heads.keys].map(|heads| heads * width);
+    let [q, k, v] = g.linears(x, projections.map(|outputs| (g.param(d * outputs), outputs)));
     let qk_norm = |x: Shaped| if shape.qk_norm { g.rms_norm(&x, width) } else { x };
     let (q, k) = (qk_norm(q), qk_norm(k));
     let (q_turned, k_turned) = (g.rotate(&q, angles), g.rotate(&k, angles));
     let out = g.attention([&q_turned, &k_turned, &v], heads, sequences);
-    g.linear(&out, g.param(heads.queries * width * d), d)
+    let [y] = g.linears(&out, [(g.param(heads.queries * width * d), d)]);
+    y
 }
 
 /// `SparseMlp::forward`, rows spread evenly.
@@ -281,8 +283,9 @@ fn sparse_mlp(g: &Graph, x: &Shaped, d: u64, moe: MoeShape) -> Shaped {
         let sorted = g.gather(&repeated, rows * visits * d);
         let both = g.experts(&sorted, g.param(experts * 2 * inner * d), (d, 2 * inner));
         let [gate, up] = g.halves(&both);
-        let hidden = gated(g, gate, || up);
         drop(both);
+        let hidden = g.swiglu(&gate, &up);
+        drop((gate, up));
         let out = g.experts(&hidden, g.param(experts * inner * d), (inner, d));
         drop(hidden);
         let joined = g.copy(&out);

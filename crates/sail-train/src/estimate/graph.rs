@@ -116,6 +116,8 @@ enum Gradient {
     Fresh,
     /// That of the incoming gradient, which it is or is a view of.
     Incoming,
+    /// The same, for a node with several results: it waits for those of the others.
+    OfOne,
     /// It was taken in the forward pass, which has made the gradient already.
     Made(Rc<Storage>),
 }
@@ -128,6 +130,11 @@ pub(super) fn fresh(x: &Shaped) -> Option<Edge> {
 /// The incoming gradient as that of `x`.
 pub(super) fn same(x: &Shaped) -> Option<Edge> {
     x.node.map(|to| Edge { to, bytes: x.bytes(), gradient: Gradient::Incoming })
+}
+
+/// The incoming gradient as that of one of several results of a node.
+fn of_one(to: usize) -> Edge {
+    Edge { to, bytes: 0, gradient: Gradient::OfOne }
 }
 
 /// A tensor of the forward pass as the gradient of a node.
@@ -213,10 +220,10 @@ impl Graph {
     }
 
     /// A node that keeps these tensors; none where no edge leads on.
-    pub(super) fn node<const N: usize>(
+    pub(super) fn node(
         &self,
         kept: &[&Shaped],
-        edges: [Option<Edge>; N],
+        edges: impl IntoIterator<Item = Option<Edge>>,
         scratch: u64,
     ) -> Option<usize> {
         let edges: Vec<Edge> = edges.into_iter().flatten().collect();
@@ -229,6 +236,11 @@ impl Graph {
             }
         }
         Some(self.push(kept.iter().map(|x| Rc::clone(&x.memory)).collect(), edges, scratch, None))
+    }
+
+    /// What the gradient of one of several results of a node goes to.
+    pub(super) fn result_of(&self, node: Option<usize>) -> Option<usize> {
+        node.map(|node| self.push(vec![], vec![of_one(node)], 0, None))
     }
 
     /// Of what `block` computes only the result is kept: the backward pass computes it once more. Operations of the
@@ -282,6 +294,7 @@ impl Graph {
         drop(loss);
         let mut nodes = self.nodes.take();
         let mut gradients: Vec<Option<Rc<Storage>>> = nodes.iter().map(|_| None).collect();
+        let mut of_others: Vec<Vec<Rc<Storage>>> = nodes.iter().map(|_| vec![]).collect();
         gradients[root] = Some(self.allocate(4));
         for index in (0..nodes.len()).rev() {
             let Some(incoming) = gradients[index].take() else { continue };
@@ -291,12 +304,16 @@ impl Graph {
             let working = self.allocate(nodes[index].scratch);
             let gradient_of = |edge: &Edge| match &edge.gradient {
                 Gradient::Fresh => self.allocate(edge.bytes),
-                Gradient::Incoming => Rc::clone(&incoming),
+                Gradient::Incoming | Gradient::OfOne => Rc::clone(&incoming),
                 Gradient::Made(gradient) => Rc::clone(gradient),
             };
             let outgoing: Vec<Rc<Storage>> = edges.iter().map(gradient_of).collect();
-            drop((working, kept, incoming));
+            drop((working, kept, incoming, std::mem::take(&mut of_others[index])));
             for (edge, gradient) in edges.iter().zip(outgoing) {
+                if let (Gradient::OfOne, Some(_)) = (&edge.gradient, &gradients[edge.to]) {
+                    of_others[edge.to].push(gradient);
+                    continue;
+                }
                 let sum = match gradients[edge.to].take() {
                     None => gradient,
                     // In place where nobody else holds it.

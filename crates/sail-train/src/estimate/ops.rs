@@ -45,6 +45,23 @@ impl Graph {
         self.result((rows * outputs, bytes), kept.as_slice(), [fresh(x), of_param(weight, bytes)], 0)
     }
 
+    /// `nn::Linear::forward_together`: maps of the same rows, each a weight and its outputs.
+    pub(super) fn linears<const N: usize>(&self, x: &Shaped, maps: [(Param, u64); N]) -> [Shaped; N] {
+        let bytes = self.backend.compute_bytes;
+        let rows = |(weight, outputs): (Param, u64)| x.elements / (weight.elements / outputs);
+        for (weight, outputs) in maps {
+            let wanted = Wanted { inputs: x.requires_grad(), weights: weight.leaf.is_some() };
+            self.count(Flops::linear(rows((weight, outputs)), weight.elements / outputs, outputs, wanted));
+        }
+        let kept = maps.iter().any(|(weight, _)| weight.leaf.is_some()).then_some(x);
+        let of_weights = maps.map(|(weight, _)| of_param(weight, bytes));
+        // Where nothing here is trained only some rows need a gradient: theirs are taken out, and their sum put back.
+        let widest = maps.iter().map(|map| rows(*map) * map.1 * bytes).max().unwrap_or(0);
+        let scratch = if kept.is_none() { widest + x.bytes() } else { 0 };
+        let node = self.node(kept.as_slice(), [fresh(x)].into_iter().chain(of_weights), scratch);
+        maps.map(|map| self.tensor(rows(map) * map.1, bytes, self.result_of(node)))
+    }
+
     /// Rows that each belong to one of many matrices, which `weights` are together: `[rows, inputs]` ->
     /// `[rows, outputs]`. In the backward pass the matrices' gradients, and the rows', are joined by a copy.
     pub(super) fn experts(&self, x: &Shaped, weights: Param, (inputs, outputs): (u64, u64)) -> Shaped {
@@ -105,21 +122,34 @@ impl Graph {
         self.keeping_result(x.elements, [fresh(x)])
     }
 
-    /// `nn::RmsNorm`: fp32 inside, then cast back and multiplied by the weight.
+    /// `sail_torch::rms_norm`; in 16 bits on the CPU composed of libtorch's operators: fp32 inside, then cast back and
+    /// multiplied by the weight.
     pub(super) fn rms_norm(&self, x: &Shaped, width: u64) -> Shaped {
+        let weight = self.param(width);
+        let roots = || self.input(x.elements / width, FLOAT);
+        if self.is_fused() || self.backend.cuda {
+            let edges = [fresh(x), of_param(weight, x.element_bytes)];
+            return self.result((x.elements, x.element_bytes), &[x, &roots()], edges, 0);
+        }
         let normed = {
             let wide = self.cast(x, FLOAT);
-            let roots = self.input(x.elements / width, FLOAT);
-            let scratch = if self.backend.cuda {
-                0
-            } else {
-                // Composed of a square, a mean, a root and a product.
-                self.scratch(wide.bytes());
-                2 * wide.bytes()
-            };
-            self.result((x.elements, FLOAT), &[&wide, &roots], [fresh(&wide)], scratch)
+            // Composed of a square, a mean, a root and a product.
+            self.scratch(wide.bytes());
+            self.result((x.elements, FLOAT), &[&wide, &roots()], [fresh(&wide)], 2 * wide.bytes())
         };
-        self.mul_param(&self.cast(&normed, x.element_bytes), self.param(width))
+        self.mul_param(&self.cast(&normed, x.element_bytes), weight)
+    }
+
+    /// `sail_torch::swiglu`: `silu(gate) * up`.
+    pub(super) fn swiglu(&self, gate: &Shaped, up: &Shaped) -> Shaped {
+        let scratch = if self.is_fused() { 0 } else { gate.bytes() };
+        let edges = [fresh(gate), fresh(up)];
+        self.result((gate.elements, gate.element_bytes), &[gate, up], edges, scratch)
+    }
+
+    /// Whether norms, gates and rotations pass over memory once.
+    fn is_fused(&self) -> bool {
+        !self.backend.cuda && self.backend.compute_bytes == FLOAT
     }
 
     /// Layer norm; its bias is as small as its weight and not counted.
@@ -171,11 +201,11 @@ impl Graph {
         self.result((x.elements, x.element_bytes), &[rows], [fresh(x), fresh(rows)], 0)
     }
 
-    /// The rotation of queries or keys by `angles`, cosines and sines, as `llm::rotary`.
+    /// `sail_torch::rotate`: queries or keys turned by `angles`, cosines and sines.
     pub(super) fn rotate(&self, x: &Shaped, angles: &Shaped) -> Shaped {
-        // Four products of half the size, two sums.
-        self.scratch(2 * x.bytes());
-        let scratch = x.bytes() + x.bytes() / 2;
+        // Elsewhere four products of half the size and two sums, as the backward pass has them.
+        let scratch = if self.is_fused() { 0 } else { 2 * x.bytes() };
+        self.scratch(scratch);
         self.result((x.elements, x.element_bytes), &[angles], [fresh(x)], scratch)
     }
 
@@ -237,11 +267,11 @@ impl Graph {
     }
 
     /// A result in memory of its own.
-    fn result<const N: usize>(
+    fn result(
         &self,
         (elements, element_bytes): (u64, u64),
         kept: &[&Shaped],
-        edges: [Option<Edge>; N],
+        edges: impl IntoIterator<Item = Option<Edge>>,
         scratch: u64,
     ) -> Shaped {
         self.tensor(elements, element_bytes, self.node(kept, edges, scratch))

@@ -1,8 +1,8 @@
 //! Gradients on their way: from autograd into flat buckets, and bucket by bucket to the other ranks while the
 //! backward pass goes on.
 //!
-//! Hooks on the parameters put each gradient into its bucket as soon as autograd has it. Buckets leave in one
-//! fixed order, the reverse of the forward pass's, each once it and those before it are complete; what a pass
+//! Each gradient is put into its bucket as soon as there is one, those of matrices by the product that makes them. Buckets
+//! leave in one fixed order, the reverse of the forward pass's, each once it and those before it are complete; what a pass
 //! did not reach leaves as zeros at its end. So every rank makes the same collectives, whatever its batch holds.
 //! Owned by the optimizer, which knows what the sums are for.
 
@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use sail_torch::{ProcessGroup, ReduceOp, Work};
+use sail_torch::{GradSink, ProcessGroup, ReduceOp, SinkResult, Work};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::layout::Layout;
@@ -61,6 +61,44 @@ impl Reduction {
 /// The gradients of one optimizer step. Clones share them.
 #[derive(Clone)]
 pub(super) struct Reducer(Arc<Mutex<Inner>>);
+
+/// The place of a parameter's gradient in its bucket.
+struct Slot {
+    reducer: Reducer,
+    bucket: usize,
+    entry: usize,
+    /// Whether the parameter has the type of the sums.
+    is_fp32: bool,
+}
+
+impl Slot {
+    /// Errors go through autograd as text, and are kept beside it.
+    fn with<T>(&self, body: impl FnOnce(&mut Inner) -> Result<T>) -> SinkResult<T> {
+        let mut inner = self.reducer.lock();
+        no_grad(|| body(&mut inner)).map_err(|error| {
+            let text = error.to_string();
+            inner.failed.get_or_insert(error);
+            text
+        })
+    }
+}
+
+impl GradSink for Slot {
+    fn place(&self) -> SinkResult<Option<(Tensor, bool)>> {
+        if !self.is_fp32 {
+            return Ok(None);
+        }
+        self.with(|inner| inner.place(self.bucket, self.entry).map(Some))
+    }
+
+    fn placed(&self) -> SinkResult<()> {
+        self.with(|inner| inner.arrived(self.bucket, self.entry))
+    }
+
+    fn accumulated(&self, param: Tensor) -> SinkResult<()> {
+        self.with(|inner| inner.arrive(self.bucket, self.entry, &param))
+    }
+}
 
 struct Inner {
     reduction: Reduction,
@@ -128,15 +166,8 @@ impl Reducer {
         });
         drop(inner);
         for (entry, param) in params.iter().enumerate() {
-            let reducer = self.clone();
-            sail_torch::on_accumulated(param, move |param| {
-                let mut inner = reducer.lock();
-                no_grad(|| inner.arrive(bucket, entry, &param)).map_err(|error| {
-                    let text = error.to_string();
-                    inner.failed.get_or_insert(error);
-                    text
-                })
-            })?;
+            let is_fp32 = param.kind() == Kind::Float;
+            sail_torch::set_grad_sink(param, Slot { reducer: self.clone(), bucket, entry, is_fp32 })?;
         }
         Ok(())
     }
@@ -230,20 +261,32 @@ impl Inner {
         self.buckets[bucket].layout.shard(rank, world)
     }
 
-    fn arrive(&mut self, bucket: usize, entry: usize, param: &Tensor) -> Result<()> {
-        let Some(grad) = sail_torch::take_grad(param)? else { return Ok(()) };
+    /// Where the gradient of an entry is summed, and whether something is there.
+    fn place(&mut self, bucket: usize, entry: usize) -> Result<(Tensor, bool)> {
         let inbox = &mut self.buckets[bucket];
         if inbox.has_left {
             let name = &inbox.layout.entries[entry].name;
             let reason = format!("a second gradient of `{name}` in a pass, after the first has left");
             return Err(sail_torch::Error::Argument { op: "backward", reason }.into());
         }
-        let mut sum = inbox.view(entry)?;
-        if inbox.filled[entry] {
+        Ok((inbox.view(entry)?, inbox.filled[entry]))
+    }
+
+    /// Takes the gradient that autograd has added up.
+    fn arrive(&mut self, bucket: usize, entry: usize, param: &Tensor) -> Result<()> {
+        let Some(grad) = sail_torch::take_grad(param)? else { return Ok(()) };
+        let (mut sum, holds) = self.place(bucket, entry)?;
+        if holds {
             let _ = sum.f_add_(&grad)?;
         } else {
             sum.f_copy_(&grad)?;
         }
+        self.arrived(bucket, entry)
+    }
+
+    /// The gradient of an entry is in its place; what is complete leaves.
+    fn arrived(&mut self, bucket: usize, entry: usize) -> Result<()> {
+        let inbox = &mut self.buckets[bucket];
         inbox.filled[entry] = true;
         inbox.arrived[entry] = true;
         if self.sending {
