@@ -18,6 +18,12 @@ done
 
 step() { printf '\n== %s\n' "$*"; "$@"; }
 
+# Trainings of the tests write some GB of checkpoints; /tmp may be a small file system.
+export TMPDIR="${TMPDIR:-$PWD/target/tmp}"
+mkdir -p "$TMPDIR"
+# What a failure may come of, if it comes of the machine.
+trap 'df -h "$PWD" "$TMPDIR"; free -m' ERR
+
 step ./scripts/setup.sh --reference
 ./scripts/quickstart.sh --help >/dev/null # the README's first command must start
 step cargo fmt --all --check
