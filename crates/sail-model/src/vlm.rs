@@ -10,7 +10,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use sail_torch::CrossEntropy;
+use sail_torch::{CrossEntropy, span};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -199,9 +199,12 @@ impl Vlm {
     /// [`Error::Config`] when the sides do not divide into patches and merged patches,
     /// [`Error::BatchShape`] when a batch is not one of images.
     pub fn image_features(&self, images: &[Tensor]) -> Result<(Tensor, Vec<i64>)> {
+        let in_vision = span("vision");
         let features = self.vision.features(images)?;
+        drop(in_vision);
         let tokens = features.grids.iter().map(|grid| self.config.projector.visual_tokens(*grid));
         let tokens = tokens.collect::<Result<Vec<i64>>>()?;
+        let _in_projector = span("projector");
         Ok((self.projector.forward(&features)?, tokens))
     }
 
@@ -225,6 +228,7 @@ impl Vlm {
     pub fn loss(&self, batch: &Batch) -> Result<Loss> {
         let segments = batch.check(&self.config)?;
         let x_td = self.embed(&batch.ids_t, &batch.images, &batch.image_rows)?;
+        let _in_llm = span("llm");
         let Trunk { x_td, routing } = self.llm.trunk(&x_td, &batch.positions_t, &segments, None);
         let rows_r = rows_with_target(batch);
         let [targets_r, weights_r] =

@@ -25,6 +25,9 @@ pub(crate) struct RawGroup([u8; 0]);
 /// `sail_cpu_memory`.
 #[repr(C)]
 pub(crate) struct RawCpuMemory([u8; 0]);
+/// `at::RecordFunction`.
+#[repr(C)]
+pub(crate) struct RawSpan([u8; 0]);
 /// `sail_work`.
 #[repr(C)]
 pub(crate) struct RawWork([u8; 0]);
@@ -129,6 +132,11 @@ unsafe extern "C" {
     pub(crate) fn sail_set_device(device: c_int) -> *mut RawError;
     pub(crate) fn sail_has_context(device: c_int, there: *mut bool) -> *mut RawError;
     pub(crate) fn sail_memory_peak(device: c_int, allocated: *mut i64, reserved: *mut i64) -> *mut RawError;
+
+    pub(crate) fn sail_profiler_begin(cuda: bool) -> *mut RawError;
+    pub(crate) fn sail_profiler_end(path: *const c_char) -> *mut RawError;
+    pub(crate) fn sail_span_begin(name: *const c_char, length: usize) -> *mut RawSpan;
+    pub(crate) fn sail_span_end(span: *mut RawSpan);
 
     pub(crate) fn sail_bytes_free(data: *mut u8);
     pub(crate) fn sail_store_new(

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use crate::call::{c_string, check, outcome};
 use crate::error::{Error, Result};
 use crate::ffi::{self, RawError, RawGroup, RawWork};
+use crate::profiler::span;
 use crate::store::{Store, millis};
 
 /// Who moves the bytes.
@@ -440,6 +441,7 @@ impl Work {
     /// # Errors
     /// [`Error::Timeout`] or [`Error::Network`] when another rank did not do its part.
     pub fn wait(mut self) -> Result<()> {
+        let _span = span("communication");
         let waits = Arc::clone(&self.waits);
         waits.during(|| self.finish())
     }

@@ -12,6 +12,7 @@
 //! | [`on_accumulated`], [`take_grad`] | gradients as they arrive in a backward pass |
 //! | [`cpu_memory::measure`] | what libtorch takes on the CPU while something runs |
 //! | [`set_device`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
+//! | [`Profiler`], [`span`] | a trace of operations, and names of parts of it |
 //! | [`thread_stacks`] | what every thread of this process is in |
 //! | [`Store`], [`ProcessGroup`] | rendezvous and collectives (c10d with Gloo or NCCL) |
 
@@ -25,6 +26,7 @@ mod ffi;
 mod group;
 mod loss;
 mod optim;
+mod profiler;
 mod recompute;
 mod stacks;
 mod store;
@@ -36,6 +38,7 @@ pub use error::{Error, Result};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work};
 pub use loss::{CrossEntropy, cross_entropy_chunk, linear_cross_entropy};
 pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm};
+pub use profiler::{Profiler, Span, span};
 pub use recompute::recompute;
 pub use stacks::{ThreadStack, thread_stacks};
 pub use store::Store;

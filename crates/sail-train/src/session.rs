@@ -12,7 +12,7 @@ use std::time::Instant;
 use sail_data::{Loader, LoaderOptions, Position, Tally, TextEncoder};
 use sail_model::params::Params;
 use sail_model::vlm::{Loss, Vlm};
-use sail_torch::ReduceOp;
+use sail_torch::{ReduceOp, span};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -255,6 +255,7 @@ impl Session {
 
     /// This rank's packs of the next step, fewer where streams have ended; `None` when all ranks' have.
     pub fn next_step(&mut self) -> Result<Option<Step>> {
+        let _span = span("data wait");
         let passes = self.plan.batch.packs_per_step / self.world.size();
         let started = Instant::now();
         self.before = self.loader.position();
@@ -302,6 +303,7 @@ impl Session {
                 }
                 // A pack of text alone reaches nothing that is trained before the language model.
                 if loss.requires_grad() {
+                    let _span = span("backward");
                     self.optimizer.backward(&loss)?;
                 }
                 total += loss.detach();
@@ -322,7 +324,9 @@ impl Session {
         if let Some(group) = self.world.group() {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
         }
+        let in_optimizer = span("optimizer");
         self.optimizer.clip(&sums.get(1).sqrt())?;
+        drop(in_optimizer);
         let read = Vec::<f64>::try_from(&sums)?;
         Ok(Verdict {
             loss: read[0],
@@ -378,7 +382,9 @@ impl Session {
         self.world.doing(self.step + 1, "updating");
         let is_first = self.optimizer.updates().any_never() && self.plan.guard.self_check;
         let before = is_first.then(|| FirstStep::before(self)).transpose()?;
+        let in_optimizer = span("optimizer");
         self.optimizer.step(factors)?;
+        drop(in_optimizer);
         before.map_or(Ok(()), |before| before.check(self, step, factors))
     }
 
@@ -393,6 +399,7 @@ impl Session {
     /// Those of the model, of c10d, and [`crate::Error::HeldOutNotFinite`].
     pub fn evaluate(&mut self) -> Result<Option<EvalReport>> {
         let Some(evaluator) = &self.evaluator else { return Ok(None) };
+        let _span = span("evaluation");
         self.world.doing(self.step, "evaluating");
         let report = self
             .optimizer
@@ -486,6 +493,7 @@ impl Session {
     /// # Errors
     /// Those of libtorch and of c10d.
     pub fn snapshot(&self, old: Vec<Tensor>) -> Result<Snapshot> {
+        let _span = span("snapshot");
         self.optimizer.settle()?;
         let trained: BTreeSet<&str> = self.optimizer.names().collect();
         let mut frozen = Vec::new();

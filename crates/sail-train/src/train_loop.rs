@@ -19,6 +19,7 @@ use crate::events::{Console, Events, StepReport};
 use crate::export;
 use crate::freeze::FreezeTable;
 use crate::guard::Trip;
+use crate::profile::Profile;
 use crate::resume::{Beginning, Resume, begin};
 use crate::schedule::{Factors, is_due};
 use crate::session::{Session, Verdict};
@@ -39,6 +40,8 @@ pub struct RunOptions {
     pub allow_config_change: bool,
     /// What ends it before its time.
     pub stopping: Stopping,
+    /// Of how many steps of each stage every rank writes a trace; of none without a number.
+    pub profile: Option<u64>,
     /// Where messages go.
     pub console: Console,
 }
@@ -99,7 +102,9 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     session.remember(world.from_main(|| events.held_out())?);
     let mut saver = saver_for(&session, resume.as_deref())?.with_lock(lock);
     announce(&session, &events, resume.as_deref());
-    let made = steps(&mut session, &mut saver, &mut events, &watchdog, options);
+    let mut profile = Profile::new(options.profile, &options.console);
+    let made = steps(&mut session, &mut saver, &mut events, &watchdog, &mut profile, options);
+    profile.end(&session);
     if made.is_err() {
         saver.finish_alone();
         if world.is_main() {
@@ -118,6 +123,7 @@ fn steps(
     saver: &mut Saver,
     events: &mut Events,
     watchdog: &Watchdog,
+    profile: &mut Profile,
     options: &RunOptions,
 ) -> Result<Option<u64>> {
     if session.step > 0 && !session.is_done() && options.stopping.is_reached(session.step) {
@@ -126,6 +132,7 @@ fn steps(
     }
     evaluate_at_start(session, saver, events)?;
     while !session.is_done() {
+        let _span = profile.begin_step(session);
         let started = Instant::now();
         unlock_if_due(session, saver, events)?;
         begin_window_if_due(session, saver)?;
