@@ -6,7 +6,10 @@
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#include <memory>
 
 using sail::guarded;
 
@@ -37,5 +40,22 @@ sail_error* sail_memory_peak(int device, int64_t* allocated, int64_t* reserved) 
     *reserved = stats.reserved_bytes[all].peak;
   });
 }
+
+// `out` receives an event, owned by the caller, that has the time at which the device comes to it in the current stream.
+sail_error* sail_event_record(int device, c10::Event** out) {
+  return guarded([&] {
+    const at::Device on(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    // torch's default is one without a time.
+    auto event = std::make_unique<c10::Event>(at::kCUDA, c10::EventFlag::BACKEND_DEFAULT);
+    event->record(c10::impl::getDeviceGuardImpl(at::kCUDA)->getStream(on));
+    *out = event.release();
+  });
+}
+
+sail_error* sail_event_elapsed(const c10::Event* from, const c10::Event* to, double* millis) {
+  return guarded([&] { *millis = from->elapsedTime(*to); });
+}
+
+void sail_event_free(c10::Event* event) { delete event; }
 
 }  // extern "C"

@@ -27,9 +27,10 @@ class Hook final : public torch::autograd::PostAccumulateGradHook {
   Hook(Call call, Drop drop, void* data) : call_(call), drop_(drop), data_(data) {}
   ~Hook() override { drop_(data_); }
 
-  void operator()(const at::Tensor& param) override {
+  // With a parameter or a gradient.
+  void operator()(const at::Tensor& tensor) override {
     // The callee owns this reference.
-    sail::rethrow(call_(data_, new at::Tensor(param)));
+    sail::rethrow(call_(data_, new at::Tensor(tensor)));
   }
 
  private:
@@ -108,6 +109,13 @@ sail_error* sail_set_post_accumulate_grad_hook(const at::Tensor* param, Hook::Ca
                                                void* data) {
   auto hook = std::make_unique<Hook>(call, drop, data);
   return guarded([&] { torch::autograd::impl::set_post_acc_grad_hooks(*param, std::move(hook)); });
+}
+
+// Calls `call(data, gradient)` each time that the gradient of a tensor which is no leaf is complete, before it goes on
+// through what made the tensor, and `drop(data)` once when that goes, or at once when this fails.
+sail_error* sail_on_gradient(const at::Tensor* tensor, Hook::Call call, Hook::Drop drop, void* data) {
+  auto hook = std::make_shared<Hook>(call, drop, data);
+  return guarded([&] { tensor->register_hook([hook](const at::Tensor& gradient) { (*hook)(gradient); }); });
 }
 
 // `out` receives the gradient, owned by the caller, or nullptr without one; the parameter has none afterwards.

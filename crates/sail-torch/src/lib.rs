@@ -9,9 +9,10 @@
 //! | [`varlen_attention`] | attention over segments, on CUDA |
 //! | [`linear_cross_entropy`] | a head and its loss, the logits of a few rows at a time |
 //! | [`recompute`] | a part of the forward pass that is computed again instead of being kept |
-//! | [`on_accumulated`], [`take_grad`] | gradients as they arrive in a backward pass |
+//! | [`on_accumulated`], [`on_gradient`], [`take_grad`] | gradients as they arrive in a backward pass |
 //! | [`cpu_memory::measure`] | what libtorch takes on the CPU while something runs |
 //! | [`set_device`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
+//! | [`Moment`] | when a device comes to what was queued |
 //! | [`Profiler`], [`span`] | a trace of operations, and names of parts of it |
 //! | [`thread_stacks`] | what every thread of this process is in |
 //! | [`Store`], [`ProcessGroup`] | rendezvous and collectives (c10d with Gloo or NCCL) |
@@ -25,6 +26,7 @@ mod error;
 mod ffi;
 mod group;
 mod loss;
+mod moment;
 mod optim;
 mod profiler;
 mod recompute;
@@ -32,11 +34,12 @@ mod stacks;
 mod store;
 
 pub use attention::{has_varlen_attention, varlen_attention};
-pub use autograd::{on_accumulated, take_grad};
+pub use autograd::{on_accumulated, on_gradient, take_grad};
 pub use device::{MemoryPeak, has_context, memory_peak, set_device};
 pub use error::{Error, Result};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work};
 pub use loss::{CrossEntropy, cross_entropy_chunk, linear_cross_entropy};
+pub use moment::Moment;
 pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm};
 pub use profiler::{Profiler, Span, span};
 pub use recompute::recompute;

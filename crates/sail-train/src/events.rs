@@ -18,6 +18,7 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::ada_lrs::{Finding, Trial};
 use crate::checkpoint::{Save, Totals};
+use crate::clock::Parts;
 use crate::config::{Amount, Plan, Progress, UnlockPlan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
@@ -107,8 +108,10 @@ pub struct StepReport {
     pub size: Totals,
     /// From asking for its data to its end; saving and evaluating are not part of it.
     pub step_secs: f64,
-    /// Of these, waiting for data.
+    /// Of these, waiting for data: of all ranks, the longest.
     pub data_wait_secs: f64,
+    /// What this rank did in them.
+    pub parts: Parts,
     /// How well its packs are packed.
     pub packing: Packing,
     /// Bytes that each rank sent to the others.
@@ -204,7 +207,7 @@ impl Events {
             "kind": "train", "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
             "samples": report.size.samples, "tokens": report.size.tokens,
             "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
-            "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
+            "data_wait_secs": report.data_wait_secs, "parts_secs": report.parts, "tokens_per_sec": tokens_per_sec,
             "sent_bytes": report.sent_bytes, "packing": report.packing,
             "peak_memory_bytes": report.peak_memory_bytes, "coverage": report.coverage,
         });

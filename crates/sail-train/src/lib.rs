@@ -13,7 +13,7 @@
 //! | the search for a learning rate | [`ada_lrs`] |
 //! | freezing and its proof | [`stage`], [`optim`] |
 //! | what is said of a step that takes too long | `watchdog` |
-//! | traces of steps | `profile` |
+//! | where the time of a step goes | `clock`, `profile` |
 //! | how a stage begins or goes on | [`resume`] |
 //! | what a checkpoint is | [`checkpoint`] |
 //! | who may stop a run | [`stopping`] |
@@ -28,6 +28,7 @@ pub mod ada_lrs;
 pub mod batch;
 pub mod checkpoint;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod curriculum;
 mod device;

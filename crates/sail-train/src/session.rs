@@ -19,6 +19,7 @@ use tch::{Device, Kind, Tensor};
 use crate::ada_lrs::AdaLrs;
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, Piece, RunState, Snapshot, Totals, Untouched};
+use crate::clock::{Clock, Part};
 use crate::config::{GuardAction, Module, Plan, Progress, UnlockPlan};
 use crate::device::{choose_precision, take_device};
 use crate::error::Result;
@@ -37,8 +38,8 @@ use crate::world::World;
 
 pub use self::parts::preflight;
 use self::parts::{
-    check_division, check_names, exact_frozen, model_fields, modules_of, no_way_on, open_on_all, optimizer,
-    passed, restore, trained_after,
+    check_division, check_names, clock, exact_frozen, model_fields, modules_of, no_way_on, open_on_all,
+    optimizer, passed, restore, trained_after,
 };
 pub(crate) use self::parts::{encoder, freeze_plan, model_config, visual_shape};
 
@@ -67,6 +68,8 @@ pub struct Session {
     pub totals: Totals,
     /// The ranks that train it together.
     pub world: Arc<World>,
+    /// Where the time of a step goes.
+    pub(crate) clock: Clock,
     /// Whether a step was made by this process.
     warm: bool,
     loader: Loader,
@@ -129,6 +132,7 @@ impl Session {
         };
         world.agree(|| model_fields(&model, &started_from))?;
         let mut optimizer = optimizer(plan, &model, &trained, precision, world)?;
+        let clock = clock(device, &model, world);
         model.listener().set_recomputed(plan.batch.recompute.blocks(&model.listener().blocks()));
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
@@ -164,6 +168,7 @@ impl Session {
             step: then.map_or(0, |then| then.step),
             totals: then.map_or_else(Totals::default, |then| then.totals),
             world: Arc::clone(world),
+            clock,
             warm: false,
             loader,
             data_spec: json!({"tokenizer": tokenizer, "data": spec}),
@@ -256,6 +261,7 @@ impl Session {
     /// This rank's packs of the next step, fewer where streams have ended; `None` when all ranks' have.
     pub fn next_step(&mut self) -> Result<Option<Step>> {
         let _span = span("data wait");
+        self.clock.enter(Part::Data);
         let passes = self.plan.batch.packs_per_step / self.world.size();
         let started = Instant::now();
         self.before = self.loader.position();
@@ -277,6 +283,7 @@ impl Session {
             };
             let all = Share::all(self.world.gather(&share)?);
             if all.packs > 0 {
+                self.clock.enter(Part::Other);
                 return Ok(Some(Step { packs, passes, all }));
             }
             if all.ended {
@@ -295,7 +302,10 @@ impl Session {
             self.world.goes_on();
             self.optimizer.begin_pass(pass, step.passes);
             if let Some(pack) = step.packs.get(pass) {
-                let Loss { sum, balance, .. } = self.model.loss(&to_batch(pack, self.device))?;
+                self.clock.enter(Part::ToDevice);
+                let batch = to_batch(pack, self.device);
+                // Told of the modules by the model, of which the language model comes last and goes back first.
+                let Loss { sum, balance, .. } = self.model.loss(&batch)?;
                 let mut loss = sum / step.all.weight;
                 // A frozen router is as it is; one that trains is kept from sending all rows one way.
                 if let Some(balance) = balance.filter(|_| trains_router) {
@@ -306,6 +316,7 @@ impl Session {
                     let _span = span("backward");
                     self.optimizer.backward(&loss)?;
                 }
+                self.clock.enter(Part::Other);
                 total += loss.detach();
             }
             self.optimizer.end_pass()?;
@@ -317,6 +328,7 @@ impl Session {
     /// place where the host waits for the device in a step.
     pub fn agree(&self, loss: &Tensor, stop: bool, saved: bool) -> Result<Verdict> {
         self.world.doing(self.step + 1, "agreeing on the step");
+        self.clock.enter(Part::Optimizer);
         // Made on the device: a copy from the host would wait for all that is queued there.
         let flag = |set: bool| Tensor::f_full([], f64::from(set), (Kind::Double, self.device));
         let own = [loss, &self.optimizer.squared_norm()?, &flag(stop)?, &flag(saved)?];
@@ -327,7 +339,9 @@ impl Session {
         let in_optimizer = span("optimizer");
         self.optimizer.clip(&sums.get(1).sqrt())?;
         drop(in_optimizer);
+        self.clock.enter(Part::Other);
         let read = Vec::<f64>::try_from(&sums)?;
+        self.clock.settle()?;
         Ok(Verdict {
             loss: read[0],
             grad_norm: read[1].sqrt(),
@@ -383,7 +397,9 @@ impl Session {
         let is_first = self.optimizer.updates().any_never() && self.plan.guard.self_check;
         let before = is_first.then(|| FirstStep::before(self)).transpose()?;
         let in_optimizer = span("optimizer");
+        self.clock.enter(Part::Optimizer);
         self.optimizer.step(factors)?;
+        self.clock.enter(Part::Other);
         drop(in_optimizer);
         before.map_or(Ok(()), |before| before.check(self, step, factors))
     }

@@ -134,9 +134,11 @@ fn steps(
     while !session.is_done() {
         let _span = profile.begin_step(session);
         let started = Instant::now();
+        session.clock.begin();
         unlock_if_due(session, saver, events)?;
         begin_window_if_due(session, saver)?;
         let Some(step) = session.next_step()? else {
+            session.clock.end();
             data_ended(session, events)?;
             break;
         };
@@ -165,6 +167,7 @@ fn steps(
                 }
             }
         };
+        session.clock.end();
         watchdog.step_done(session.step, started.elapsed());
 
         if verdict.stop && !session.is_done() {
@@ -415,6 +418,7 @@ fn report(
     factors: &Factors,
     started: Instant,
 ) -> Result<StepReport> {
+    let step_secs = started.elapsed().as_secs_f64();
     Ok(StepReport {
         step: session.step,
         loss: verdict.loss,
@@ -422,8 +426,9 @@ fn report(
         lr_factor: factors.all,
         lr: session.freeze.lrs(factors),
         size: step.all.size,
-        step_secs: started.elapsed().as_secs_f64(),
+        step_secs,
         data_wait_secs: step.all.data_wait_secs,
+        parts: session.clock.parts(step_secs),
         packing: step.all.packing(session.plan.batch.tokens_per_pack),
         sent_bytes: session.world.newly_sent_bytes(),
         peak_memory_bytes: sail_torch::memory_peak(session.device)?.map(|peak| peak.allocated),

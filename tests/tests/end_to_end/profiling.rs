@@ -1,12 +1,13 @@
-//! `--profile N` writes traces of whole steps, and changes nothing of a training.
+//! Where the time of steps goes: `--profile N` writes traces of whole steps and changes nothing of a training, and
+//! `metrics.jsonl` has the parts of each step.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
 
-use crate::processes::{Job, assert_same};
+use crate::processes::{Job, assert_same, steps};
 
 const TRAINED: &str = "train={vision: {lr: 2e-4}, projector: {lr: 5e-4}, llm: {lr: 2e-4}}";
 
@@ -68,4 +69,78 @@ fn every_rank_writes_what_there_was_when_the_run_ends_before() {
     rest.args(["--profile", "1", "--stop-at", "7"]);
     let said = job.run(rest, 3);
     assert!(said.contains("no step was profiled: 2 were made"), "{said}");
+}
+
+/// The parts of all steps but the first, which is checked parameter by parameter, together; none is more than its step.
+fn parts(job: &Job) -> BTreeMap<String, f64> {
+    let mut sums = BTreeMap::new();
+    for line in steps(&job.run_dir()) {
+        let secs = line["step_secs"].as_f64().unwrap();
+        let parts: BTreeMap<String, f64> = serde_json::from_value(line["parts_secs"].clone()).unwrap();
+        let sum: f64 = parts.values().sum();
+        assert!((sum - secs).abs() < 1e-6 && parts.values().all(|secs| *secs >= 0.0), "{line}");
+        if line["step"] != 1 {
+            parts.into_iter().for_each(|(name, secs)| *sums.entry(name).or_default() += secs);
+        }
+    }
+    println!("{sums:.3?}");
+    sums
+}
+
+fn zeros(parts: &BTreeMap<String, f64>) -> Vec<&str> {
+    parts.iter().filter(|(_, secs)| **secs == 0.0).map(|(name, _)| name.as_str()).collect()
+}
+
+const TEXT: &str = r#"data.sources=[{name: text, shards: "data/demo/text-train-*.tar"}]"#;
+
+#[test]
+fn the_parts_of_a_step_are_told_apart() {
+    let several = ["schedule.steps=6", "batch.packs_per_step=4", "data.streams=4"];
+    let trained = |sets: &[&str]| {
+        let job = Job::new(&[&several, sets].concat());
+        job.run(job.alone(), 0);
+        parts(&job)
+    };
+    let frozen = trained(&["train={vision: frozen, projector: {lr: 1e-3}, llm: frozen}"]);
+    assert_eq!(zeros(&frozen), ["communication"]);
+    let all = trained(&[TRAINED]);
+    assert_eq!(zeros(&all), ["communication"]);
+    assert!(all["other"] < 0.2 * all.values().sum::<f64>(), "{all:?}");
+    // Of a trained encoder the backward pass, which takes two thirds, counts as well.
+    let share = |parts: &BTreeMap<String, f64>| parts["vision"] / parts["llm"];
+    let vision = trained(&["train={vision: {lr: 2e-4}, projector: {lr: 1e-3}, llm: frozen}"]);
+    assert!(share(&vision) > 1.5 * share(&frozen), "{vision:?}, {frozen:?}");
+    let again = trained(&[TRAINED, "batch.recompute={vision: block, llm: block}"]);
+    assert_eq!(zeros(&again), ["communication"]);
+    let text = trained(&[TRAINED, "data.balance=off", TEXT]);
+    assert_eq!(zeros(&text), ["communication", "projector", "vision"]);
+    // Nothing that is trained is reached: there is no backward pass.
+    let nothing = trained(&["data.balance=off", TEXT]);
+    assert_eq!(zeros(&nothing), ["communication", "projector", "vision"]);
+    let experts = trained(&[
+        TRAINED,
+        "model.llm.random={model_type: qwen3_moe, vocab_size: 2048, hidden_size: 64, intermediate_size: 96, \
+         num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16, num_experts: 4, \
+         num_experts_per_tok: 2, moe_intermediate_size: 64}",
+    ]);
+    assert_eq!(zeros(&experts), ["communication"]);
+}
+
+/// Over a slow link most of a step is waiting, whichever way parameters and gradients go.
+#[test]
+fn waiting_for_other_ranks_is_a_part_of_its_own() {
+    for strategy in ["ddp", "zero1", "zero2"] {
+        let strategy = format!("parallel.strategy={strategy}");
+        let job = Job::new(&["schedule.steps=4", TRAINED, &strategy]);
+        let mut slow = job.launch(2);
+        slow.env("SAIL_SIMULATED_LINK_BYTES_PER_SEC", "1e8");
+        job.run(slow, 0);
+        let parts = parts(&job);
+        assert_eq!(zeros(&parts), Vec::<&str>::new(), "{strategy}");
+        let sent: f64 =
+            steps(&job.run_dir()).iter().skip(1).map(|line| line["sent_bytes"].as_f64().unwrap()).sum();
+        let computing = parts.values().sum::<f64>() - parts["communication"];
+        assert!(parts["communication"] > sent / 1e8 - computing, "{strategy}: {parts:?}, {sent} bytes");
+        assert!(parts["communication"] > 0.2 * computing, "{strategy}: {parts:?}");
+    }
 }
