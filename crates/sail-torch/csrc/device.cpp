@@ -1,5 +1,5 @@
-// Devices: the one a thread works on, and what libtorch holds there. No header of CUDA is needed: libtorch_cuda
-// registers what these interfaces lead to.
+// Devices: the one a thread works on, and what libtorch holds there. But for a device's name no header of CUDA is
+// needed: libtorch_cuda registers what these interfaces lead to.
 
 #include "common.h"
 
@@ -10,6 +10,14 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <memory>
+#ifdef SAIL_WITH_NCCL
+#include <cuda_runtime_api.h>
+
+namespace at::cuda {
+// Of libtorch_cuda; its own header also wants those of cuBLAS, cuSPARSE and cuSOLVER.
+cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
+}  // namespace at::cuda
+#endif
 
 using sail::guarded;
 
@@ -38,6 +46,18 @@ sail_error* sail_memory_peak(int device, int64_t* allocated, int64_t* reserved) 
     const auto stats = at::getDeviceAllocator(at::kCUDA)->getDeviceStats(index);
     *allocated = stats.allocated_bytes[all].peak;
     *reserved = stats.reserved_bytes[all].peak;
+  });
+}
+
+// Copies the driver's name of a device into `name`, which has `room` bytes, NUL included; nothing where this build has no
+// headers of CUDA.
+sail_error* sail_device_name(int device, char* name, size_t room) {
+  return guarded([&] {
+#ifdef SAIL_WITH_NCCL
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    const auto* properties = at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(device));
+    std::strncat(name, properties->name, room - 1);
+#endif
   });
 }
 

@@ -131,8 +131,9 @@ mod tests {
         let x = Tensor::from_slice(&[1f32, 2.0]).set_requires_grad(true);
         let seen = Arc::new(Mutex::new(Vec::new()));
         let inner = &x * 2.0;
-        let (of_hook, param) = (Arc::clone(&seen), x.shallow_clone());
+        let (of_hook, param) = (Arc::clone(&seen), Mutex::new(x.shallow_clone()));
         on_gradient(&inner, move |gradient| {
+            let param = param.lock().map_err(|_| "poisoned")?;
             let before = take_grad(&param).map_err(|error| error.to_string())?.is_none();
             let values = Vec::<f32>::try_from(gradient).map_err(|error| error.to_string())?;
             of_hook.lock().map_err(|_| "poisoned")?.push((before, values));

@@ -11,7 +11,7 @@
 //! | [`recompute`] | a part of the forward pass that is computed again instead of being kept |
 //! | [`on_accumulated`], [`on_gradient`], [`take_grad`] | gradients as they arrive in a backward pass |
 //! | [`cpu_memory::measure`] | what libtorch takes on the CPU while something runs |
-//! | [`set_device`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
+//! | [`set_device`], [`device_name`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
 //! | [`Moment`] | when a device comes to what was queued |
 //! | [`Profiler`], [`span`] | a trace of operations, and names of parts of it |
 //! | [`thread_stacks`] | what every thread of this process is in |
@@ -35,7 +35,7 @@ mod store;
 
 pub use attention::{has_varlen_attention, varlen_attention};
 pub use autograd::{on_accumulated, on_gradient, take_grad};
-pub use device::{MemoryPeak, has_context, memory_peak, set_device};
+pub use device::{MemoryPeak, device_name, has_context, memory_peak, set_device};
 pub use error::{Error, Result};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work};
 pub use loss::{CrossEntropy, cross_entropy_chunk, linear_cross_entropy};

@@ -21,8 +21,9 @@ use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, Piece, RunState, Snapshot, Totals, Untouched};
 use crate::clock::{Clock, Part};
 use crate::config::{GuardAction, Module, Plan, Progress, UnlockPlan};
-use crate::device::{choose_precision, take_device};
+use crate::device::{Peak, choose_precision, take_device};
 use crate::error::Result;
+use crate::estimate::PackFlops;
 use crate::eval::{EvalReport, Evaluator};
 use crate::events::Standing;
 use crate::first_step::FirstStep;
@@ -70,6 +71,10 @@ pub struct Session {
     pub world: Arc<World>,
     /// Where the time of a step goes.
     pub(crate) clock: Clock,
+    /// What the device computes at most.
+    pub(crate) peak: Peak,
+    /// What packs take of it, while the same is trained.
+    pack_flops: PackFlops,
     /// Whether a step was made by this process.
     warm: bool,
     loader: Loader,
@@ -133,6 +138,8 @@ impl Session {
         world.agree(|| model_fields(&model, &started_from))?;
         let mut optimizer = optimizer(plan, &model, &trained, precision, world)?;
         let clock = clock(device, &model, world);
+        let peak = Peak::of(&plan.log, device, precision)?;
+        let pack_flops = PackFlops::new(&config, &plan.train.after(unlocked.keys()));
         model.listener().set_recomputed(plan.batch.recompute.blocks(&model.listener().blocks()));
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
@@ -169,6 +176,8 @@ impl Session {
             totals: then.map_or_else(Totals::default, |then| then.totals),
             world: Arc::clone(world),
             clock,
+            peak,
+            pack_flops,
             warm: false,
             loader,
             data_spec: json!({"tokenizer": tokenizer, "data": spec}),
@@ -248,6 +257,10 @@ impl Session {
                 search.forget_window();
             }
         }
+        if !due.is_empty() {
+            let train = self.plan.train.after(self.unlocked.keys());
+            self.pack_flops = PackFlops::new(self.model.config(), &train);
+        }
         Ok(due)
     }
 
@@ -279,6 +292,7 @@ impl Session {
                 ended: self.loader.has_ended(),
                 data_wait_secs: started.elapsed().as_secs_f64(),
                 coverage: self.loader.tallies(),
+                flops: self.pack_flops.of(&packs),
                 ..Share::of(&packs)
             };
             let all = Share::all(self.world.gather(&share)?);

@@ -429,6 +429,8 @@ fn report(
         step_secs,
         data_wait_secs: step.all.data_wait_secs,
         parts: session.clock.parts(step_secs),
+        mfu: session.peak.utilisation(step.all.flops.values().sum(), step_secs, session.world.size()),
+        flops: step.all.flops.clone(),
         packing: step.all.packing(session.plan.batch.tokens_per_pack),
         sent_bytes: session.world.newly_sent_bytes(),
         peak_memory_bytes: sail_torch::memory_peak(session.device)?.map(|peak| peak.allocated),
@@ -456,6 +458,9 @@ fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) {
         where_it_runs(session),
         session.freeze.table()
     ));
+    if let Some(missing) = session.peak.missing() {
+        events.note(format!("{}: {missing}", plan.run.name));
+    }
 }
 
 fn where_it_runs(session: &Session) -> String {

@@ -1,5 +1,5 @@
 //! Where the time of steps goes: `--profile N` writes traces of whole steps and changes nothing of a training, and
-//! `metrics.jsonl` has the parts of each step.
+//! `metrics.jsonl` has the parts of each step and how much of the devices' speed it used.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -143,4 +143,42 @@ fn waiting_for_other_ranks_is_a_part_of_its_own() {
         assert!(parts["communication"] > sent / 1e8 - computing, "{strategy}: {parts:?}, {sent} bytes");
         assert!(parts["communication"] > 0.2 * computing, "{strategy}: {parts:?}");
     }
+}
+
+/// Operations of each step by module.
+fn flops(job: &Job) -> Vec<BTreeMap<String, u64>> {
+    let lines = steps(&job.run_dir());
+    lines.iter().map(|line| serde_json::from_value(line["flops"].clone()).unwrap()).collect()
+}
+
+#[test]
+fn utilisation_is_operations_over_what_all_ranks_could_do() {
+    let sets = ["schedule.steps=4", "batch.packs_per_step=4", "data.streams=4", "log.peak_tflops=0.05"];
+    let (one, two) = (Job::new(&sets), Job::new(&sets));
+    let said = one.run(one.alone(), 0);
+    assert!(said.contains("tok/s mfu ") && !said.contains("no `mfu`"), "{said}");
+    two.run(two.launch(2), 0);
+    assert_eq!(flops(&one), flops(&two), "the packs of all ranks are those of one");
+    for (job, ranks) in [(&one, 1.0), (&two, 2.0)] {
+        for (line, flops) in steps(&job.run_dir()).iter().zip(flops(job)) {
+            let [mfu, secs] = ["mfu", "step_secs"].map(|key| line[key].as_f64().unwrap());
+            let expected = flops.values().sum::<u64>() as f64 / (secs * ranks * 0.05e12);
+            assert!((mfu / expected - 1.0).abs() < 1e-9 && mfu > 0.0, "{line}");
+        }
+    }
+}
+
+#[test]
+fn operations_follow_what_is_trained_and_a_peak_that_nobody_knows_is_told() {
+    let job = Job::new(&["schedule.steps=4", "train.unfreeze=[{at: 2, match: vision, lr: 1e-4}]"]);
+    let said = job.run(job.alone(), 0);
+    assert!(said.contains("no `mfu`") && said.contains("`log.peak_tflops`"), "{said}");
+    let lines = steps(&job.run_dir());
+    assert!(lines.iter().all(|line| line["mfu"].is_null() && line.as_object().unwrap().contains_key("mfu")));
+    // All images are of one size.
+    let for_a_token = |line: &Value| {
+        line["flops"]["vision"].as_f64().unwrap() / line["packing"]["visual_tokens"].as_f64().unwrap()
+    };
+    let [a, b, c, d] = [0, 1, 2, 3].map(|step| for_a_token(&lines[step]));
+    assert!(a == b && c == d && (2.5..3.0).contains(&(c / a)), "{a} {b} {c} {d}");
 }
