@@ -15,8 +15,21 @@ fn main() {
         .cpp(true)
         .std("c++17")
         .files(
-            ["ops", "fused", "loss", "recompute", "cpu_memory", "device", "store", "group", "gloo", "nccl", "stacks"]
-                .map(|name| format!("csrc/{name}.cpp")),
+            [
+                "ops",
+                "fused",
+                "loss",
+                "recompute",
+                "cpu_memory",
+                "device",
+                "profiler",
+                "store",
+                "group",
+                "gloo",
+                "nccl",
+                "stacks",
+            ]
+            .map(|name| format!("csrc/{name}.cpp")),
         )
         .include("csrc/gloo_api")
         .include(torch.join("include"))

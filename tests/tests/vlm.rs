@@ -133,6 +133,35 @@ fn assert_same_gradients(found: &Params, expected: &Params, tolerance: f64) {
     }
 }
 
+/// Who is told which module computes, in the forward and then in the backward pass.
+#[test]
+fn modules_are_told_when_their_turn_comes() {
+    let [with_images, text, _] = samples();
+    let forward = ["vision", "projector", "llm"];
+    for (trained, sample, told, backward) in [
+        (&forward[..], &with_images, &forward[..], &["backward", "projector", "vision"][..]),
+        // The gradient goes through what is frozen.
+        (&["vision."], &with_images, &forward, &["backward", "projector", "vision"]),
+        (&["projector."], &with_images, &forward, &["backward", "projector"]),
+        (&["llm."], &with_images, &forward, &["backward"]),
+        (&forward, &text, &["llm"], &["backward"]),
+    ] {
+        for recomputed in [Recompute::None, Recompute::Block] {
+            let vlm = model_training(trained);
+            let recompute = RecomputePlan { vision: recomputed, llm: recomputed };
+            vlm.listener().set_recomputed(recompute.blocks(&vlm.listener().blocks()));
+            let (tell, heard) = std::sync::mpsc::channel();
+            let of_model = tell.clone();
+            vlm.listener().set_on_module(move |module| of_model.send(module.to_owned()).unwrap());
+            let loss = vlm.loss_sum(&batch(&[sample])).unwrap();
+            tell.send("backward".to_owned()).unwrap();
+            loss.backward();
+            let heard: Vec<String> = heard.try_iter().collect();
+            assert_eq!(heard, [told, backward].concat(), "{trained:?}, {recomputed:?}");
+        }
+    }
+}
+
 /// The loss written plainly: embeddings chosen row by row, every row through the head.
 fn plain_loss(vlm: &Vlm, sample: &Sample) -> Tensor {
     let embedded = vlm.llm().embed(&Tensor::from_slice(&sample.ids));

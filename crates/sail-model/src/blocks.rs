@@ -1,4 +1,5 @@
-//! The transformer blocks of a module, who is told that one is about to compute, and which are computed twice.
+//! The transformer blocks of a module, who is told that one or a whole module is about to compute, and which are
+//! computed twice.
 //!
 //! A block is the unit in which a trainer moves parameters and keeps activations: it may bring a block's weights just
 //! before they are used, and have a block computed again in the backward pass instead of keeping what it computed.
@@ -8,15 +9,16 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use sail_torch::recompute;
+use sail_torch::{on_gradient, recompute};
 use tch::Tensor;
 
 use crate::error::Result;
 use crate::params::Builder;
 
 type Callback = Box<dyn Fn(&str) + Send>;
+type OnModule = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// Who is told about blocks, and which are recomputed; nobody and none at first. Clones share it.
+/// Who is told about blocks and modules, and which blocks are recomputed; nobody and none at first. Clones share it.
 #[derive(Clone, Default)]
 pub struct Listener(Arc<Mutex<Told>>);
 
@@ -24,6 +26,7 @@ pub struct Listener(Arc<Mutex<Told>>);
 struct Told {
     blocks: Vec<String>,
     callback: Option<Callback>,
+    on_module: Option<OnModule>,
     recomputed: BTreeSet<String>,
 }
 
@@ -36,6 +39,33 @@ impl Listener {
     /// Has `callback` called, in place of an earlier one, with one of [`Listener::blocks`] before that computes.
     pub fn set(&self, callback: impl Fn(&str) + Send + 'static) {
         self.lock().callback = Some(Box::new(callback));
+    }
+
+    /// Has `callback` called, in place of an earlier one, with one of [`crate::vlm::MODULES`] before that computes, and
+    /// before it computes gradients: in a backward pass when the gradient of what it gave is there, on the thread that
+    /// computes that.
+    pub fn set_on_module(&self, callback: impl Fn(&str) + Send + Sync + 'static) {
+        self.lock().on_module = Some(Arc::new(callback));
+    }
+
+    /// Tells that a module is about to compute.
+    pub(crate) fn enter_module(&self, module: &str) {
+        let on_module = self.lock().on_module.clone();
+        if let Some(callback) = on_module {
+            callback(module);
+        }
+    }
+
+    /// Tells the same in the backward pass, when the gradient of `output`, the module's result, is there.
+    pub(crate) fn enter_module_backward(&self, module: &'static str, output: &Tensor) -> Result<()> {
+        let on_module = self.lock().on_module.clone();
+        match on_module {
+            Some(callback) if output.requires_grad() => Ok(on_gradient(output, move |_| {
+                callback(module);
+                Ok(())
+            })?),
+            _ => Ok(()),
+        }
     }
 
     /// Has these of [`Listener::blocks`], and no others, computed again in a backward pass: of what they compute in the

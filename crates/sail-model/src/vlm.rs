@@ -10,7 +10,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use sail_torch::CrossEntropy;
+use sail_torch::{CrossEntropy, Span, span};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -199,10 +199,23 @@ impl Vlm {
     /// [`Error::Config`] when the sides do not divide into patches and merged patches,
     /// [`Error::BatchShape`] when a batch is not one of images.
     pub fn image_features(&self, images: &[Tensor]) -> Result<(Tensor, Vec<i64>)> {
+        let in_vision = self.enter("vision");
         let features = self.vision.features(images)?;
+        self.listener.enter_module_backward("vision", &features.x_td)?;
+        drop(in_vision);
         let tokens = features.grids.iter().map(|grid| self.config.projector.visual_tokens(*grid));
         let tokens = tokens.collect::<Result<Vec<i64>>>()?;
-        Ok((self.projector.forward(&features)?, tokens))
+        let _in_projector = self.enter("projector");
+        let x_vd = self.projector.forward(&features)?;
+        self.listener.enter_module_backward("projector", &x_vd)?;
+        Ok((x_vd, tokens))
+    }
+
+    /// A module computes from here on: until the span ends, as a trace shows it, or until another one does, as the
+    /// listener is told.
+    fn enter(&self, module: &'static str) -> Span {
+        self.listener.enter_module(module);
+        span(module)
     }
 
     /// Sum over rows of weight times cross-entropy: a 0-dimensional fp32 tensor. Only rows with a
@@ -225,6 +238,7 @@ impl Vlm {
     pub fn loss(&self, batch: &Batch) -> Result<Loss> {
         let segments = self.with_grad_rows(batch.check(&self.config)?, batch);
         let x_td = self.embed(&batch.ids_t, &batch.images, &batch.image_rows)?;
+        let _in_llm = span("llm");
         let Trunk { x_td, routing } = self.llm.trunk(&x_td, &batch.positions_t, &segments, None);
         let rows_r = rows_with_target(batch);
         let [targets_r, weights_r] =
@@ -247,9 +261,11 @@ impl Vlm {
     /// rows' own embeddings get no gradient.
     fn embed(&self, ids_t: &Tensor, images: &[Tensor], image_rows: &[i64]) -> Result<Tensor> {
         if images.is_empty() {
+            let _in_llm = self.enter("llm");
             return Ok(self.llm.embed(ids_t));
         }
         let (x_vd, _) = self.image_features(images)?;
+        let _in_llm = self.enter("llm");
         // After the images: backward goes the other way round, so that the table's gradient can travel to other
         // ranks while that of the encoder is computed.
         let x_td = self.llm.embed(ids_t);

@@ -1,12 +1,23 @@
-// Devices: the one a thread works on, and what libtorch holds there. No header of CUDA is needed: libtorch_cuda
-// registers what these interfaces lead to.
+// Devices: the one a thread works on, and what libtorch holds there. But for a device's name no header of CUDA is
+// needed: libtorch_cuda registers what these interfaces lead to.
 
 #include "common.h"
 
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#include <memory>
+#ifdef SAIL_WITH_NCCL
+#include <cuda_runtime_api.h>
+
+namespace at::cuda {
+// Of libtorch_cuda; its own header also wants those of cuBLAS, cuSPARSE and cuSOLVER.
+cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
+}  // namespace at::cuda
+#endif
 
 using sail::guarded;
 
@@ -37,5 +48,34 @@ sail_error* sail_memory_peak(int device, int64_t* allocated, int64_t* reserved) 
     *reserved = stats.reserved_bytes[all].peak;
   });
 }
+
+// Copies the driver's name of a device into `name`, which has `room` bytes, NUL included; nothing where this build has no
+// headers of CUDA.
+sail_error* sail_device_name(int device, char* name, size_t room) {
+  return guarded([&] {
+#ifdef SAIL_WITH_NCCL
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    const auto* properties = at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(device));
+    std::strncat(name, properties->name, room - 1);
+#endif
+  });
+}
+
+// `out` receives an event, owned by the caller, that has the time at which the device comes to it in the current stream.
+sail_error* sail_event_record(int device, c10::Event** out) {
+  return guarded([&] {
+    const at::Device on(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    // torch's default is one without a time.
+    auto event = std::make_unique<c10::Event>(at::kCUDA, c10::EventFlag::BACKEND_DEFAULT);
+    event->record(c10::impl::getDeviceGuardImpl(at::kCUDA)->getStream(on));
+    *out = event.release();
+  });
+}
+
+sail_error* sail_event_elapsed(const c10::Event* from, const c10::Event* to, double* millis) {
+  return guarded([&] { *millis = from->elapsedTime(*to); });
+}
+
+void sail_event_free(c10::Event* event) { delete event; }
 
 }  // extern "C"

@@ -15,6 +15,33 @@
 using sail::guarded;
 using sail::list;
 
+namespace {
+
+// A callback of the caller's; frees what it captured when the hook goes.
+class Hook final {
+ public:
+  using Call = sail_error* (*)(void*, at::Tensor*);
+  using Drop = void (*)(void*);
+
+  Hook(Call call, Drop drop, void* data) : call_(call), drop_(drop), data_(data) {}
+  ~Hook() { drop_(data_); }
+
+  Hook(const Hook&) = delete;
+  Hook& operator=(const Hook&) = delete;
+
+  void operator()(const at::Tensor& tensor) {
+    // The callee owns this reference.
+    sail::rethrow(call_(data_, new at::Tensor(tensor)));
+  }
+
+ private:
+  Call call_;
+  Drop drop_;
+  void* data_;
+};
+
+}  // namespace
+
 extern "C" {
 
 void sail_error_free(sail_error* error) {
@@ -81,6 +108,13 @@ sail_error* sail_varlen_attention(const at::Tensor* q, const at::Tensor* k, cons
 sail_error* sail_set_grad_sink(const at::Tensor* param, const sail_grad_sink* sink) {
   auto hook = std::make_unique<sail::GradSink>(*sink);
   return guarded([&] { torch::autograd::impl::set_post_acc_grad_hooks(*param, std::move(hook)); });
+}
+
+// Calls `call(data, gradient)` each time that the gradient of a tensor which is no leaf is complete, before it goes on
+// through what made the tensor, and `drop(data)` once when that goes, or at once when this fails.
+sail_error* sail_on_gradient(const at::Tensor* tensor, Hook::Call call, Hook::Drop drop, void* data) {
+  auto hook = std::make_shared<Hook>(call, drop, data);
+  return guarded([&] { tensor->register_hook([hook](const at::Tensor& gradient) { (*hook)(gradient); }); });
 }
 
 // `out` receives the gradient, owned by the caller, or nullptr without one; the parameter has none afterwards.

@@ -13,6 +13,9 @@ use crate::ffi::{self, RawError, RawGradSink};
 /// What an error of a sink says; it ends the backward pass.
 pub type SinkResult<T> = std::result::Result<T, String>;
 
+/// Called with a gradient; an error ends the backward pass with its message.
+type Hook = Box<dyn Fn(Tensor) -> SinkResult<()> + Send + Sync>;
+
 /// Where the gradients of a parameter go, instead of staying in its `grad`. Its functions are called on the thread that
 /// runs that part of a backward pass.
 ///
@@ -78,6 +81,29 @@ pub fn set_grad_sink(param: &Tensor, sink: impl GradSink + 'static) -> Result<()
     outcome(OP, unsafe { ffi::sail_set_grad_sink(param.as_ptr(), &raw const raw) })
 }
 
+/// Has `hook` called each time that a backward pass has the whole gradient of `tensor`, with that gradient, just before it
+/// goes on through what made the tensor (`register_hook` of PyTorch), on the thread that runs that part of the pass.
+///
+/// The hook lives as long as the graph. It must not hold the tensor, or neither is ever freed.
+///
+/// # Errors
+/// [`Error::Argument`](crate::Error::Argument) for a tensor without a graph, and for a leaf.
+pub fn on_gradient(
+    tensor: &Tensor,
+    hook: impl Fn(Tensor) -> SinkResult<()> + Send + Sync + 'static,
+) -> Result<()> {
+    const OP: &str = "on_gradient";
+    check(OP, tensor.requires_grad() && !tensor.is_leaf(), || {
+        format!("needs a tensor that was computed with a graph, got {tensor:?}")
+    })?;
+    let hook: Box<Hook> = Box::new(Box::new(hook));
+    let data = Box::into_raw(hook).cast();
+    // SAFETY: `tensor` lives for the call; `data` is what `call_hook` and `drop_hook` take, and the shim gives it to
+    // `drop_hook` exactly once, also when it fails.
+    let error = unsafe { ffi::sail_on_gradient(tensor.as_ptr(), call_hook, drop_hook, data) };
+    outcome(OP, error)
+}
+
 /// The gradient of `param`, which has none afterwards.
 pub fn take_grad(param: &Tensor) -> Result<Option<Tensor>> {
     const OP: &str = "take_grad";
@@ -133,6 +159,19 @@ extern "C" fn accumulated(data: *mut c_void, param: *mut C_tensor) -> *mut RawEr
 extern "C" fn drop_sink(data: *mut c_void) {
     // SAFETY: `data` is the box of `set_grad_sink`, given back once and used no more.
     drop(unsafe { Box::from_raw(data.cast::<Sink>()) });
+}
+
+extern "C" fn call_hook(data: *mut c_void, gradient: *mut C_tensor) -> *mut RawError {
+    // SAFETY: `data` is the box of `on_gradient`, which lives until `drop_hook`; calls share it.
+    let hook = unsafe { &*data.cast::<Hook>() };
+    // SAFETY: the shim gives this call a reference of its own.
+    let gradient = unsafe { Tensor::from_ptr(gradient) };
+    reported(hook(gradient))
+}
+
+extern "C" fn drop_hook(data: *mut c_void) {
+    // SAFETY: `data` is the box of `on_gradient`, given back once and used no more.
+    drop(unsafe { Box::from_raw(data.cast::<Hook>()) });
 }
 
 #[cfg(test)]
@@ -244,6 +283,33 @@ mod tests {
         assert!(message(param.sum(Kind::Float)).contains("bucket 3 is gone"));
         let [y] = linears(&param.detach(), [(&param, None)], None).unwrap();
         assert!(message(y.sum(Kind::Float)).contains("bucket 4 is gone"));
+    }
+
+    #[test]
+    fn a_gradient_is_seen_on_its_way() {
+        let x = Tensor::from_slice(&[1f32, 2.0]).set_requires_grad(true);
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let inner = &x * 2.0;
+        let (of_hook, param) = (Arc::clone(&seen), Mutex::new(x.shallow_clone()));
+        on_gradient(&inner, move |gradient| {
+            let param = param.lock().map_err(|_| "poisoned")?;
+            let before = take_grad(&param).map_err(|error| error.to_string())?.is_none();
+            let values = Vec::<f32>::try_from(gradient).map_err(|error| error.to_string())?;
+            of_hook.lock().map_err(|_| "poisoned")?.push((before, values));
+            Ok(())
+        })
+        .unwrap();
+        // Used twice: the gradient comes once it is whole.
+        (&inner * 3.0 + &inner).sum(Kind::Float).backward();
+        assert_eq!(*seen.lock().unwrap(), [(true, vec![4.0, 4.0])]);
+        assert_eq!(Vec::<f32>::try_from(take_grad(&x).unwrap().unwrap()).unwrap(), [8.0, 8.0]);
+        drop(inner);
+        assert_eq!(Arc::strong_count(&seen), 1, "the hook goes with the graph");
+        assert!(on_gradient(&x, |_| Ok(())).is_err() && on_gradient(&x.detach(), |_| Ok(())).is_err());
+        let failing = &x * 2.0;
+        on_gradient(&failing, |_| Err("no such module".to_owned())).unwrap();
+        let error = failing.sum(Kind::Float).f_backward().unwrap_err().to_string();
+        assert!(error.contains("no such module"), "{error}");
     }
 
     #[test]

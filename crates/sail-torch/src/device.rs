@@ -1,4 +1,4 @@
-//! The device that a thread works on, and what libtorch holds there.
+//! The device that a thread works on, its name, and what libtorch holds there.
 
 use tch::Device;
 
@@ -52,6 +52,21 @@ pub fn memory_peak(device: Device) -> Result<Option<MemoryPeak>> {
     Ok(Some(MemoryPeak { allocated: allocated as u64, reserved: reserved as u64 }))
 }
 
+/// What the CUDA driver calls a device, such as `NVIDIA H100 80GB HBM3`; None for the CPU, and where the headers of CUDA
+/// were not found when this was compiled.
+///
+/// # Errors
+/// [`Error::Torch`](crate::Error::Torch) when there is no such device.
+pub fn device_name(device: Device) -> Result<Option<String>> {
+    let Device::Cuda(index) = device else { return Ok(None) };
+    let mut name = [0u8; 256];
+    // SAFETY: any number may be given; `name` has so many bytes, and is an empty string.
+    let error = unsafe { ffi::sail_device_name(index as i32, name.as_mut_ptr().cast(), name.len()) };
+    outcome("device_name", error)?;
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok((!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned()))
+}
+
 #[cfg(test)]
 mod tests {
     use tch::{Cuda, Kind, Tensor};
@@ -63,6 +78,7 @@ mod tests {
     fn the_cpu_needs_no_call_and_has_no_peak() {
         set_device(Device::Cpu).unwrap();
         assert_eq!(memory_peak(Device::Cpu).unwrap(), None);
+        assert_eq!(device_name(Device::Cpu).unwrap(), None);
     }
 
     #[test]
@@ -87,6 +103,7 @@ mod tests {
         let _tensor = Tensor::zeros([1 << 20], (Kind::Float, device));
         assert!(has_context(0).unwrap());
         let peak = memory_peak(device).unwrap().unwrap();
+        assert!(device_name(device).unwrap().is_some_and(|name| !name.is_empty()));
         assert!(peak.allocated >= 4 << 20 && peak.reserved >= peak.allocated, "{peak:?}");
     }
 }

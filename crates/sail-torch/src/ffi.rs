@@ -25,6 +25,12 @@ pub(crate) struct RawGroup([u8; 0]);
 /// `sail_cpu_memory`.
 #[repr(C)]
 pub(crate) struct RawCpuMemory([u8; 0]);
+/// `c10::Event`.
+#[repr(C)]
+pub(crate) struct RawEvent([u8; 0]);
+/// `at::RecordFunction`.
+#[repr(C)]
+pub(crate) struct RawSpan([u8; 0]);
 /// `sail_work`.
 #[repr(C)]
 pub(crate) struct RawWork([u8; 0]);
@@ -39,6 +45,8 @@ pub(crate) struct RawGradSink {
     pub(crate) accumulated: extern "C" fn(data: *mut c_void, param: *mut C_tensor) -> *mut RawError,
     pub(crate) drop: extern "C" fn(data: *mut c_void),
 }
+pub(crate) type HookCall = extern "C" fn(data: *mut c_void, tensor: *mut C_tensor) -> *mut RawError;
+pub(crate) type HookDrop = extern "C" fn(data: *mut c_void);
 
 pub(crate) type ComputationCall = extern "C" fn(
     data: *mut c_void,
@@ -137,6 +145,12 @@ unsafe extern "C" {
     pub(crate) fn sail_push(sink: *mut c_void, tensor: *const C_tensor);
 
     pub(crate) fn sail_set_grad_sink(param: *const C_tensor, sink: *const RawGradSink) -> *mut RawError;
+    pub(crate) fn sail_on_gradient(
+        tensor: *const C_tensor,
+        call: HookCall,
+        drop: HookDrop,
+        data: *mut c_void,
+    ) -> *mut RawError;
     pub(crate) fn sail_take_grad(param: *mut C_tensor, out: *mut *mut C_tensor) -> *mut RawError;
 
     pub(crate) fn sail_cpu_memory_begin(out: *mut *mut RawCpuMemory) -> *mut RawError;
@@ -157,6 +171,20 @@ unsafe extern "C" {
     pub(crate) fn sail_set_device(device: c_int) -> *mut RawError;
     pub(crate) fn sail_has_context(device: c_int, there: *mut bool) -> *mut RawError;
     pub(crate) fn sail_memory_peak(device: c_int, allocated: *mut i64, reserved: *mut i64) -> *mut RawError;
+
+    pub(crate) fn sail_device_name(device: c_int, name: *mut c_char, room: usize) -> *mut RawError;
+    pub(crate) fn sail_event_record(device: c_int, out: *mut *mut RawEvent) -> *mut RawError;
+    pub(crate) fn sail_event_elapsed(
+        from: *const RawEvent,
+        to: *const RawEvent,
+        millis: *mut f64,
+    ) -> *mut RawError;
+    pub(crate) fn sail_event_free(event: *mut RawEvent);
+
+    pub(crate) fn sail_profiler_begin(cuda: bool) -> *mut RawError;
+    pub(crate) fn sail_profiler_end(path: *const c_char) -> *mut RawError;
+    pub(crate) fn sail_span_begin(name: *const c_char, length: usize) -> *mut RawSpan;
+    pub(crate) fn sail_span_end(span: *mut RawSpan);
 
     pub(crate) fn sail_bytes_free(data: *mut u8);
     pub(crate) fn sail_store_new(

@@ -2,6 +2,7 @@
 //!
 //! Every rank of a group makes the same calls in the same order with tensors of the same size and type.
 
+use std::fmt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,6 +13,7 @@ use tch::{Device, Kind, Tensor};
 use crate::call::{c_string, check, outcome};
 use crate::error::{Error, Result};
 use crate::ffi::{self, RawError, RawGroup, RawWork};
+use crate::profiler::span;
 use crate::store::{Store, millis};
 
 /// Who moves the bytes.
@@ -103,7 +105,20 @@ unsafe impl Sync for ProcessGroup {}
 
 /// How long works were waited for, whatever the thread; time that two are waited for at once counts once.
 #[derive(Debug, Default)]
-struct Waits(Mutex<Waited>);
+struct Waits {
+    waited: Mutex<Waited>,
+    told: Mutex<Option<Told>>,
+}
+
+/// Who is told of waits.
+#[derive(Clone)]
+struct Told(Arc<dyn Fn(bool) + Send + Sync>);
+
+impl fmt::Debug for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Told")
+    }
+}
 
 #[derive(Debug, Default)]
 struct Waited {
@@ -207,6 +222,12 @@ impl ProcessGroup {
     /// wait, not the host, and takes next to no time.
     pub fn waited(&self) -> Duration {
         self.waits.so_far()
+    }
+
+    /// Has `told` called, in place of an earlier one, with true before each wait for a work and with false after it, on
+    /// the thread that waits; what on CUDA the stream waits for lies between what is queued there at these moments.
+    pub fn on_wait(&self, told: impl Fn(bool) + Send + Sync + 'static) {
+        *self.waits.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(Told(Arc::new(told)));
     }
 
     /// How long each further collective may take.
@@ -377,18 +398,28 @@ impl Drop for ProcessGroup {
 
 impl Waits {
     fn during<T>(&self, wait: impl FnOnce() -> T) -> T {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let tell = |begins| {
+            if let Some(Told(told)) = &told {
+                told(begins);
+            }
+        };
+        tell(true);
         {
             let mut waited = self.lock();
             waited.under_way += 1;
             waited.since.get_or_insert_with(Instant::now);
         }
         let result = wait();
-        let mut waited = self.lock();
-        waited.under_way -= 1;
-        if waited.under_way == 0 {
-            waited.ended = waited.so_far();
-            waited.since = None;
+        {
+            let mut waited = self.lock();
+            waited.under_way -= 1;
+            if waited.under_way == 0 {
+                waited.ended = waited.so_far();
+                waited.since = None;
+            }
         }
+        tell(false);
         result
     }
 
@@ -397,7 +428,7 @@ impl Waits {
     }
 
     fn lock(&self) -> MutexGuard<'_, Waited> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -440,6 +471,7 @@ impl Work {
     /// # Errors
     /// [`Error::Timeout`] or [`Error::Network`] when another rank did not do its part.
     pub fn wait(mut self) -> Result<()> {
+        let _span = span("communication");
         let waits = Arc::clone(&self.waits);
         waits.during(|| self.finish())
     }

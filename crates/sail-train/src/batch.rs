@@ -6,6 +6,7 @@ use tch::{Device, Tensor};
 
 /// A pack as the model takes it, on `device`.
 pub fn to_batch(pack: &Pack, device: Device) -> Batch {
+    let _span = sail_torch::span("to device");
     let longs = |values: &[i64]| Tensor::from_slice(values).to_device(device);
     Batch {
         ids_t: longs(&pack.ids),

@@ -1,11 +1,13 @@
-//! Where tensors live and what the model computes in: a configuration's words as libtorch's values.
+//! Where tensors live, what the model computes in, and how fast that may be: a configuration's words as libtorch's
+//! values.
 //!
 //! Called by the session, the ranks' meeting, and the commands that use a trained model.
 
 use tch::{Cuda, Device, Kind};
 
-use crate::config::{DeviceChoice, Precision};
+use crate::config::{DeviceChoice, LogPlan, Precision};
 use crate::error::{Error, Result};
+use crate::estimate::peak::peak_tflops;
 use crate::world::Place;
 
 /// Has the calling thread work on the device of a rank: `auto` is the one of its place on its host.
@@ -53,5 +55,43 @@ pub(crate) fn choose_precision(choice: Precision, device: Device) -> Kind {
         Precision::Bf16 => Kind::BFloat16,
         Precision::Auto if device.is_cuda() => Kind::BFloat16,
         Precision::Auto | Precision::Fp32 => Kind::Float,
+    }
+}
+
+/// What a device computes at most.
+pub(crate) struct Peak {
+    /// FLOP/s; None where nobody knows.
+    flops: Option<f64>,
+    /// What of, in messages.
+    of: String,
+}
+
+impl Peak {
+    /// As the plan says it, else as the data sheet of the device does.
+    pub(crate) fn of(log: &LogPlan, device: Device, precision: Kind) -> Result<Self> {
+        let name = sail_torch::device_name(device)?;
+        let listed = name.as_deref().and_then(|name| peak_tflops(name, precision));
+        let type_name = if precision == Kind::BFloat16 { "bf16" } else { "fp32" };
+        let of = match (device, name) {
+            (_, Some(name)) => format!("`{name}` in {type_name}"),
+            (Device::Cuda(index), None) => format!("CUDA device {index} in {type_name}"),
+            _ => format!("this CPU in {type_name}"),
+        };
+        Ok(Self { flops: log.peak_tflops.or(listed).map(|tflops| 1e12 * tflops), of })
+    }
+
+    /// The share of what so many such devices could compute in this time that these operations are.
+    pub(crate) fn utilisation(&self, flops: u64, secs: f64, devices: usize) -> Option<f64> {
+        self.flops.map(|peak| flops as f64 / (secs * devices as f64 * peak))
+    }
+
+    /// What to do to have a utilisation, where there is none.
+    pub(crate) fn missing(&self) -> Option<String> {
+        self.flops.is_none().then(|| {
+            format!(
+                "no `mfu`: what {} computes at most is not known here; `log.peak_tflops` can say it",
+                self.of
+            )
+        })
     }
 }

@@ -18,7 +18,8 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::ada_lrs::{Finding, Trial};
 use crate::checkpoint::{Save, Totals};
-use crate::config::{Amount, Plan, Progress, UnlockPlan};
+use crate::clock::Parts;
+use crate::config::{Amount, Module, Plan, Progress, UnlockPlan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::freeze::RatesByName;
@@ -107,8 +108,14 @@ pub struct StepReport {
     pub size: Totals,
     /// From asking for its data to its end; saving and evaluating are not part of it.
     pub step_secs: f64,
-    /// Of these, waiting for data.
+    /// Of these, waiting for data: of all ranks, the longest.
     pub data_wait_secs: f64,
+    /// What this rank did in them.
+    pub parts: Parts,
+    /// Operations of its forward and backward passes on all ranks, by module.
+    pub flops: BTreeMap<Module, u64>,
+    /// The share of what the devices of all ranks could compute that these are; None where that is not known.
+    pub mfu: Option<f64>,
     /// How well its packs are packed.
     pub packing: Packing,
     /// Bytes that each rank sent to the others.
@@ -204,8 +211,8 @@ impl Events {
             "kind": "train", "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
             "samples": report.size.samples, "tokens": report.size.tokens,
             "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
-            "data_wait_secs": report.data_wait_secs, "tokens_per_sec": tokens_per_sec,
-            "sent_bytes": report.sent_bytes, "packing": report.packing,
+            "data_wait_secs": report.data_wait_secs, "parts_secs": report.parts, "tokens_per_sec": tokens_per_sec,
+            "flops": report.flops, "mfu": report.mfu, "sent_bytes": report.sent_bytes, "packing": report.packing,
             "peak_memory_bytes": report.peak_memory_bytes, "coverage": report.coverage,
         });
         match &mut self.trial {
@@ -215,8 +222,9 @@ impl Events {
         self.at = Progress { steps: report.step, tokens: self.at.tokens + report.size.tokens };
         let (schedule, wait) = (&self.plan.schedule, 100.0 * report.data_wait_secs / report.step_secs);
         let done = schedule.length.of(self.at);
+        let mfu = report.mfu.map_or_else(String::new, |mfu| format!(" mfu {:.1}%", 100.0 * mfu));
         let figures = format!(
-            "loss {:.4} grad {:.2} lr x{:.2} {tokens_per_sec:.0} tok/s wait {wait:.0}%",
+            "loss {:.4} grad {:.2} lr x{:.2} {tokens_per_sec:.0} tok/s{mfu} wait {wait:.0}%",
             report.loss, report.grad_norm, report.lr_factor
         );
         match &self.bar {

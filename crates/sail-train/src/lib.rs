@@ -13,6 +13,7 @@
 //! | the search for a learning rate | [`ada_lrs`] |
 //! | freezing and its proof | [`stage`], [`optim`] |
 //! | what is said of a step that takes too long | `watchdog` |
+//! | where the time of a step goes | `clock`, `profile` |
 //! | how a stage begins or goes on | [`resume`] |
 //! | what a checkpoint is | [`checkpoint`] |
 //! | who may stop a run | [`stopping`] |
@@ -27,6 +28,7 @@ pub mod ada_lrs;
 pub mod batch;
 pub mod checkpoint;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod curriculum;
 mod device;
@@ -46,6 +48,7 @@ pub mod lock;
 pub mod optim;
 mod origin;
 pub mod output;
+mod profile;
 pub mod replay;
 pub mod resume;
 pub mod schedule;

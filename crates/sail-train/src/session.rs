@@ -12,16 +12,18 @@ use std::time::Instant;
 use sail_data::{Loader, LoaderOptions, Position, Tally, TextEncoder};
 use sail_model::params::Params;
 use sail_model::vlm::{Loss, Vlm};
-use sail_torch::ReduceOp;
+use sail_torch::{ReduceOp, span};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::ada_lrs::AdaLrs;
 use crate::batch::to_batch;
 use crate::checkpoint::{Checkpoint, Piece, RunState, Snapshot, Totals, Untouched};
+use crate::clock::{Clock, Part};
 use crate::config::{GuardAction, Module, Plan, Progress, UnlockPlan};
-use crate::device::{choose_precision, take_device};
+use crate::device::{Peak, choose_precision, take_device};
 use crate::error::Result;
+use crate::estimate::PackFlops;
 use crate::eval::{EvalReport, Evaluator};
 use crate::events::Standing;
 use crate::first_step::FirstStep;
@@ -37,8 +39,8 @@ use crate::world::World;
 
 pub use self::parts::preflight;
 use self::parts::{
-    check_division, check_names, exact_frozen, model_fields, modules_of, no_way_on, open_on_all, optimizer,
-    passed, restore, trained_after,
+    check_division, check_names, clock, exact_frozen, model_fields, modules_of, no_way_on, open_on_all,
+    optimizer, passed, restore, trained_after,
 };
 pub(crate) use self::parts::{encoder, freeze_plan, model_config, visual_shape};
 
@@ -67,6 +69,12 @@ pub struct Session {
     pub totals: Totals,
     /// The ranks that train it together.
     pub world: Arc<World>,
+    /// Where the time of a step goes.
+    pub(crate) clock: Clock,
+    /// What the device computes at most.
+    pub(crate) peak: Peak,
+    /// What packs take of it, while the same is trained.
+    pack_flops: PackFlops,
     /// Whether a step was made by this process.
     warm: bool,
     loader: Loader,
@@ -129,6 +137,9 @@ impl Session {
         };
         world.agree(|| model_fields(&model, &started_from))?;
         let mut optimizer = optimizer(plan, &model, &trained, precision, world)?;
+        let clock = clock(device, &model, world);
+        let peak = Peak::of(&plan.log, device, precision)?;
+        let pack_flops = PackFlops::new(&config, &plan.train.after(unlocked.keys()));
         model.listener().set_recomputed(plan.batch.recompute.blocks(&model.listener().blocks()));
         if precision != Kind::Float {
             started_from = Fingerprints::new(model.params());
@@ -164,6 +175,9 @@ impl Session {
             step: then.map_or(0, |then| then.step),
             totals: then.map_or_else(Totals::default, |then| then.totals),
             world: Arc::clone(world),
+            clock,
+            peak,
+            pack_flops,
             warm: false,
             loader,
             data_spec: json!({"tokenizer": tokenizer, "data": spec}),
@@ -243,6 +257,10 @@ impl Session {
                 search.forget_window();
             }
         }
+        if !due.is_empty() {
+            let train = self.plan.train.after(self.unlocked.keys());
+            self.pack_flops = PackFlops::new(self.model.config(), &train);
+        }
         Ok(due)
     }
 
@@ -255,6 +273,8 @@ impl Session {
 
     /// This rank's packs of the next step, fewer where streams have ended; `None` when all ranks' have.
     pub fn next_step(&mut self) -> Result<Option<Step>> {
+        let _span = span("data wait");
+        self.clock.enter(Part::Data);
         let passes = self.plan.batch.packs_per_step / self.world.size();
         let started = Instant::now();
         self.before = self.loader.position();
@@ -272,10 +292,12 @@ impl Session {
                 ended: self.loader.has_ended(),
                 data_wait_secs: started.elapsed().as_secs_f64(),
                 coverage: self.loader.tallies(),
+                flops: self.pack_flops.of(&packs),
                 ..Share::of(&packs)
             };
             let all = Share::all(self.world.gather(&share)?);
             if all.packs > 0 {
+                self.clock.enter(Part::Other);
                 return Ok(Some(Step { packs, passes, all }));
             }
             if all.ended {
@@ -294,7 +316,10 @@ impl Session {
             self.world.goes_on();
             self.optimizer.begin_pass(pass, step.passes);
             if let Some(pack) = step.packs.get(pass) {
-                let Loss { sum, balance, .. } = self.model.loss(&to_batch(pack, self.device))?;
+                self.clock.enter(Part::ToDevice);
+                let batch = to_batch(pack, self.device);
+                // Told of the modules by the model, of which the language model comes last and goes back first.
+                let Loss { sum, balance, .. } = self.model.loss(&batch)?;
                 let mut loss = sum / step.all.weight;
                 // A frozen router is as it is; one that trains is kept from sending all rows one way.
                 if let Some(balance) = balance.filter(|_| trains_router) {
@@ -302,8 +327,10 @@ impl Session {
                 }
                 // A pack of text alone reaches nothing that is trained before the language model.
                 if loss.requires_grad() {
+                    let _span = span("backward");
                     self.optimizer.backward(&loss)?;
                 }
+                self.clock.enter(Part::Other);
                 total += loss.detach();
             }
             self.optimizer.end_pass()?;
@@ -315,6 +342,7 @@ impl Session {
     /// place where the host waits for the device in a step.
     pub fn agree(&self, loss: &Tensor, stop: bool, saved: bool) -> Result<Verdict> {
         self.world.doing(self.step + 1, "agreeing on the step");
+        self.clock.enter(Part::Optimizer);
         // Made on the device: a copy from the host would wait for all that is queued there.
         let flag = |set: bool| Tensor::f_full([], f64::from(set), (Kind::Double, self.device));
         let own = [loss, &self.optimizer.squared_norm()?, &flag(stop)?, &flag(saved)?];
@@ -322,8 +350,12 @@ impl Session {
         if let Some(group) = self.world.group() {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
         }
+        let in_optimizer = span("optimizer");
         self.optimizer.clip(&sums.get(1).sqrt())?;
+        drop(in_optimizer);
+        self.clock.enter(Part::Other);
         let read = Vec::<f64>::try_from(&sums)?;
+        self.clock.settle()?;
         Ok(Verdict {
             loss: read[0],
             grad_norm: read[1].sqrt(),
@@ -378,7 +410,11 @@ impl Session {
         self.world.doing(self.step + 1, "updating");
         let is_first = self.optimizer.updates().any_never() && self.plan.guard.self_check;
         let before = is_first.then(|| FirstStep::before(self)).transpose()?;
+        let in_optimizer = span("optimizer");
+        self.clock.enter(Part::Optimizer);
         self.optimizer.step(factors)?;
+        self.clock.enter(Part::Other);
+        drop(in_optimizer);
         before.map_or(Ok(()), |before| before.check(self, step, factors))
     }
 
@@ -393,6 +429,7 @@ impl Session {
     /// Those of the model, of c10d, and [`crate::Error::HeldOutNotFinite`].
     pub fn evaluate(&mut self) -> Result<Option<EvalReport>> {
         let Some(evaluator) = &self.evaluator else { return Ok(None) };
+        let _span = span("evaluation");
         self.world.doing(self.step, "evaluating");
         let report = self
             .optimizer
@@ -486,6 +523,7 @@ impl Session {
     /// # Errors
     /// Those of libtorch and of c10d.
     pub fn snapshot(&self, old: Vec<Tensor>) -> Result<Snapshot> {
+        let _span = span("snapshot");
         self.optimizer.settle()?;
         let trained: BTreeSet<&str> = self.optimizer.names().collect();
         let mut frozen = Vec::new();

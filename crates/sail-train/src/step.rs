@@ -7,6 +7,7 @@ use sail_data::{Pack, Tally};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Totals;
+use crate::config::Module;
 
 /// The packs of one optimizer step.
 pub struct Step {
@@ -27,6 +28,8 @@ pub struct Share {
     pub weight: f64,
     /// What they hold.
     pub size: Totals,
+    /// Operations of their forward and backward passes by module, where they are counted.
+    pub flops: BTreeMap<Module, u64>,
     /// Visual tokens in them.
     pub visual_tokens: u64,
     /// Visual tokens of the pack with most of them.
@@ -79,6 +82,9 @@ impl Share {
             all.most_visual_tokens = all.most_visual_tokens.max(share.most_visual_tokens);
             all.ended &= share.ended;
             all.data_wait_secs = all.data_wait_secs.max(share.data_wait_secs);
+            for (module, flops) in &share.flops {
+                *all.flops.entry(*module).or_default() += flops;
+            }
             for (source, tally) in &share.coverage {
                 all.coverage.entry(source.clone()).or_default().add(tally);
             }

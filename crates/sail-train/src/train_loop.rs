@@ -19,6 +19,7 @@ use crate::events::{Console, Events, StepReport};
 use crate::export;
 use crate::freeze::FreezeTable;
 use crate::guard::Trip;
+use crate::profile::Profile;
 use crate::resume::{Beginning, Resume, begin};
 use crate::schedule::{Factors, is_due};
 use crate::session::{Session, Verdict};
@@ -39,6 +40,8 @@ pub struct RunOptions {
     pub allow_config_change: bool,
     /// What ends it before its time.
     pub stopping: Stopping,
+    /// Of how many steps of each stage every rank writes a trace; of none without a number.
+    pub profile: Option<u64>,
     /// Where messages go.
     pub console: Console,
 }
@@ -99,7 +102,9 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     session.remember(world.from_main(|| events.held_out())?);
     let mut saver = saver_for(&session, resume.as_deref())?.with_lock(lock);
     announce(&session, &events, resume.as_deref());
-    let made = steps(&mut session, &mut saver, &mut events, &watchdog, options);
+    let mut profile = Profile::new(options.profile, &options.console);
+    let made = steps(&mut session, &mut saver, &mut events, &watchdog, &mut profile, options);
+    profile.end(&session);
     if made.is_err() {
         saver.finish_alone();
         if world.is_main() {
@@ -118,6 +123,7 @@ fn steps(
     saver: &mut Saver,
     events: &mut Events,
     watchdog: &Watchdog,
+    profile: &mut Profile,
     options: &RunOptions,
 ) -> Result<Option<u64>> {
     if session.step > 0 && !session.is_done() && options.stopping.is_reached(session.step) {
@@ -126,10 +132,13 @@ fn steps(
     }
     evaluate_at_start(session, saver, events)?;
     while !session.is_done() {
+        let _span = profile.begin_step(session);
         let started = Instant::now();
+        session.clock.begin();
         unlock_if_due(session, saver, events)?;
         begin_window_if_due(session, saver)?;
         let Some(step) = session.next_step()? else {
+            session.clock.end();
             data_ended(session, events)?;
             break;
         };
@@ -158,6 +167,7 @@ fn steps(
                 }
             }
         };
+        session.clock.end();
         watchdog.step_done(session.step, started.elapsed());
 
         if verdict.stop && !session.is_done() {
@@ -408,6 +418,7 @@ fn report(
     factors: &Factors,
     started: Instant,
 ) -> Result<StepReport> {
+    let step_secs = started.elapsed().as_secs_f64();
     Ok(StepReport {
         step: session.step,
         loss: verdict.loss,
@@ -415,8 +426,11 @@ fn report(
         lr_factor: factors.all,
         lr: session.freeze.lrs(factors),
         size: step.all.size,
-        step_secs: started.elapsed().as_secs_f64(),
+        step_secs,
         data_wait_secs: step.all.data_wait_secs,
+        parts: session.clock.parts(step_secs),
+        mfu: session.peak.utilisation(step.all.flops.values().sum(), step_secs, session.world.size()),
+        flops: step.all.flops.clone(),
         packing: step.all.packing(session.plan.batch.tokens_per_pack),
         sent_bytes: session.world.newly_sent_bytes(),
         peak_memory_bytes: sail_torch::memory_peak(session.device)?.map(|peak| peak.allocated),
@@ -444,6 +458,9 @@ fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) {
         where_it_runs(session),
         session.freeze.table()
     ));
+    if let Some(missing) = session.peak.missing() {
+        events.note(format!("{}: {missing}", plan.run.name));
+    }
 }
 
 fn where_it_runs(session: &Session) -> String {

@@ -15,6 +15,7 @@ mod launch;
 mod networks;
 mod parallel;
 mod processes;
+mod profiling;
 mod rank_faults;
 mod recipes;
 mod reliability;

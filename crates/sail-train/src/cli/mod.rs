@@ -90,8 +90,12 @@ struct TrainArgs {
     /// Saves and stops (exit code 3) once this step of the running stage is done
     #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
     stop_at: Option<u64>,
+    /// Writes a trace of N steps of each stage, after its first 3, into RUN_DIR/profile: what every rank did when, for
+    /// chrome://tracing or <https://ui.perfetto.dev>
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    profile: Option<u64>,
     /// Prints what each stage would do and take, and trains nothing; `config show` prints every value of the plan
-    #[arg(long, conflicts_with_all = ["resume", "stop_at", "allow_config_change"])]
+    #[arg(long, conflicts_with_all = ["resume", "stop_at", "profile", "allow_config_change"])]
     dry_run: bool,
     #[command(flatten)]
     planning: planning::Options,
@@ -226,7 +230,8 @@ fn train(args: TrainArgs, console: &Console) -> Result<ExitCode> {
     // Until the ranks have met there is nothing to save: a signal ends the process at once.
     stopping.flag = stop_on_signals()?;
     let allow_config_change = args.allow_config_change;
-    let options = RunOptions { resume, allow_config_change, stopping, console: console.clone() };
+    let profile = args.profile;
+    let options = RunOptions { resume, allow_config_change, stopping, profile, console: console.clone() };
     let summary = match curriculum::run(&plans, &world, &options) {
         Ok(summary) => summary,
         Err(error) if world.size() == 1 => return Err(error),

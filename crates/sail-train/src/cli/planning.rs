@@ -5,6 +5,7 @@ use clap::Args;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::estimate::link::Cluster;
+use crate::estimate::peak::H100_SXM;
 use crate::estimate::{PackGuess, StageEstimate, Tables};
 
 /// Bytes a second of a Gbit/s.
@@ -26,7 +27,7 @@ pub(super) struct Options {
     #[arg(long, value_name = "N", default_value_t = 3600.0, requires = "dry_run")]
     intra_link_gbps: f64,
     /// What a GPU computes at most in the run's dtype, TFLOP/s
-    #[arg(long, value_name = "N", default_value_t = 989.0, requires = "dry_run")]
+    #[arg(long, value_name = "N", default_value_t = H100_SXM, requires = "dry_run")]
     peak_tflops: f64,
     /// Share of it that training reaches, up to 1
     #[arg(long, value_name = "X", default_value_t = 0.4, requires = "dry_run")]

@@ -163,6 +163,13 @@ impl TrainPlan {
         Module::ALL.into_iter().map(|module| (module, self.get(module)))
     }
 
+    /// The same of a stage that has passed the unlock points of these indices and comes to no other.
+    #[must_use]
+    pub fn after<'a>(&self, passed: impl IntoIterator<Item = &'a usize>) -> Self {
+        let unfreeze = passed.into_iter().map(|&index| self.unfreeze[index].clone()).collect();
+        Self { unfreeze, ..self.clone() }
+    }
+
     /// Whether something of a module may be trained at some point of the stage.
     pub fn ever_trains(&self, module: Module) -> bool {
         let by_rule = self.rules.iter().any(|rule| rule.part.module == module && rule.train.is_trained());
@@ -490,6 +497,9 @@ impl GuardPlan {
 pub struct LogPlan {
     /// Steps between reports, at least 1.
     pub every: u64,
+    /// What a device computes at most, TFLOP/s, where that is said and not looked up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_tflops: Option<f64>,
 }
 
 /// When a process says what it is in, and when it ends because nothing goes on.

@@ -303,11 +303,14 @@ impl Default for RawGuard {
 pub(super) struct RawLog {
     /// Steps between reports. Default: 10.
     pub(super) every: u64,
+    /// What a device computes at most in the run's type, without sparsity, TFLOP/s: what model FLOPs utilisation (`mfu`,
+    /// docs/profiling.md) is measured against. Default: that of its maker, for GPUs that are known; else there is no `mfu`.
+    pub(super) peak_tflops: Option<f64>,
 }
 
 impl Default for RawLog {
     fn default() -> Self {
-        Self { every: 10 }
+        Self { every: 10, peak_tflops: None }
     }
 }
 

@@ -334,7 +334,10 @@ fn guard(checker: &mut Checker<'_>, raw: &RawGuard) -> GuardPlan {
 
 fn log(checker: &mut Checker<'_>, raw: &RawLog) -> LogPlan {
     checker.expect(raw.every >= 1, "log.every", "must be at least 1", raw.every);
-    LogPlan { every: raw.every }
+    if let Some(peak) = raw.peak_tflops {
+        checker.expect((1e-3..=1e9).contains(&peak), "log.peak_tflops", "must be from 0.001 to 1e9", peak);
+    }
+    LogPlan { every: raw.every, peak_tflops: raw.peak_tflops }
 }
 
 fn watchdog(checker: &mut Checker<'_>, raw: &RawWatchdog) -> WatchdogPlan {

@@ -1,8 +1,8 @@
 //! What a stage takes on machines that are not here: memory, bytes between ranks, time.
 //!
 //! From shapes alone: no weights are read and no memory is taken for them. docs/planning.md has the formulas and
-//! how they compare with what was measured. Called by `sail-train --dry-run`; [`pass`] and its [`flops`] serve
-//! whoever wants to know how much work a pack is.
+//! how they compare with what was measured. Called by `sail-train --dry-run`; [`pass`], its [`flops`] and [`PackFlops`]
+//! serve whoever wants to know how much work a pack is.
 //!
 //! | to find | open |
 //! |---|---|
@@ -11,6 +11,8 @@
 //! | what a rank holds | [`memory`] |
 //! | how long collectives take | [`link`] |
 //! | a step under each strategy | `step` |
+//! | packs as they are made | `packs` |
+//! | what a GPU computes at most | [`peak`] |
 //! | a stage from its first step to its last | `course` |
 //! | the printed tables | `table` |
 
@@ -21,6 +23,8 @@ mod graph;
 pub mod link;
 pub mod memory;
 mod ops;
+mod packs;
+pub mod peak;
 mod step;
 mod table;
 
@@ -32,6 +36,7 @@ pub use self::course::{Course, Phase, Work};
 pub use self::forward::{PackShape, Pass, pass};
 pub use self::graph::{Backend, Live};
 use self::link::Cluster;
+pub use self::packs::PackFlops;
 use self::step::Steps;
 pub use self::step::StrategyEstimate;
 pub use self::table::Tables;

@@ -8,7 +8,7 @@ use super::forward::{PackShape, Pass, pass};
 use super::graph::Backend;
 use super::link::{Cluster, Collective, Time};
 use super::memory::{Memory, Sizes};
-use crate::config::{Plan, ReduceDtype, Strategy, TrainPlan};
+use crate::config::{Plan, ReduceDtype, Strategy};
 use crate::error::Result;
 use crate::freeze::FreezePlan;
 use crate::optim::layout::{self, Layout};
@@ -92,8 +92,7 @@ impl Steps<'_> {
         let all: u64 = params.values().map(|param| param.numel() as u64).sum();
         let trained = buckets.iter().flat_map(|bucket| &bucket.entries);
         let trained: i64 = trained.map(|entry| entry.range.end - entry.range.start).sum();
-        let unfreeze = passed.iter().map(|&index| plan.train.unfreeze[index].clone()).collect();
-        let train = TrainPlan { unfreeze, ..plan.train.clone() };
+        let train = plan.train.after(passed);
         Ok(StepModel {
             cluster: *cluster,
             backend: self.backend,

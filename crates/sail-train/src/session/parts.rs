@@ -13,6 +13,7 @@ use sail_model::vlm::{Vlm, VlmConfig};
 use tch::{Device, Kind};
 
 use crate::checkpoint::{Checkpoint, RunState, Untouched, Updates};
+use crate::clock::{Clock, Part};
 use crate::config::{ModelSource, Module, Plan, Progress, VisualShape};
 use crate::device::choose_device;
 use crate::error::{Error, Result};
@@ -46,6 +47,18 @@ pub(super) fn optimizer(
     let optimizer = Optimizer::new(model.params(), blocks, trained, adamw, &plan.parallel, precision, group)?;
     model.listener().set(optimizer.on_block());
     Ok(optimizer)
+}
+
+/// A clock that learns from the model and the ranks what they do.
+pub(super) fn clock(device: Device, model: &Vlm, world: &World) -> Clock {
+    let clock = Clock::new(device);
+    world.on_wait(clock.on_wait());
+    let of_modules = clock.clone();
+    model.listener().set_on_module(move |name| {
+        let module = Module::ALL.into_iter().find(|module| module.name() == name);
+        of_modules.enter(module.map_or(Part::Other, Part::Of));
+    });
+    clock
 }
 
 /// What two ranks must have alike before they share gradients.

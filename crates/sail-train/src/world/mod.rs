@@ -179,6 +179,14 @@ impl World {
         self.ranks.as_ref().map_or(Duration::ZERO, |ranks| ranks.host.waited() + ranks.device.waited())
     }
 
+    /// Has `told` called as this process begins and ends to wait for collectives, see [`ProcessGroup::on_wait`].
+    pub(crate) fn on_wait(&self, told: impl Fn(bool) + Clone + Send + Sync + 'static) {
+        if let Some(ranks) = &self.ranks {
+            ranks.host.on_wait(told.clone());
+            ranks.device.on_wait(told);
+        }
+    }
+
     /// How long the others may be behind from now on.
     ///
     /// # Errors
