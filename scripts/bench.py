@@ -5,24 +5,25 @@ Both sides use the same libtorch, the same weights and the same samples, on two 
 what else the machine does meets both; figures are medians over rounds, with the lowest and the highest, and a ratio is
 that of the two runs of a round. Losses that differ by more than 1e-4 of theirs end the comparison with exit code 1.
 
-Figures of a stage: tokens and samples a second, tokens a second of processor time of all threads, and the most memory resident in the steps, in MB. Padding does not count as tokens.
+Figures of a stage: tokens and samples a second, tokens a second of processor time of all threads, and the most memory
+resident in the steps, in MB. Padding does not count as tokens.
+
+The parts from `start-up` on measure what is around the steps (bench_limits.py). Some of their figures have a limit: one
+that is passed is marked FAIL, and the exit code is 1.
 """
 
 import argparse
 import fnmatch
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "target/release/examples"
-PYTHON = ROOT / ".venv/bin/python"
+from bench_common import EXAMPLES, PYTHON, ROOT, STEPS_ALONE, Failure, Figure, Table, execute, turns, with_sets
+from bench_limits import Limits
+
 SMOLLM2 = ROOT / "weights/smollm2-135m-instruct"
 # Largest relative difference of a loss.
 LOSS_LIMIT = 1e-4
@@ -33,50 +34,16 @@ NORM_LIMIT = 5e-3
 # differ by 6e-4 after 20 steps between one and two threads of the same program, so that they say nothing there.
 RATES = {1: "1e-5", 2: "1e-5", 3: "1e-6"}
 TRAINED = {1: ["projector"], 2: ["projector", "vision"], 3: ["projector", "vision", "llm"]}
-# What is no part of a step.
-STEPS_ALONE = ["init=null", "eval=null", "export=null", "schedule.kind=constant", "schedule.warmup=0"]
-
-
-@dataclass
-class Figure:
-    """What is compared: values of each round, and whether more is better."""
-
-    name: str
-    more_is_better: bool
-    ours: list[float] = field(default_factory=list)
-    theirs: list[float] = field(default_factory=list)
-
-    def ratios(self) -> list[float]:
-        """How many times better ours is, round by round."""
-        pairs = zip(self.ours, self.theirs, strict=True)
-        return [ours / theirs if self.more_is_better else theirs / ours for ours, theirs in pairs]
-
-
-class Failure(Exception):
-    pass
-
-
-def execute(command: list) -> None:
-    """Runs one side; what it says is shown only when it fails."""
-    # A thread that waits for the other gives its core away: where other work has that core, spinning took nine tenths
-    # of the time of either side.
-    env = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise Failure(f"`{' '.join(map(str, command))}` failed with {done.returncode}:\n{done.stdout}{done.stderr}")
-
 
 class Bench:
-    def __init__(self, args):
-        self.args = args
-        self.results = {}
+    def __init__(self, args, table: Table):
+        self.args, self.table = args, table
 
     def stage(self, name: str, config: str, sets: list[str], work: str, memory_alone: bool = False):
         """Rounds of steps of a stage's configuration, `fixed` or `padded`."""
         warmup = 0 if memory_alone else self.args.warmup
         ours = [EXAMPLES / "bench_train", "--config", config, "--steps", self.steps(name), "--warmup", warmup]
-        for assignment in [*STEPS_ALONE, *sets]:
-            ours += ["--set", assignment]
+        ours = with_sets(ours, [*STEPS_ALONE, *sets])
         if work == "fixed":
             ours += ["--fixed", "--sequence", self.sequence(name)]
         with tempfile.TemporaryDirectory(dir=self.args.work) as folder:
@@ -86,23 +53,15 @@ class Bench:
             if self.args.compile:
                 theirs.append("--compile")
             rounds = 1 if name.startswith("agreement") else self.args.rounds
-            pairs = self.turns(ours, theirs, Path(folder), rounds)
-        checks = [agreement(ours, theirs) for ours, theirs in pairs]
-        self.results[name] = {
-            "steps": self.steps(name),
-            "loss_difference": max(check[0] for check in checks),
-            "norm_difference": max(check[1] for check in checks),
-        }
-        if "padded_tokens" in pairs[0][1]:
-            padded, tokens = (sum(pairs[0][1][key]) for key in ("padded_tokens", "tokens"))
-            self.results[name]["padding"] = 1 - tokens / padded
+            pairs = turns(ours, theirs, Path(folder), rounds)
         figures = [Figure("peak memory, MB", False)]
         if not (memory_alone or name.startswith("agreement")):
             figures += [Figure("tokens/s", True), Figure("samples/s", True), Figure("tokens/processor s", True)]
         for figure in figures:
             figure.ours = [stage_value(report, figure.name) for report, _ in pairs]
             figure.theirs = [stage_value(report, figure.name) for _, report in pairs]
-        self.show(name, figures)
+        self.table.compare(name, figures)
+        self.check(name, pairs)
 
     def forward(self, name: str, ours: list, theirs: list):
         """Rounds of a model without gradients."""
@@ -112,27 +71,14 @@ class Bench:
                 execute([*ours, "--repeats", 0, "--dump", dump])
                 theirs = [*theirs, dump]
             repeats = ["--repeats", self.args.repeats]
-            pairs = self.turns([*ours, *repeats], [*theirs, *repeats], Path(folder), self.args.rounds)
+            pairs = turns([*ours, *repeats], [*theirs, *repeats], Path(folder), self.args.rounds)
         if any(ours["ids"] != theirs["ids"] for ours, theirs in pairs):
             raise Failure(f"{name}: the texts differ:\n{pairs[0][0]['ids']}\n{pairs[0][1]['ids']}")
         figures = [Figure("tokens/s", True), Figure("tokens/processor s", True), Figure("peak memory, MB", False)]
         for figure in figures:
             figure.ours = [forward_value(report, figure.name) for report, _ in pairs]
             figure.theirs = [forward_value(report, figure.name) for _, report in pairs]
-        self.results[name] = {}
-        self.show(name, figures)
-
-    def turns(self, ours: list, theirs: list, folder: Path, rounds: int) -> list[tuple[dict, dict]]:
-        """The reports of both sides, by round; who is first changes from round to round."""
-        pairs = []
-        for number in range(rounds):
-            reports = {}
-            for side in ("ours", "theirs") if number % 2 == 0 else ("theirs", "ours"):
-                path = folder / f"{side}.json"
-                execute([*(ours if side == "ours" else theirs), "--json", path])
-                reports[side] = json.loads(path.read_text())
-            pairs.append((reports["ours"], reports["theirs"]))
-        return pairs
+        self.table.compare(name, figures)
 
     def steps(self, name: str) -> int:
         if name.startswith("agreement"):
@@ -142,25 +88,20 @@ class Bench:
     def sequence(self, name: str) -> int:
         return {"vocabulary": 512}.get(name, 64 if name.startswith("agreement") else 128)
 
-    def show(self, name: str, figures: list[Figure]):
-        result = self.results[name]
-        result["figures"] = {
-            figure.name: {"ours": figure.ours, "theirs": figure.theirs, "ratios": figure.ratios()} for figure in figures
-        }
-        for figure in figures:
-            sides = [spread(figure.ours, ".1f"), spread(figure.theirs, ".1f"), spread(figure.ratios(), ".2f")]
-            print(f"{name:<24} {figure.name:<19} {sides[0]:>26} {sides[1]:>26} {sides[2]:>20}")
-        if "loss_difference" in result:
-            losses, norms = result["loss_difference"], result["norm_difference"]
-            print(f"{name:<24} largest difference of a loss {losses:.1e}, of a gradient norm {norms:.1e}", end="")
-            print(f"; {result['padding']:.0%} of the padded batches is padding" if result.get("padding") else "")
-            for what, found, limit in [("losses", losses, LOSS_LIMIT), ("gradient norms", norms, NORM_LIMIT)]:
-                # Written so that a difference that is not a number fails.
-                if not found <= limit:
-                    raise Failure(f"{name}: {what} differ by {found:.1e} of theirs, more than {limit:.0e}")
-        sys.stdout.flush()
-        if self.args.json:
-            self.args.json.write_text(json.dumps(self.results, indent=2) + "\n")
+    def check(self, name: str, pairs: list[tuple[dict, dict]]):
+        """Says how far the sides' losses are apart, and what of the other side's work was padding."""
+        losses, norms = zip(*(agreement(*pair) for pair in pairs))
+        padded, tokens = (sum(pairs[0][1][key]) for key in ("padded_tokens", "tokens"))
+        found = {"loss_difference": largest(losses), "norm_difference": largest(norms), "padding": 1 - tokens / padded}
+        for key, value in {"steps": self.steps(name), **found}.items():
+            self.table.record(name, key, value)
+        losses, norms, padding = found.values()
+        print(f"{name:<20} largest difference of a loss {losses:.1e}, of a gradient norm {norms:.1e}", end="")
+        print(f"; {padding:.0%} of the padded batches is padding" if padding else "")
+        for what, found, limit in [("losses", losses, LOSS_LIMIT), ("gradient norms", norms, NORM_LIMIT)]:
+            # Written so that a difference that is not a number fails.
+            if not found <= limit:
+                raise Failure(f"{name}: {what} differ by {found:.1e} of theirs, more than {limit:.0e}")
 
     def parts(self) -> dict:
         """What can be compared, by name."""
@@ -190,11 +131,15 @@ def agreement(ours: dict, theirs: dict) -> tuple[float, float]:
     if (ours["tokens"], ours["samples"]) != (theirs["tokens"], theirs["samples"]):
         raise Failure("the sides had different samples")
 
-    def largest(key: str) -> float:
-        differences = [abs(a - b) / abs(a) for a, b in zip(ours[key], theirs[key], strict=True)]
-        return float("nan") if any(value != value for value in differences) else max(differences)
+    def difference(key: str) -> float:
+        return largest([abs(a - b) / abs(a) for a, b in zip(ours[key], theirs[key], strict=True)])
 
-    return largest("losses"), largest("grad_norms")
+    return difference("losses"), difference("grad_norms")
+
+
+def largest(differences) -> float:
+    """Not a number where one is not."""
+    return float("nan") if any(value != value for value in differences) else max(differences)
 
 
 def stage_value(report: dict, figure: str) -> float:
@@ -215,11 +160,6 @@ def forward_value(report: dict, figure: str) -> float:
     return report["tokens"] / statistics.median(report[seconds])
 
 
-def spread(values: list[float], form: str) -> str:
-    middle = format(statistics.median(values), form)
-    return middle if len(values) == 1 else f"{middle} ({min(values):{form}}-{max(values):{form}})"
-
-
 def prompt() -> str:
     """Token ids of a chat, those of the golden that generation is tested with."""
     golden = json.loads((ROOT / "tests/goldens/smollm2_greedy.json").read_text())
@@ -236,14 +176,22 @@ def main() -> int:
     parser.add_argument("--agreement-steps", type=int, default=20, help="steps on small packs, to compare losses")
     parser.add_argument("--repeats", type=int, default=3, help="timed forward passes and texts of a run")
     parser.add_argument("--new-tokens", type=int, default=64, help="length of a text")
+    parser.add_argument("--data-epochs", type=int, default=20, help="how often `data` reads the demo's samples")
+    parser.add_argument("--parameters", type=int, default=100_000_000, help="of `checkpoint`, 12 bytes each")
+    parser.add_argument("--samples", type=int, default=100_000, help="how many `linear` reads and trains on")
+    parser.add_argument("--leak-steps", type=int, default=2_000, help="steps of `leak`")
     parser.add_argument("--compile", action="store_true", help="the other side with torch.compile")
-    parser.add_argument("--work", type=Path, help="where 1.5 GB of weights are put meanwhile")
+    parser.add_argument("--work", type=Path, help="where weights and checkpoints are put meanwhile: a few GB")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures for machines")
     args = parser.parse_args()
-    if min(args.rounds, args.steps, args.repeats, args.new_tokens, args.agreement_steps) < 1 or args.warmup < 0:
+    counts = [args.rounds, args.steps, args.repeats, args.new_tokens, args.agreement_steps, args.data_epochs]
+    if min(counts) < 1 or args.warmup < 0:
         parser.error("rounds, steps and lengths count from 1")
+    if args.parameters < 100 or args.samples < 5_000 or args.leak_steps < 200:
+        parser.error("too little to measure: at least 100 parameters, 5000 samples and 200 steps of `leak`")
 
-    parts = Bench(args).parts()
+    table = Table(args.json)
+    parts = Bench(args, table).parts() | Limits(args, table).parts()
     chosen = [name for name in parts if not args.only or any(fnmatch.fnmatch(name, only) for only in args.only)]
     unknown = [only for only in args.only or [] if not fnmatch.filter(parts, only)]
     if unknown:
@@ -252,10 +200,12 @@ def main() -> int:
         print("\n".join(chosen))
         return 0
     work = args.work or Path(tempfile.gettempdir())
-    if not work.is_dir() or shutil.disk_usage(work).free < 2e9:
-        parser.error(f"`{work}` is no folder with 2 GB of room; give one as --work")
+    # Of a checkpoint there are an old one, a new one and as many bytes by another program.
+    room = max(2e9, 40 * args.parameters if "checkpoint" in chosen else 0)
+    if not work.is_dir() or shutil.disk_usage(work).free < room:
+        parser.error(f"`{work}` is no folder with {room / 1e9:.0f} GB of room; give one as --work")
     args.work = work
-    print(f"{'part':<24} {'figure':<19} {'ours':>26} {'PyTorch':>26} {'times better':>20}", flush=True)
+    table.head()
     failed = False
     for name in chosen:
         try:

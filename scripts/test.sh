@@ -34,6 +34,8 @@ step cargo clippy --release --workspace --all-targets -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --release --workspace --no-deps --quiet
 step .venv/bin/python scripts/fetch_demo_weights.py
 step cargo test --release --workspace
+# Each bench once, to see that it works.
+step cargo test --release --workspace --benches
 step .venv/bin/python tests/reference/test_remote_code.py
 step .venv/bin/python tests/reference/check_webdataset.py
 # Losses and gradient norms are those of a plain PyTorch trainer.

@@ -28,6 +28,8 @@ mod draft;
 mod error;
 mod heldout;
 mod image;
+#[doc(hidden)]
+pub mod inside;
 mod layout;
 mod loader;
 mod mix;

@@ -6,11 +6,11 @@
 
 /// What a candidate adds to a pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Load {
+pub struct Load {
     /// All tokens, visual ones included.
-    pub(crate) tokens: usize,
+    pub tokens: usize,
     /// Visual tokens.
-    pub(crate) visual: usize,
+    pub visual: usize,
 }
 
 /// Rows of visual tokens that are told apart; more are rounded together.
@@ -23,7 +23,7 @@ const MOST_CELLS: usize = 1 << 24;
 /// `loads` are in order of arrival. Of all choices with the oldest candidate the one is taken that comes
 /// nearest to a full pack and, where there is a `target`, to that many visual tokens: the fewest free tokens
 /// plus twice the visual tokens too many or too few. Without a target nothing is left out that would still fit.
-pub(crate) fn choose(loads: &[Load], budget: usize, target: Option<usize>) -> Vec<usize> {
+pub fn choose(loads: &[Load], budget: usize, target: Option<usize>) -> Vec<usize> {
     let Some(oldest) = loads.first().filter(|oldest| oldest.tokens <= budget) else {
         return first_that_fits(loads, budget);
     };

@@ -6,6 +6,8 @@
 //! `dd`, through the page cache and around it; then read after its pages were dropped from memory (needs root), as
 //! `cat` reads it.
 
+mod measure;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,13 +20,15 @@ use clap::Parser;
 use sail_data::Position;
 use sail_train::Error;
 use sail_train::checkpoint::{Piece, RunState, Saver, Snapshot, Totals, Updates, newest};
-use sail_train::config::{Config, load};
 use sail_train::guard::GuardState;
 use sail_train::lineage::Lineage;
 use sail_train::optim::{StateKind, StatePiece};
 use sail_train::stage::Fingerprints;
 use sail_train::world::World;
+use serde::Serialize;
 use tch::{Device, Kind, Tensor};
+
+use measure::{stage, write_json};
 
 #[derive(Parser)]
 struct Args {
@@ -35,6 +39,23 @@ struct Args {
     parameters: i64,
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// Writes the result for machines
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// Seconds of each round.
+#[derive(Default, Serialize)]
+struct Report {
+    /// Training stands still while a save is taken that is written behind it.
+    blocked: Vec<f64>,
+    /// A save that is waited for.
+    waited: Vec<f64>,
+    dd: Vec<f64>,
+    dd_direct: Vec<f64>,
+    /// Verifying and reading.
+    read: Vec<f64>,
+    cat: Vec<f64>,
 }
 
 const TENSORS: i64 = 100;
@@ -44,9 +65,7 @@ const KINDS: [StateKind; 3] = [StateKind::Param, StateKind::ExpAvg, StateKind::E
 
 fn main() -> Result<(), Error> {
     let args = Args::parse();
-    let Config::Stage(mut plan) = load("configs/tiny/stage3.yaml".as_ref(), &[])? else {
-        unreachable!("invariant: the file is a stage")
-    };
+    let mut plan = stage("configs/tiny/stage3.yaml".as_ref(), &[])?;
     plan.run.dir = args.dir.join("bench-checkpoint");
     plan.checkpoint.keep_last = 1;
     fs::create_dir_all(&plan.run.dir).expect("the folder can be made");
@@ -78,7 +97,7 @@ fn main() -> Result<(), Error> {
                 guard: GuardState::default(),
                 held_out: BTreeMap::new(),
                 lineage: Lineage::default(),
-                plan: (*plan).clone(),
+                plan: plan.clone(),
             },
             trained: Piece::copies(pieces(), old)?,
             frozen: Vec::new(),
@@ -90,6 +109,7 @@ fn main() -> Result<(), Error> {
         "{:>12} {:>12} {:>12} {:>12} {:>12} {:>12} {:>12}",
         "blocked s", "waited s", "of it", "dd s", "dd direct s", "read s", "cat s"
     );
+    let mut report = Report::default();
     for _ in 0..args.rounds {
         step += 1;
         let begun = Instant::now();
@@ -118,9 +138,15 @@ fn main() -> Result<(), Error> {
             "{blocked:>12.2} {waited:>12.2} {:>11.1}% {cached:>12.2} {direct:>12.2} {read:>12.2} {cat:>12.2}",
             100.0 * blocked / waited
         );
+        report.blocked.push(blocked);
+        report.waited.push(waited);
+        report.dd.push(cached);
+        report.dd_direct.push(direct);
+        report.read.push(read);
+        report.cat.push(cat);
     }
     fs::remove_dir_all(&plan.run.dir).expect("the folder is ours");
-    Ok(())
+    write_json(args.json.as_deref(), &report)
 }
 
 /// The state as an optimizer gives it.

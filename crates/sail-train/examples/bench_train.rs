@@ -21,7 +21,7 @@ use sail_model::params::Params;
 use sail_model::weights::write_safetensors;
 use sail_train::Error;
 use sail_train::batch::to_batch;
-use sail_train::config::{Config, Module, Plan, load};
+use sail_train::config::{Module, Plan};
 use sail_train::schedule::Factors;
 use sail_train::session::Session;
 use sail_train::step::Step;
@@ -30,7 +30,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use measure::{Memory, MemoryUse, exit, io, processor_secs, write_json};
+use measure::{Memory, MemoryUse, exit, io, processor_secs, stage, usage, write_json};
 
 #[derive(Parser)]
 struct Args {
@@ -89,7 +89,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<(), Error> {
-    let plan = stage(args)?;
+    let plan = plain_stage(args)?;
     let mut session = Session::build(&plan, &Arc::new(World::alone()), None)?;
     let steps = steps(args, &mut session)?;
     if let Some(dir) = &args.dump {
@@ -109,18 +109,18 @@ fn run(args: &Args) -> Result<(), Error> {
 }
 
 /// The plan of a stage that does nothing but steps.
-fn stage(args: &Args) -> Result<Plan, Error> {
-    let file = args.config.display();
-    let Config::Stage(plan) = load(&args.config, &args.set)? else {
-        return Err(usage(format!("`{file}` is a curriculum"), "give the file of one of its stages"));
-    };
+fn plain_stage(args: &Args) -> Result<Plan, Error> {
+    let plan = stage(&args.config, &args.set)?;
     if !plan.train.unfreeze.is_empty() || plan.schedule.ada_lrs.is_some() || plan.optimizer.ema.is_some() {
         return Err(usage(
-            format!("`{file}` has unlock points, a search for a learning rate or moving averages"),
+            format!(
+                "`{}` has unlock points, a search for a learning rate or moving averages",
+                args.config.display()
+            ),
             "leave them out with `--set PATH=null`: here are plain steps alone",
         ));
     }
-    Ok(*plan)
+    Ok(plan)
 }
 
 /// The data of all steps.
@@ -289,8 +289,4 @@ fn rates(session: &Session, steps: &[Step]) -> Value {
     json!({
         "parameters": parameters, "eps": optimizer.eps, "clip_norm": optimizer.clip_norm, "factors": factors,
     })
-}
-
-fn usage(message: String, hint: impl Into<String>) -> Error {
-    Error::Usage { message, hint: hint.into() }
 }

@@ -1,10 +1,12 @@
-//! What the benches of steps and forward passes share: memory and processor time, results for machines, exit codes.
+//! What the benches share: the plan of a stage, memory and processor time, results for machines, exit codes.
+#![allow(dead_code, reason = "each bench takes what it needs")]
 
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
 use sail_train::Error;
+use sail_train::config::{Config, Plan, load};
 use serde::Serialize;
 
 const STATUS: &str = "/proc/self/status";
@@ -47,9 +49,11 @@ fn status_bytes(field: &str) -> Result<u64, Error> {
     let text = fs::read_to_string(STATUS).map_err(io(STATUS.as_ref()))?;
     let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kib.map(|kib| kib * 1024).ok_or_else(|| Error::Usage {
-        message: format!("`{STATUS}` has no line `{field}: N kB`"),
-        hint: "this bench measures memory as Linux tells it".into(),
+    kib.map(|kib| kib * 1024).ok_or_else(|| {
+        usage(
+            format!("`{STATUS}` has no line `{field}: N kB`"),
+            "this bench measures memory as Linux tells it",
+        )
     })
 }
 
@@ -62,11 +66,27 @@ pub(crate) fn processor_secs() -> Result<f64, Error> {
         after_name.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse().ok()).collect();
     match ticks[..] {
         [user, system] => Ok((user + system) as f64 / TICKS_PER_SEC),
-        _ => Err(Error::Usage {
-            message: format!("`{STAT}` has no processor times"),
-            hint: "this bench measures time as Linux tells it".into(),
-        }),
+        _ => Err(usage(
+            format!("`{STAT}` has no processor times"),
+            "this bench measures time as Linux tells it",
+        )),
     }
+}
+
+/// The plan of a stage.
+pub(crate) fn stage(config: &Path, sets: &[String]) -> Result<Plan, Error> {
+    match load(config, sets)? {
+        Config::Stage(plan) => Ok(*plan),
+        Config::Curriculum(_) => Err(usage(
+            format!("`{}` is a curriculum", config.display()),
+            "give the file of one of its stages",
+        )),
+    }
+}
+
+/// A mistake in how a bench was called.
+pub(crate) fn usage(message: String, hint: impl Into<String>) -> Error {
+    Error::Usage { message, hint: hint.into() }
 }
 
 /// Writes a result for machines, where a file is asked for.

@@ -1,0 +1,71 @@
+//! The loss, beside that of all logits, and an optimizer step, on the CPU: `cargo bench -p sail-torch`.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use sail_torch::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm, linear_cross_entropy};
+use tch::{Device, Kind, Reduction, Tensor};
+
+const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+/// Head and loss with their gradients: 256 rows of 256 against 49,152 tokens.
+fn loss(criterion: &mut Criterion) {
+    let (rows, width, vocab) = (256, 256, 49_152);
+    tch::manual_seed(7);
+    let x_rd = Tensor::randn([rows, width], FLOAT).set_requires_grad(true);
+    let head_vd = (Tensor::randn([vocab, width], FLOAT) * 0.02).set_requires_grad(true);
+    let targets_r = Tensor::randint(vocab, [rows], (Kind::Int64, Device::Cpu));
+    let weights_r = Tensor::rand([rows], FLOAT);
+    let in_one = || {
+        let made = linear_cross_entropy(&x_rd, &head_vd, &targets_r, &weights_r);
+        made.expect("the shapes fit").sum
+    };
+    let plain = || {
+        let log_probs_rv = x_rd.linear(&head_vd, None::<&Tensor>).log_softmax(-1, Kind::Float);
+        let losses_r = log_probs_rv.g_nll_loss(&targets_r, None::<&Tensor>, Reduction::None, -100);
+        (losses_r * &weights_r).sum(Kind::Float)
+    };
+    let mut group = criterion.benchmark_group("loss and gradients");
+    group.sample_size(20).throughput(Throughput::Elements(rows as u64));
+    let sums: [(&str, &dyn Fn() -> Tensor); 2] = [("linear_cross_entropy", &in_one), ("all logits", &plain)];
+    for (name, sum) in sums {
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| Tensor::run_backward(&[sum()], &[&x_rd, &head_vd], false, false));
+        });
+    }
+}
+
+/// Norm, clipping and update of 10M parameters in 400 tensors of several sizes, as a transformer has them.
+fn optimizer_step(criterion: &mut Criterion) {
+    let shapes: [&[i64]; 4] = [&[256, 256], &[256], &[128, 256], &[1]];
+    let slots: Vec<AdamWSlot> = shapes.iter().cycle().take(400).map(|shape| slot(shape)).collect();
+    let parameters: usize = slots.iter().map(|slot| slot.param.numel()).sum();
+    let grads: Vec<Tensor> = slots.iter().map(|slot| slot.grad.shallow_clone()).collect();
+    let options = AdamWOptions { lr: 1e-4, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.05 };
+    let mut group = criterion.benchmark_group("optimizer step");
+    group.throughput(Throughput::Elements(parameters as u64));
+    group.bench_function("fused_adamw", |bencher| {
+        bencher.iter(|| fused_adamw(&slots, options).expect("the slots fit"));
+    });
+    // A factor of 1 does the same work and leaves the gradients as they are.
+    let factor = Tensor::from(1f32);
+    group.bench_function("norm and clipping", |bencher| {
+        bencher.iter(|| {
+            let norm = global_norm(&grads).expect("all are on the CPU");
+            foreach_mul(&grads, &factor).expect("all are on the CPU");
+            norm
+        });
+    });
+}
+
+fn slot(shape: &[i64]) -> AdamWSlot {
+    let param = Tensor::randn(shape, FLOAT);
+    AdamWSlot {
+        grad: Tensor::randn(shape, FLOAT),
+        exp_avg: param.zeros_like(),
+        exp_avg_sq: param.zeros_like(),
+        step: Tensor::from(0f32),
+        param,
+    }
+}
+
+criterion_group!(benches, loss, optimizer_step);
+criterion_main!(benches);
