@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
 use crate::call::{check, outcome, pointers};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ffi::{self, RawError};
 
 /// `w * x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang and Sennrich 2019, eq. 4), differentiable once in both.
@@ -125,6 +125,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::Error;
 
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
     /// Rows and widths of one thread and of several, with and without a rest.
