@@ -419,6 +419,7 @@ fn report(
         data_wait_secs: step.all.data_wait_secs,
         packing: step.all.packing(session.plan.batch.tokens_per_pack),
         sent_bytes: session.world.newly_sent_bytes(),
+        feature_cache: session.cache.as_ref().map(|_| verdict.cache_use),
         peak_memory_bytes: sail_torch::memory_peak(session.device)?.map(|peak| peak.allocated),
         coverage: step.all.coverage.clone(),
     })
@@ -444,6 +445,9 @@ fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) {
         where_it_runs(session),
         session.freeze.table()
     ));
+    if let Some(cache) = &session.cache {
+        events.note(format!("{}: {cache}", plan.run.name));
+    }
 }
 
 fn where_it_runs(session: &Session) -> String {
