@@ -716,7 +716,21 @@ fn features_that_change_are_not_kept() {
         assert_eq!((said.contains(trains), said.contains(differs)), (!reencodes, reencodes), "{said}");
     }
     let edits = [("vision: frozen", "vision: { lr: 1e-4 }"), ("streams: 2", reencode.as_str())];
-    insta::assert_snapshot!(faults(&edits), @r"");
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `data.feature_cache`: the vision encoder trains in this stage, and its features change with it
+      --> stage.yaml:13
+      hint: leave it out, or freeze `train.vision` and all of it in `train.rules` and `train.unfreeze`
+
+    error: `data.feature_cache`: `data.reencode` gives an image other pixels in each epoch
+      --> stage.yaml:13
+      hint: leave one of them out
+
+    error: `data.feature_cache.dir`: must not be empty
+      --> stage.yaml:13
+
+    error: `data.feature_cache.max_bytes`: must be at least 1, found 0
+      --> stage.yaml:13
+    ");
     // None of the images is another one.
     let never = "streams: 2\n  feature_cache: { dir: x, max_bytes: 9 }\n  reencode: { probability: 0 }";
     super::plan(&super::edited(&[("streams: 2", never)]), &[]);
