@@ -10,7 +10,7 @@ use sail_model::llm::LlmConfig;
 use sail_model::params::{Init, Params, RandomSource, TensorSource};
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::vision::VisionConfig;
-use sail_model::vlm::{Batch, IGNORE, Vlm, VlmConfig, VlmSources};
+use sail_model::vlm::{Batch, IGNORE, Visual, Vlm, VlmConfig, VlmSources};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -85,7 +85,9 @@ fn batch(samples: &[&Sample]) -> Batch {
         ids_t: Tensor::from_slice(&ids),
         positions_t: Tensor::from_slice(&positions),
         cu_seqlens,
-        images: samples.iter().flat_map(|s| s.images.iter().map(Tensor::shallow_clone)).collect(),
+        images: Visual::Pixels(
+            samples.iter().flat_map(|s| s.images.iter().map(Tensor::shallow_clone)).collect(),
+        ),
         images_per_sequence: samples.iter().map(|sample| sample.images.len()).collect(),
         image_rows,
         names: samples.iter().map(|sample| sample.name.clone()).collect(),

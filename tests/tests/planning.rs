@@ -12,7 +12,7 @@ use sail_model::llm::LlmConfig;
 use sail_model::params::{Init, TensorSource};
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::vision::VisionConfig;
-use sail_model::vlm::{Batch, IGNORE, Vlm, VlmConfig, VlmSources};
+use sail_model::vlm::{Batch, IGNORE, Visual, Vlm, VlmConfig, VlmSources};
 use sail_torch::cpu_memory::measure;
 use sail_train::batch::to_batch;
 use sail_train::config::{
@@ -187,7 +187,7 @@ fn batch(config: &VlmConfig, shape: &PackShape) -> Batch {
         ids_t: longs((0..tokens).map(|row| row % 7).collect()),
         positions_t: longs(lengths.iter().flat_map(|length| 0..*length).collect()),
         cu_seqlens: [0].into_iter().chain(ends).collect(),
-        images: (shape.images > 0).then(pixels).into_iter().collect(),
+        images: Visual::Pixels((shape.images > 0).then(pixels).into_iter().collect()),
         images_per_sequence: (0..lengths.len())
             .map(|i| if i == 0 { shape.images as usize } else { 0 })
             .collect(),

@@ -9,8 +9,8 @@ use sail_model::generate::GenerateOptions;
 use sail_model::llm::LlmConfig;
 use sail_model::params::{Init, Params, RandomSource, TensorSource};
 use sail_model::projector::{ProjectorConfig, ProjectorKind};
-use sail_model::vision::VisionConfig;
-use sail_model::vlm::{Batch, IGNORE, Loss, Prompt, Vlm, VlmConfig, VlmSources};
+use sail_model::vision::{Features, VisionConfig};
+use sail_model::vlm::{Batch, IGNORE, Loss, Prompt, Visual, Vlm, VlmConfig, VlmSources};
 use sail_train::config::{Recompute, RecomputePlan};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -102,7 +102,7 @@ fn batch(samples: &[&Sample]) -> Batch {
         ids_t: all(|sample| &sample.ids),
         positions_t: Tensor::from_slice(&positions),
         cu_seqlens,
-        images: images.collect(),
+        images: Visual::Pixels(images.collect()),
         images_per_sequence: samples.iter().map(count).collect(),
         image_rows,
         names: (0..samples.len()).map(|i| format!("sample {i}")).collect(),
@@ -195,6 +195,48 @@ fn visual_tokens_take_their_places() {
         let found = gradients(&vlm, &loss);
         assert_same_gradients(&found, &gradients(&plain_vlm, &plain), 1e-4);
         assert_eq!(found.keys().any(|name| name.starts_with("vision.")), sample.tiles.is_some());
+    }
+}
+
+/// Given in place of the pixels, some of whose features were computed alone.
+#[test]
+fn features_stand_for_pixels() {
+    let samples = samples();
+    let (vlm, given) = (model_training(&["projector.", "llm."]), model_training(&["projector.", "llm."]));
+    let loss = vlm.loss_sum(&batch(&samples.each_ref())).unwrap();
+    let features = || {
+        let images: Vec<Tensor> = samples
+            .iter()
+            .filter_map(|sample| sample.tiles.as_ref())
+            .flat_map(|tiles| tiles.split(1, 0))
+            .collect();
+        let alone = images.into_iter().map(|image| given.vision().features(&[image]).unwrap());
+        let (mut parts, mut grids) = (Vec::new(), Vec::new());
+        for features in alone {
+            parts.push(features.x_td);
+            grids.extend(features.grids);
+        }
+        Features { x_td: Tensor::cat(&parts, 0), grids }
+    };
+    let mut of_features = batch(&samples.each_ref());
+    of_features.images = Visual::Features(features());
+    let found = given.loss_sum(&of_features).unwrap();
+    assert_close("loss", &found, &loss, 1e-6);
+    assert_same_gradients(&gradients(&given, &found), &gradients(&vlm, &loss), 1e-5);
+
+    let asked = |images| Prompt { images, ..prompt(&samples[0], &samples[0].ids) };
+    let of = |tiles: &Tensor| given.vision().features(&[tiles.shallow_clone()]).unwrap();
+    let tiles = samples[0].tiles.as_ref().unwrap();
+    let greedy = GenerateOptions::greedy(4, &[]);
+    let answers = [Visual::Features(of(tiles)), Visual::Pixels(vec![tiles.shallow_clone()])];
+    let answers = answers.map(|images| generate(&given, &[asked(images)], &greedy));
+    assert_eq!(answers[0], answers[1]);
+
+    let Features { x_td, grids } = features();
+    for (x_td, grids) in [(x_td.narrow(0, 1, 3), grids.clone()), (x_td.narrow(1, 1, 3), grids)] {
+        of_features.images = Visual::Features(Features { x_td, grids });
+        let error = given.loss_sum(&of_features).unwrap_err();
+        assert!(matches!(error, Error::BatchShape { field: "images", .. }), "{error}");
     }
 }
 
@@ -303,7 +345,7 @@ fn parts_that_do_not_fit_are_named() {
     wrong.image_rows.pop();
     let error = vlm.loss_sum(&wrong).unwrap_err();
     assert!(matches!(error, Error::ImageRows { rows: 3, features: 4, .. }), "{error}");
-    wrong.images.clear();
+    wrong.images = Visual::Pixels(vec![]);
     wrong.images_per_sequence = vec![0];
     let error = vlm.loss_sum(&wrong).unwrap_err();
     assert!(matches!(error, Error::ImageRows { rows: 3, features: 0, .. }), "{error}");
@@ -337,7 +379,7 @@ fn generate(vlm: &Vlm, prompts: &[Prompt], options: &GenerateOptions) -> Vec<Vec
 fn prompt(sample: &Sample, ids: &[i64]) -> Prompt {
     Prompt {
         ids: ids.to_vec(),
-        images: sample.tiles.iter().map(Tensor::shallow_clone).collect(),
+        images: Visual::Pixels(sample.tiles.iter().map(Tensor::shallow_clone).collect()),
         image_rows: sample.image_rows.clone(),
     }
 }
@@ -362,7 +404,7 @@ fn answers_are_the_likeliest_tokens() {
         assert_eq!(greedy(&sample.ids, 6, &[stop]), answer[..=end]);
         assert_eq!(greedy(&sample.ids, 0, &[]), [0i64; 0]);
     }
-    let without = Prompt { ids: vec![1, 2, 3], images: vec![], image_rows: vec![1] };
+    let without = Prompt { ids: vec![1, 2, 3], images: Visual::Pixels(vec![]), image_rows: vec![1] };
     let error = vlm.generate(&[without], &GenerateOptions::greedy(1, &[]), &mut |_, _| true).unwrap_err();
     assert!(matches!(error, Error::ImageRows { rows: 1, features: 0, .. }), "{error}");
 }
@@ -411,7 +453,7 @@ fn bf16_parameters_give_nearly_the_same_loss() {
     let bf16 = vlm.loss_sum(&batch(&samples.each_ref())).unwrap();
     assert_eq!(bf16.kind(), Kind::Float);
     assert_close("bf16", &bf16, &fp32, 0.05);
-    let prompt = Prompt { ids: vec![1, 2], images: vec![], image_rows: vec![] };
+    let prompt = Prompt { ids: vec![1, 2], images: Visual::Pixels(vec![]), image_rows: vec![] };
     assert_eq!(generate(&vlm, &[prompt], &GenerateOptions::greedy(3, &[]))[0].len(), 3);
 }
 

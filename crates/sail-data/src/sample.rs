@@ -47,6 +47,16 @@ impl Images {
         self.sizes.is_empty()
     }
 
+    /// Each by itself: its (height, width), and its pixels `[3, height, width]`.
+    pub fn iter(&self) -> impl Iterator<Item = ((usize, usize), &[f32])> {
+        let mut rest = self.pixels.as_slice();
+        self.sizes.iter().map(move |size| {
+            let (image, after) = rest.split_at(values(size));
+            rest = after;
+            (*size, image)
+        })
+    }
+
     /// Neighbours of one size: how many, their (height, width), and their pixels `[n, 3, height, width]`.
     pub fn batches(&self) -> impl Iterator<Item = (usize, (usize, usize), &[f32])> {
         let mut rest = self.pixels.as_slice();

@@ -21,7 +21,7 @@ use crate::generate::{GenerateOptions, OnToken, from_embeddings};
 use crate::llm::{Llm, LlmConfig, Trunk};
 use crate::params::{Builder, Params, ShapesOnly, TensorSource};
 use crate::projector::{Projector, ProjectorConfig};
-use crate::vision::{Vision, VisionConfig};
+use crate::vision::{Features, Vision, VisionConfig};
 
 /// The target of a row that predicts nothing.
 pub const IGNORE: i64 = -100;
@@ -48,6 +48,10 @@ impl VlmConfig {
     pub fn visual_tokens(&self, height: i64, width: i64) -> Result<i64> {
         self.projector.visual_tokens(self.vision.grid(height, width)?)
     }
+
+    fn tokens_of_grids(&self, grids: &[(i64, i64)]) -> Result<Vec<i64>> {
+        grids.iter().map(|grid| self.projector.visual_tokens(*grid)).collect()
+    }
 }
 
 /// Where the parameters of each module come from.
@@ -61,6 +65,25 @@ pub struct VlmSources<'a> {
     pub llm: &'a dyn TensorSource,
 }
 
+/// Images on the model's device, on either side of the vision transformer.
+#[derive(Debug)]
+pub enum Visual {
+    /// Batches of normalised images of one size each, `[n, 3, height, width]`; none for text alone.
+    Pixels(Vec<Tensor>),
+    /// What [`Vision::features`] gave for them earlier: the vision transformer does not run, and gets no gradient.
+    Features(Features),
+}
+
+impl Visual {
+    /// Whether there is no image.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Pixels(batches) => batches.is_empty(),
+            Self::Features(features) => features.grids.is_empty(),
+        }
+    }
+}
+
 /// A pack on the model's device.
 #[derive(Debug)]
 pub struct Batch {
@@ -70,8 +93,8 @@ pub struct Batch {
     pub positions_t: Tensor,
     /// Where each sequence ends: `[0, l0, l0 + l1, .., t]`.
     pub cu_seqlens: Vec<i64>,
-    /// Batches of normalised images of one size each, `[n, 3, height, width]`; none for text alone.
-    pub images: Vec<Tensor>,
+    /// Its images, in the order of the sequences.
+    pub images: Visual,
     /// How many of the images belong to each sequence, in order.
     pub images_per_sequence: Vec<usize>,
     /// Rows `[v]` that the visual tokens replace, without repetition, in the order of the images.
@@ -101,8 +124,8 @@ pub struct Loss {
 pub struct Prompt {
     /// Token ids up to the place of the answer.
     pub ids: Vec<i64>,
-    /// Batches of normalised images of one size each, `[n, 3, height, width]`; none without an image.
-    pub images: Vec<Tensor>,
+    /// Its images.
+    pub images: Visual,
     /// Places in `ids` that the visual tokens replace, in the order of the images.
     pub image_rows: Vec<i64>,
 }
@@ -199,16 +222,23 @@ impl Vlm {
     /// [`Error::Config`] when the sides do not divide into patches and merged patches,
     /// [`Error::BatchShape`] when a batch is not one of images.
     pub fn image_features(&self, images: &[Tensor]) -> Result<(Tensor, Vec<i64>)> {
-        let in_vision = self.enter("vision");
+        let features = self.encode(images)?;
+        let tokens = self.config.tokens_of_grids(&features.grids)?;
+        Ok((self.project(&features)?, tokens))
+    }
+
+    fn encode(&self, images: &[Tensor]) -> Result<Features> {
+        let _in_vision = self.enter("vision");
         let features = self.vision.features(images)?;
         self.listener.enter_module_backward("vision", &features.x_td)?;
-        drop(in_vision);
-        let tokens = features.grids.iter().map(|grid| self.config.projector.visual_tokens(*grid));
-        let tokens = tokens.collect::<Result<Vec<i64>>>()?;
+        Ok(features)
+    }
+
+    fn project(&self, features: &Features) -> Result<Tensor> {
         let _in_projector = self.enter("projector");
-        let x_vd = self.projector.forward(&features)?;
+        let x_vd = self.projector.forward(features)?;
         self.listener.enter_module_backward("projector", &x_vd)?;
-        Ok((x_vd, tokens))
+        Ok(x_vd)
     }
 
     /// A module computes from here on: until the span ends, as a trace shows it, or until another one does, as the
@@ -259,12 +289,15 @@ impl Vlm {
 
     /// Embeddings `[t, d]` with visual tokens in `image_rows`, which were checked to be as many. Those
     /// rows' own embeddings get no gradient.
-    fn embed(&self, ids_t: &Tensor, images: &[Tensor], image_rows: &[i64]) -> Result<Tensor> {
+    fn embed(&self, ids_t: &Tensor, images: &Visual, image_rows: &[i64]) -> Result<Tensor> {
         if images.is_empty() {
             let _in_llm = self.enter("llm");
             return Ok(self.llm.embed(ids_t));
         }
-        let (x_vd, _) = self.image_features(images)?;
+        let x_vd = match images {
+            Visual::Pixels(batches) => self.project(&self.encode(batches)?)?,
+            Visual::Features(features) => self.project(features)?,
+        };
         let _in_llm = self.enter("llm");
         // After the images: backward goes the other way round, so that the table's gradient can travel to other
         // ranks while that of the encoder is computed.
@@ -285,11 +318,9 @@ impl Vlm {
     ) -> Result<Vec<Vec<i64>>> {
         let embed = |(i, prompt): (usize, &Prompt)| -> Result<Tensor> {
             let ids_t = Tensor::from_slice(&prompt.ids).to_device(self.device);
-            let images: Vec<Tensor> =
-                prompt.images.iter().map(|batch| batch.to_device(self.device)).collect();
-            let tokens = image_tokens(&self.config, &images)?.iter().sum();
+            let tokens = image_tokens(&self.config, &prompt.images)?.iter().sum();
             check_rows(&format!("prompt {i}"), prompt.image_rows.len() as i64, tokens)?;
-            self.embed(&ids_t, &images, &prompt.image_rows)
+            self.embed(&ids_t, &prompt.images, &prompt.image_rows)
         };
         let prompts = tch::no_grad(|| prompts.iter().enumerate().map(embed).collect::<Result<Vec<_>>>())?;
         from_embeddings(&self.llm, &prompts, options, on_token)
@@ -344,10 +375,21 @@ impl Batch {
     }
 }
 
-/// Visual tokens of each image of these batches.
-fn image_tokens(config: &VlmConfig, images: &[Tensor]) -> Result<Vec<i64>> {
+/// Visual tokens of each image.
+fn image_tokens(config: &VlmConfig, images: &Visual) -> Result<Vec<i64>> {
+    let batches = match images {
+        Visual::Pixels(batches) => batches,
+        Visual::Features(Features { x_td, grids }) => {
+            let (found, rows) = (x_td.size(), grids.iter().map(|(h, w)| h * w).sum());
+            let expected = vec![rows, config.vision.hidden_size()];
+            if found != expected {
+                return Err(Error::BatchShape { field: "images", found, expected });
+            }
+            return config.tokens_of_grids(grids);
+        }
+    };
     let mut tokens = Vec::new();
-    for batch in images {
+    for batch in batches {
         let found = batch.size();
         let [n, 3, height, width] = found[..] else {
             let px = config.vision.image_size();
@@ -380,7 +422,7 @@ mod tests {
             positions_t: none(),
             // An image after two rows, text alone, images at the beginning and at the end.
             cu_seqlens: vec![0, 5, 8, 12],
-            images: vec![],
+            images: Visual::Pixels(vec![]),
             images_per_sequence: vec![1, 0, 2],
             image_rows: vec![2, 3, 8, 11],
             names: vec![],

@@ -20,7 +20,7 @@ use sail_data::{IGNORE, Images, Pack, Sample, SampleId};
 use sail_model::params::Params;
 use sail_model::weights::write_safetensors;
 use sail_train::Error;
-use sail_train::batch::to_batch;
+use sail_train::batch::{to_batch, to_images};
 use sail_train::config::{Module, Plan};
 use sail_train::schedule::Factors;
 use sail_train::session::Session;
@@ -253,7 +253,7 @@ fn fields(pack: &Pack) -> Result<Vec<(&'static str, Tensor)>, Error> {
         ("targets", batch.targets_t),
         ("weights", batch.weights_t),
     ];
-    match &batch.images[..] {
+    match &to_images(&pack.images, Device::Cpu)[..] {
         [] => {}
         [images] => {
             fields.push(("images", images.shallow_clone()));

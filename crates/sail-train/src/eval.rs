@@ -9,11 +9,11 @@ use std::fmt;
 
 use sail_data::{DataSpec, LossWeight, Pack, Role, Sample, TextEncoder, read_samples};
 use sail_model::generate::GenerateOptions;
-use sail_model::vlm::{Prompt, Vlm};
+use sail_model::vlm::Prompt;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, no_grad};
+use tch::{Kind, no_grad};
 
-use crate::batch::{to_batch, to_images};
+use crate::batch::Feed;
 use crate::config::EvalPlan;
 use crate::error::{Error, Result};
 use crate::world::World;
@@ -130,18 +130,12 @@ impl Evaluator {
         self.sources.values().flatten().find(|sample| !sample.images.is_empty())
     }
 
-    /// Measures `model`, without a graph. The ranks of `world` share the work; every rank makes the same call and
+    /// Measures the model, without a graph. The ranks of `world` share the work; every rank makes the same call and
     /// gets the same report.
     ///
     /// # Errors
     /// [`Error::HeldOutNotFinite`], on all ranks; those of the model and of c10d.
-    pub fn run(
-        &self,
-        model: &Vlm,
-        encoder: &TextEncoder,
-        device: Device,
-        world: &World,
-    ) -> Result<EvalReport> {
+    pub fn run(&self, feed: Feed<'_>, encoder: &TextEncoder, world: &World) -> Result<EvalReport> {
         let mut turns = Turns { world, next: 0 };
         let mut sums = Vec::new();
         let mut answers = BTreeMap::new();
@@ -152,14 +146,14 @@ impl Evaluator {
                 let (own, other) = exchange_images(&with_image);
                 let alone = |sample: &&&Sample| !own.iter().any(|exchanged| exchanged.id == sample.id);
                 let rest: Vec<&Sample> = with_image.iter().filter(alone).copied().chain(without).collect();
-                let true_image = self.loss(model, own.iter().copied(), device, &mut turns)?;
-                let shuffled = self.loss(model, other.iter(), device, &mut turns)?;
-                let rest = self.loss(model, rest.into_iter(), device, &mut turns)?;
+                let true_image = self.loss(feed, own.iter().copied(), &mut turns)?;
+                let shuffled = self.loss(feed, other.iter(), &mut turns)?;
+                let rest = self.loss(feed, rest.into_iter(), &mut turns)?;
                 sums.extend([true_image, shuffled, rest].map(|sum| [sum.loss, sum.tokens]));
                 for sample in samples.iter().take(self.plan.generate) {
                     let turn = turns.next;
                     if turns.is_mine() {
-                        answers.insert(turn, self.answer(model, encoder, sample, device)?);
+                        answers.insert(turn, self.answer(feed, encoder, sample)?);
                     }
                 }
             }
@@ -199,9 +193,8 @@ impl Evaluator {
     /// Over those of the packs of `samples` that are this rank's turn.
     fn loss<'a>(
         &self,
-        model: &Vlm,
+        feed: Feed<'_>,
         samples: impl Iterator<Item = &'a Sample>,
-        device: Device,
         turns: &mut Turns<'_>,
     ) -> Result<Sum> {
         let mut sum = Sum::default();
@@ -211,7 +204,7 @@ impl Evaluator {
             let samples = std::mem::take(pack);
             if !samples.is_empty() && turns.is_mine() {
                 let pack = Pack::collate(&samples);
-                let loss = model.loss_sum(&to_batch(&pack, device))?.to_kind(Kind::Double).double_value(&[]);
+                let loss = feed.model.loss_sum(&feed.batch(&pack)?)?.to_kind(Kind::Double).double_value(&[]);
                 sum.add(Sum { loss, tokens: pack.weight_sum() });
             }
             Ok(())
@@ -228,21 +221,15 @@ impl Evaluator {
         Ok(sum)
     }
 
-    fn answer(
-        &self,
-        model: &Vlm,
-        encoder: &TextEncoder,
-        sample: &Sample,
-        device: Device,
-    ) -> Result<Generation> {
+    fn answer(&self, feed: Feed<'_>, encoder: &TextEncoder, sample: &Sample) -> Result<Generation> {
         let asked = sample.prompt();
         let prompt = Prompt {
             ids: asked.prompt.ids,
-            images: to_images(&asked.images, device),
+            images: feed.images(&asked.images)?,
             image_rows: asked.prompt.image_rows,
         };
         let options = GenerateOptions::greedy(self.plan.max_new_tokens, encoder.stop_ids());
-        let ids = model.generate(&[prompt], &options, &mut |_, _| true)?.pop().unwrap_or_default();
+        let ids = feed.model.generate(&[prompt], &options, &mut |_, _| true)?.pop().unwrap_or_default();
         Ok(Generation {
             sample: sample.id.to_string(),
             question: sample

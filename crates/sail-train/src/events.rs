@@ -22,6 +22,7 @@ use crate::clock::Parts;
 use crate::config::{Amount, Module, Plan, Progress, UnlockPlan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
+use crate::feature_cache::CacheUse;
 use crate::freeze::RatesByName;
 use crate::schedule::is_due;
 use crate::step::Packing;
@@ -120,6 +121,8 @@ pub struct StepReport {
     pub packing: Packing,
     /// Bytes that each rank sent to the others.
     pub sent_bytes: u64,
+    /// How its images were come by, where features are kept.
+    pub feature_cache: Option<CacheUse>,
     /// The most memory of this rank's device that tensors have held so far, bytes; None on the CPU.
     pub peak_memory_bytes: Option<u64>,
     /// What was seen of each source since the start of the stage.
@@ -165,6 +168,8 @@ pub struct Events {
     /// How far the stage had come when this process began, and how far it is now.
     began: Progress,
     at: Progress,
+    /// How the images of all steps of this process were come by, where features are kept.
+    cache_use: Option<CacheUse>,
     /// Lines of steps that may yet be undone, while a trial runs.
     trial: Option<Vec<Value>>,
 }
@@ -196,7 +201,17 @@ impl Events {
             console.bars.add(bar)
         });
         let started = Instant::now();
-        Ok(Self { console, bar, files, plan: plan.clone(), started, began: at, at, trial: None })
+        Ok(Self {
+            console,
+            bar,
+            files,
+            plan: plan.clone(),
+            started,
+            began: at,
+            at,
+            cache_use: None,
+            trial: None,
+        })
     }
 
     /// Prints a message.
@@ -214,7 +229,11 @@ impl Events {
             "data_wait_secs": report.data_wait_secs, "parts_secs": report.parts, "tokens_per_sec": tokens_per_sec,
             "flops": report.flops, "mfu": report.mfu, "sent_bytes": report.sent_bytes, "packing": report.packing,
             "peak_memory_bytes": report.peak_memory_bytes, "coverage": report.coverage,
+            "feature_cache": report.feature_cache,
         });
+        if let Some(cache_use) = report.feature_cache {
+            self.cache_use.get_or_insert_default().add(cache_use);
+        }
         match &mut self.trial {
             Some(lines) => lines.push(line),
             None => self.write(&line),
@@ -377,10 +396,13 @@ impl Events {
         }
     }
 
-    /// Removes the bar. What could not be written until now is not written any more.
+    /// Removes the bar, and tells what a cache was good for. What could not be written until now is not written any more.
     pub fn close(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
+        }
+        if let Some(cache_use) = self.cache_use.take() {
+            self.note(format!("{}: {cache_use}", self.plan.run.name));
         }
         let files = self.files.iter_mut().flat_map(|files| [&mut files.metrics, &mut files.trips]);
         for lines in files {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use sail_data::load_image;
 use sail_model::generate::GenerateOptions;
-use sail_model::vlm::Prompt;
+use sail_model::vlm::{Prompt, Visual};
 
 use crate::batch::to_images;
 use crate::error::{Error, Result};
@@ -48,7 +48,7 @@ pub fn answer(trained: &Trained, question: &Question, show: &mut dyn FnMut(&str)
     let prompt = trained.encoder.prompt(question.prompt, &visual_tokens)?;
     let prompt = Prompt {
         ids: prompt.ids,
-        images: images.iter().flat_map(|images| to_images(images, trained.device)).collect(),
+        images: Visual::Pixels(images.iter().flat_map(|images| to_images(images, trained.device)).collect()),
         image_rows: prompt.image_rows,
     };
     let mut options = question.options.clone();

@@ -18,6 +18,7 @@
 //! | what a checkpoint is | [`checkpoint`] |
 //! | who may stop a run | [`stopping`] |
 //! | what is done about harmful steps | [`guard`], `first_step`, [`replay`] |
+//! | what saves a frozen vision encoder its work | [`feature_cache`] |
 //! | the held-out measures | [`eval`] |
 //! | exported folders | [`export`] |
 //! | a trained model in use | [`trained`], [`generate`], [`score`], [`embed`] |
@@ -38,6 +39,7 @@ pub mod estimate;
 pub mod eval;
 pub mod events;
 pub mod export;
+pub mod feature_cache;
 mod first_step;
 pub mod freeze;
 pub mod generate;

@@ -18,7 +18,7 @@ use crate::train_loop::{RunOptions, SUMMARY, StageSummary};
 use crate::world::World;
 
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 16] = [
+const HARMLESS: [&str; 17] = [
     "run.name",
     "run.dir",
     "run.time_limit_secs",
@@ -26,6 +26,7 @@ const HARMLESS: [&str; 16] = [
     "batch.recompute",
     "data.threads",
     "data.store",
+    "data.feature_cache",
     "parallel.strategy",
     "parallel.bucket_mb",
     "parallel.timeout_secs",

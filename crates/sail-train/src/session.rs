@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::ada_lrs::AdaLrs;
-use crate::batch::to_batch;
+use crate::batch::Feed;
 use crate::checkpoint::{Checkpoint, Piece, RunState, Snapshot, Totals, Untouched};
 use crate::clock::{Clock, Part};
 use crate::config::{GuardAction, Module, Plan, Progress, UnlockPlan};
@@ -26,6 +26,7 @@ use crate::error::Result;
 use crate::estimate::PackFlops;
 use crate::eval::{EvalReport, Evaluator};
 use crate::events::Standing;
+use crate::feature_cache::{CacheUse, FeatureCache};
 use crate::first_step::FirstStep;
 use crate::freeze::FreezePlan;
 use crate::guard::{GuardState, Trip};
@@ -67,6 +68,8 @@ pub struct Session {
     pub step: u64,
     /// What was trained on so far.
     pub totals: Totals,
+    /// Features of images by its vision encoder, where they are kept.
+    pub cache: Option<FeatureCache>,
     /// The ranks that train it together.
     pub world: Arc<World>,
     /// Where the time of a step goes.
@@ -99,6 +102,8 @@ pub struct Session {
     held_out: BTreeMap<u64, f64>,
     /// What this process measured last, and after which step.
     measured: Option<(u64, EvalReport)>,
+    /// How the images of the step that is being made were come by, on this rank.
+    cache_use: CacheUse,
     /// Where this rank's data stood before the step that is being made.
     before: Position,
 }
@@ -147,6 +152,8 @@ impl Session {
         if let Some(checkpoint) = resume {
             restore(&mut optimizer, checkpoint)?;
         }
+        let open = |cache| FeatureCache::open(cache, &config.vision, &started_from, (precision, device));
+        let cache = plan.data.feature_cache.as_ref().map(open).transpose()?;
         let then = resume.map(Checkpoint::state);
         let lineage = match (then, &init) {
             (Some(then), _) => then.lineage.clone(),
@@ -174,6 +181,7 @@ impl Session {
             precision,
             step: then.map_or(0, |then| then.step),
             totals: then.map_or_else(Totals::default, |then| then.totals),
+            cache,
             world: Arc::clone(world),
             clock,
             peak,
@@ -192,6 +200,7 @@ impl Session {
             aside: None,
             held_out: then.map_or_else(BTreeMap::new, |then| then.held_out.clone()),
             measured: None,
+            cache_use: CacheUse::default(),
             before,
         })
     }
@@ -288,11 +297,16 @@ impl Session {
                 self.world.goes_on();
             }
             self.world.doing(self.step + 1, "waiting for the data of the others");
+            let mut flops = self.pack_flops.of(&packs);
+            if self.cache.is_some() {
+                // What is read back takes none; what has to be made for that first is not counted.
+                flops.insert(Module::Vision, 0);
+            }
             let share = Share {
                 ended: self.loader.has_ended(),
                 data_wait_secs: started.elapsed().as_secs_f64(),
                 coverage: self.loader.tallies(),
-                flops: self.pack_flops.of(&packs),
+                flops,
                 ..Share::of(&packs)
             };
             let all = Share::all(self.world.gather(&share)?);
@@ -311,13 +325,15 @@ impl Session {
     pub fn accumulate(&mut self, step: &Step) -> Result<Tensor> {
         self.world.doing(self.step + 1, "computing gradients");
         let mut total = Tensor::zeros([], (Kind::Float, self.device));
+        // Of an evaluation before.
+        self.take_cache_use();
         let trains_router = self.optimizer.names().any(|name| name.contains(ROUTER));
         for pass in 0..step.passes {
             self.world.goes_on();
             self.optimizer.begin_pass(pass, step.passes);
             if let Some(pack) = step.packs.get(pass) {
                 self.clock.enter(Part::ToDevice);
-                let batch = to_batch(pack, self.device);
+                let batch = self.feed().batch(pack)?;
                 // Told of the modules by the model, of which the language model comes last and goes back first.
                 let Loss { sum, balance, .. } = self.model.loss(&batch)?;
                 let mut loss = sum / step.all.weight;
@@ -335,7 +351,16 @@ impl Session {
             }
             self.optimizer.end_pass()?;
         }
+        self.cache_use = self.take_cache_use();
         Ok(total)
+    }
+
+    fn feed(&self) -> Feed<'_> {
+        Feed { model: &self.model, device: self.device, cache: self.cache.as_ref() }
+    }
+
+    fn take_cache_use(&self) -> CacheUse {
+        self.cache.as_ref().map_or_else(CacheUse::default, FeatureCache::take_used)
     }
 
     /// Puts the ranks' losses and gradient norms together, clips, and reads what all ranks decide by: the one
@@ -344,8 +369,16 @@ impl Session {
         self.world.doing(self.step + 1, "agreeing on the step");
         self.clock.enter(Part::Optimizer);
         // Made on the device: a copy from the host would wait for all that is queued there.
-        let flag = |set: bool| Tensor::f_full([], f64::from(set), (Kind::Double, self.device));
-        let own = [loss, &self.optimizer.squared_norm()?, &flag(stop)?, &flag(saved)?];
+        let number = |number: f64| Tensor::f_full([], number, (Kind::Double, self.device));
+        let CacheUse { hits, misses } = self.cache_use;
+        let own = [
+            loss,
+            &self.optimizer.squared_norm()?,
+            &number(f64::from(stop))?,
+            &number(f64::from(saved))?,
+            &number(hits as f64)?,
+            &number(misses as f64)?,
+        ];
         let sums = Tensor::stack(&own.map(|value| value.to_kind(Kind::Double)), 0);
         if let Some(group) = self.world.group() {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
@@ -361,6 +394,7 @@ impl Session {
             grad_norm: read[1].sqrt(),
             stop: read[2] > 0.0,
             saved: read[3] as usize == self.world.size(),
+            cache_use: CacheUse { hits: read[4] as u64, misses: read[5] as u64 },
         })
     }
 
@@ -431,9 +465,8 @@ impl Session {
         let Some(evaluator) = &self.evaluator else { return Ok(None) };
         let _span = span("evaluation");
         self.world.doing(self.step, "evaluating");
-        let report = self
-            .optimizer
-            .with_averages(|| evaluator.run(&self.model, &self.encoder, self.device, &self.world))?;
+        let run = || evaluator.run(self.feed(), &self.encoder, &self.world);
+        let report = self.optimizer.with_averages(run)?;
         self.held_out.insert(self.step, report.total.loss);
         self.measured = Some((self.step, report.clone()));
         Ok(Some(report))
@@ -591,4 +624,6 @@ pub struct Verdict {
     pub stop: bool,
     /// Whether all ranks have done their part of the save under way.
     pub saved: bool,
+    /// How all ranks' images were come by; zeros without a cache.
+    pub cache_use: CacheUse,
 }

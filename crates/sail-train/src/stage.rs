@@ -7,9 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use sail_model::params::Params;
+use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor, no_grad};
 
-use crate::config::Module;
+use crate::config::{Module, hex};
 use crate::error::{Error, Result};
 
 /// The module a full parameter name belongs to: what stands before the first dot.
@@ -49,13 +50,29 @@ impl Fingerprints {
 
     /// One number for all parameters of a module.
     pub fn of_module(&self, module: Module) -> String {
-        let prefix = format!("{module}.");
         let mut hash = crc32fast::Hasher::new();
-        for (name, print) in self.0.iter().filter(|(name, _)| name.starts_with(&prefix)) {
+        for (name, print) in self.of(module) {
             hash.update(name.as_bytes());
             hash.update(&print.to_le_bytes());
         }
         format!("{:08x}", hash.finalize())
+    }
+
+    /// A hash of the names and numbers of a module's parameters, in lower-case hexadecimal: for keys among many others,
+    /// where that of [`Fingerprints::of_module`] is too short.
+    pub fn digest_of(&self, module: Module) -> String {
+        let mut hash = Sha256::new();
+        for (name, print) in self.of(module) {
+            hash.update(name);
+            hash.update([0]);
+            hash.update(print.to_le_bytes());
+        }
+        hex(&hash.finalize())
+    }
+
+    fn of(&self, module: Module) -> impl Iterator<Item = (&String, &i64)> {
+        let prefix = format!("{module}.");
+        self.0.iter().filter(move |(name, _)| name.starts_with(&prefix))
     }
 
     /// Checks, wherever and whenever wanted, that what is not in `trained` is as these say.

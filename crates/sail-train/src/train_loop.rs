@@ -433,6 +433,7 @@ fn report(
         flops: step.all.flops.clone(),
         packing: step.all.packing(session.plan.batch.tokens_per_pack),
         sent_bytes: session.world.newly_sent_bytes(),
+        feature_cache: session.cache.as_ref().map(|_| verdict.cache_use),
         peak_memory_bytes: sail_torch::memory_peak(session.device)?.map(|peak| peak.allocated),
         coverage: step.all.coverage.clone(),
     })
@@ -460,6 +461,9 @@ fn announce(session: &Session, events: &Events, resume: Option<&Checkpoint>) {
     ));
     if let Some(missing) = session.peak.missing() {
         events.note(format!("{}: {missing}", plan.run.name));
+    }
+    if let Some(cache) = &session.cache {
+        events.note(format!("{}: {cache}", plan.run.name));
     }
 }
 

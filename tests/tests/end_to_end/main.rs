@@ -8,6 +8,7 @@ mod curriculum;
 mod data;
 mod exports;
 mod faults;
+mod features;
 mod first_step;
 mod guards;
 mod hub;

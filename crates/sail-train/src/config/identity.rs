@@ -38,10 +38,7 @@ impl Plan {
     pub fn hash(&self) -> String {
         let mut value = self.to_json();
         value.sort_all_objects();
-        Sha256::digest(value.to_string().as_bytes()).iter().fold(String::new(), |mut text, byte| {
-            write!(text, "{byte:02x}").expect("invariant: writing to a String cannot fail");
-            text
-        })
+        hex(&Sha256::digest(value.to_string().as_bytes()))
     }
 
     /// Every value by its path, and what reads it: what two ranks must have alike to work together.
@@ -69,6 +66,14 @@ impl Plan {
     fn to_json(&self) -> Value {
         serde_json::to_value(self).expect("invariant: a plan has only text keys and finite numbers")
     }
+}
+
+/// In lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("invariant: writing to a String cannot fail");
+        text
+    })
 }
 
 /// Lists the leaves under a path. Empty lists and mappings are leaves.

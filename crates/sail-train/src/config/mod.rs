@@ -42,12 +42,13 @@ use std::path::{Path, PathBuf};
 
 pub use error::{ConfigError, ConfigErrors, Origin, Problem};
 pub use identity::Difference;
+pub(crate) use identity::hex;
 pub use path::{FieldPath, Step};
 pub use plan::{
     AdaLrsPlan, AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EarlyStopPlan, EmaPlan, EvalPlan,
-    ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan,
-    RecomputePlan, RulePlan, RunPlan, SchedulePlan, TrainPlan, UnlockPlan, VisionPlan, VisualShape,
-    WatchdogPlan,
+    ExportPlan, FeatureCachePlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan,
+    ParallelPlan, Plan, RecomputePlan, RulePlan, RunPlan, SchedulePlan, TrainPlan, UnlockPlan, VisionPlan,
+    VisualShape, WatchdogPlan,
 };
 pub use schema::schema;
 pub use select::Selector;

@@ -403,8 +403,20 @@ pub struct DataPlan {
     pub std: [f64; 3],
     /// How shards are fetched and kept.
     pub store: StoreSpec,
+    /// Where features of a frozen vision encoder are kept, if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub feature_cache: Option<FeatureCachePlan>,
     /// What is mixed, at least one.
     pub sources: Vec<SourceSpec>,
+}
+
+/// Features of images by a vision encoder that the stage never trains, see [`crate::feature_cache`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FeatureCachePlan {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Most bytes in it, at least 1.
+    pub max_bytes: u64,
 }
 
 /// Images at their own aspect ratio.

@@ -79,6 +79,8 @@ pub(super) struct RawData {
     pub(super) std: [f64; 3],
     /// How shards are fetched and kept.
     pub(super) store: RawStore,
+    /// Keeps what a vision encoder that never trains makes of images. Default: none.
+    pub(super) feature_cache: Option<RawFeatureCache>,
     /// What is mixed. At least one is required.
     pub(super) sources: Option<Vec<RawSource>>,
 }
@@ -112,6 +114,7 @@ impl Default for RawData {
             mean: [0.485, 0.456, 0.406],
             std: [0.229, 0.224, 0.225],
             store: RawStore::default(),
+            feature_cache: None,
             sources: None,
         }
     }
@@ -213,6 +216,18 @@ pub(super) struct RawCache {
     /// The folder; processes may share it. Required.
     pub(super) dir: Option<PathBuf>,
     /// Most bytes in it; the shards used longest ago go first. Required.
+    pub(super) max_bytes: Option<u64>,
+}
+
+/// `data.feature_cache`. The features of an image are computed once, by itself, and read back in later epochs, steps,
+/// evaluations and runs that see the same pixels with the same encoder in the same dtype. For stages whose `train.vision`
+/// is frozen throughout, without `data.reencode`. docs/data.md says when it pays.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawFeatureCache {
+    /// The folder; ranks and runs may share it. What is in it may be removed at any time. Required.
+    pub(super) dir: Option<PathBuf>,
+    /// Most bytes in it, those of other encoders included; then no more is added. Required.
     pub(super) max_bytes: Option<u64>,
 }
 

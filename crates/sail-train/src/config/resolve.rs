@@ -51,7 +51,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
     let train = resolve_train::train(checker, raw.train, &raw.optimizer, schedule.as_ref());
     let optimizer = resolve_train::optimizer(checker, raw.optimizer, train.as_ref());
     let batch = batch(checker, &raw.batch);
-    let data = resolve_data::data(checker, raw.data, batch.as_ref());
+    let data = resolve_data::data(checker, raw.data, batch.as_ref(), train.as_ref());
     let parallel = parallel(checker, &raw.parallel);
     let checkpoint = checkpoint(checker, &raw.checkpoint);
     let guard = guard(checker, &raw.guard);
@@ -135,7 +135,7 @@ fn early_stop(checker: &mut Checker<'_>, plan: &Plan) {
 
 /// A section that is not wanted is fine; one that is wanted and failed is not.
 #[expect(clippy::option_option, reason = "outer: whether it resolved; inner: whether it is wanted")]
-fn wanted<T>(section: Option<Option<T>>) -> Option<Option<T>> {
+pub(super) fn wanted<T>(section: Option<Option<T>>) -> Option<Option<T>> {
     match section {
         None => Some(None),
         Some(resolved) => resolved.map(Some),

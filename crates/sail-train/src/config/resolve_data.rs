@@ -7,15 +7,20 @@ use sail_data::{
 };
 
 use super::check::Checker;
-use super::plan::{AnyResolutionPlan, BatchPlan, DataPlan, EvalPlan};
+use super::plan::{AnyResolutionPlan, BatchPlan, DataPlan, EvalPlan, FeatureCachePlan, TrainPlan};
 use super::raw::RawEval;
-use super::raw_data::{RawData, RawImageTokens, RawSource, RawStore, RawTiling};
+use super::raw_data::{RawData, RawFeatureCache, RawImageTokens, RawSource, RawStore, RawTiling};
 use super::raw_values::RawList;
-use super::resolve::every;
-use super::values::VisualBalance;
+use super::resolve::{every, wanted};
+use super::values::{Module, VisualBalance};
 
-/// Resolves `data`; `batch` is `None` where it failed itself.
-pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&BatchPlan>) -> Option<DataPlan> {
+/// Resolves `data`; `batch` and `train` are `None` where they failed themselves.
+pub(super) fn data(
+    checker: &mut Checker<'_>,
+    raw: RawData,
+    batch: Option<&BatchPlan>,
+    train: Option<&TrainPlan>,
+) -> Option<DataPlan> {
     // The upper ends are far above any use; beyond them a slip of the pen takes the machine down.
     for (path, count, most) in [
         ("data.streams", raw.streams, 65_536),
@@ -85,6 +90,10 @@ pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&Batch
         Reencode { probability: share, quality: raw.quality }
     });
     let store = store(checker, raw.store);
+    let feature_cache = match raw.feature_cache {
+        None => None,
+        Some(cache) => Some(feature_cache(checker, cache, train, reencode)),
+    };
     let sources = sources(checker, "data.sources", raw.sources);
     Some(DataPlan {
         streams: raw.streams,
@@ -113,6 +122,7 @@ pub(super) fn data(checker: &mut Checker<'_>, raw: RawData, batch: Option<&Batch
         mean: raw.mean,
         std: raw.std,
         store: store?,
+        feature_cache: wanted(feature_cache)?,
         sources: sources?,
     })
 }
@@ -147,6 +157,37 @@ fn store(checker: &mut Checker<'_>, raw: RawStore) -> Option<StoreSpec> {
         }
     };
     Some(StoreSpec { retries, timeout_secs, read_ahead_bytes, cache })
+}
+
+/// Features that may be kept: those that the same pixels give all through the stage, of pixels that come again.
+fn feature_cache(
+    checker: &mut Checker<'_>,
+    raw: RawFeatureCache,
+    train: Option<&TrainPlan>,
+    reencode: Option<Reencode>,
+) -> Option<FeatureCachePlan> {
+    let path = "data.feature_cache";
+    if train.is_some_and(|train| train.ever_trains(Module::Vision)) {
+        checker.invalid_with_hint(
+            path,
+            "the vision encoder trains in this stage, and its features change with it",
+            "leave it out, or freeze `train.vision` and all of it in `train.rules` and `train.unfreeze`",
+        );
+    }
+    if reencode.is_some_and(|reencode| reencode.probability > 0.0) {
+        checker.invalid_with_hint(
+            path,
+            "`data.reencode` gives an image other pixels in each epoch",
+            "leave one of them out",
+        );
+    }
+    let dir = checker.required("data.feature_cache.dir", raw.dir);
+    let max_bytes = checker.required("data.feature_cache.max_bytes", raw.max_bytes);
+    if dir.as_ref().is_some_and(|dir| dir.as_os_str().is_empty()) {
+        checker.invalid("data.feature_cache.dir", "must not be empty");
+    }
+    checker.expect(max_bytes != Some(0), "data.feature_cache.max_bytes", "must be at least 1", 0);
+    Some(FeatureCachePlan { dir: dir?, max_bytes: max_bytes? })
 }
 
 /// Pack g comes from stream g mod `streams`: only when one number divides the other does every step draw from the

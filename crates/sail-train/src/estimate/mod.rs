@@ -78,6 +78,8 @@ pub struct StageEstimate {
     pub packs_per_rank: u64,
     /// Its steps and what they take together.
     pub course: Course,
+    /// What its features take on disk, where they are kept.
+    pub feature_cache: Option<FeatureSpace>,
     /// The passes over one pack.
     pub pass: Pass,
     /// Collectives of gradients a pass, that is buckets.
@@ -86,6 +88,17 @@ pub struct StageEstimate {
     pub strategies: Vec<StrategyEstimate>,
     /// What would keep a run from being so.
     pub warnings: Vec<String>,
+}
+
+/// Features of images on disk, bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FeatureSpace {
+    /// Of an image, the largest there is.
+    pub image_bytes: u64,
+    /// Images of the stage, as if none came twice.
+    pub images: f64,
+    /// Most that is kept.
+    pub max_bytes: u64,
 }
 
 /// Parameters of a module.
@@ -136,6 +149,11 @@ impl StageEstimate {
             warnings
                 .push(format!("fp32 weights take {gib:.3} GiB while the model is built, more than training"));
         }
+        let feature_cache = plan.data.feature_cache.as_ref().map(|cache| FeatureSpace {
+            image_bytes: pack.patches_per_image * config.vision.hidden_size() as u64 * backend.compute_bytes,
+            images: course.stage.packs * pack.images as f64,
+            max_bytes: cache.max_bytes,
+        });
         Ok(Self {
             name: plan.run.name.clone(),
             planned: plan.parallel.strategy,
@@ -146,6 +164,7 @@ impl StageEstimate {
             tokens_per_image,
             packs_per_rank: (plan.batch.packs_per_step as u64).div_ceil(cluster.world),
             course,
+            feature_cache,
             buckets: last.buckets(),
             strategies: strategies.into(),
             warnings,

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::link::Cluster;
-use super::{Counts, Phase, StageEstimate, StrategyEstimate};
+use super::{Counts, FeatureSpace, Phase, StageEstimate, StrategyEstimate};
 use crate::config::Module;
 use crate::stage::grouped;
 
@@ -109,6 +109,17 @@ impl StageEstimate {
         }
         if course.stops_early {
             writeln!(f, "or less: `schedule.early_stop` may end it earlier")?;
+        }
+        if let Some(FeatureSpace { image_bytes, images, max_bytes }) = self.feature_cache {
+            let all = images * image_bytes as f64;
+            writeln!(
+                f,
+                "its features on disk: {} an image, {} for {} images if none comes twice; at most {}",
+                short(image_bytes as f64, "B"),
+                short(all, "B"),
+                rounded(images),
+                short(max_bytes as f64, "B"),
+            )?;
         }
         Ok(())
     }
@@ -358,6 +369,16 @@ mod tests {
         let text = tables("stage1.yaml", 2, &["batch.tokens_per_pack=32"], &guess);
         let warning = "warning: fp32 weights take 0.025 GiB while the model is built, more than training";
         assert!(text.contains(warning), "{text}");
+    }
+
+    #[test]
+    fn kept_features_have_their_size() {
+        let cache = "data.feature_cache={dir: runs/features, max_bytes: 5000000}";
+        let guess = PackGuess { visual_tokens: Some(64), ..PackGuess::default() };
+        let text = tables("stage1.yaml", 2, &[cache], &guess);
+        // 12 steps of 2 packs of 4 images; 64 patches of 192 numbers in bf16.
+        let said = "its features on disk: 24.6 kB an image, 2.36 MB for 96 images if none comes twice; at most 5.00 MB";
+        assert!(text.contains(said), "{text}");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use sail_model::attention::Segments;
 use sail_model::llm::{Llm, LlmConfig};
 use sail_model::params::{Builder, Params};
 use sail_model::vision::{self, Vision, VisionConfig, VisionExport, VitLayout};
-use sail_model::vlm::{Batch, Vlm, VlmConfig, VlmSources};
+use sail_model::vlm::{Batch, Visual, Vlm, VlmConfig, VlmSources};
 use sail_model::weights::{FileSource, Folder, Naming, arrange, read_json};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -222,7 +222,7 @@ fn sample_losses(model: &Vlm, encoder: &TextEncoder, image: &ImageSpec) -> Resul
         ids_t: Tensor::from_slice(&encoded.ids),
         positions_t: Tensor::arange(rows, (Kind::Int64, Device::Cpu)),
         cu_seqlens: vec![0, rows],
-        images: vec![pattern(image.tile_px)],
+        images: Visual::Pixels(vec![pattern(image.tile_px)]),
         images_per_sequence: vec![1],
         image_rows: encoded.image_rows,
         names: vec!["the sample conversation".to_owned()],

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use Course::{Ends, GoesOn};
 
 use super::{assert_nothing_lost, job};
-use crate::processes::{Job, Process, all_end, until};
+use crate::processes::{Job, Process, all_end, assert_same, until};
 
 const WITHIN: Duration = Duration::from_secs(60);
 const STEPS: &str = "schedule.steps=32";
@@ -50,6 +50,21 @@ fn every_fault_of_a_disk() {
         read_only_folder(course);
         failing_write(course);
     }
+}
+
+/// A run goes on without what a full disk cannot keep for it.
+#[test]
+fn a_full_disk_of_features() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(_disk) = Mount::tmpfs(folder.path(), "size=1m") else { return };
+    let plain = Job::new(&["checkpoint.every=4"]);
+    plain.run(plain.alone(), 0);
+    let cache = format!("data.feature_cache={{dir: {}, max_bytes: 100000000}}", folder.path().display());
+    let job = Job::new(&["checkpoint.every=4", &cache]);
+    let said = job.run(job.alone(), 0);
+    assert!(said.contains("No space left on device"), "{said}");
+    assert!(said.contains("this process keeps no more features"), "{said}");
+    assert_same("a full disk", &job, &plain);
 }
 
 fn full_disk(course: Course) {

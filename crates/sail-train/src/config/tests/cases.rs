@@ -26,7 +26,7 @@ pub(crate) fn edited(edits: &[(&str, &str)]) -> String {
 }
 
 /// A piece of [`STAGE`] and what stands there instead.
-const SLIPS: [(&str, &str); 88] = [
+const SLIPS: [(&str, &str); 91] = [
     // Names.
     ("run: {", "runs: {"),
     ("dir: runs/demo", "dir: runs/demo, sed: 1"),
@@ -64,6 +64,8 @@ const SLIPS: [(&str, &str); 88] = [
     ("vision: frozen", "vision: 0"),
     ("vision: frozen", "vision: [frozen]"),
     ("{ steps: 60 }", "{ steps: 60, warmup: 10 % of it }"),
+    ("streams: 2", "streams: 2\n  feature_cache: { dir: features, max_gb: 5 }"),
+    ("streams: 2", "streams: 2\n  feature_cache: features"),
     // Missing.
     ("name: demo, ", ""),
     ("{ steps: 60 }", "{ kind: constant }"),
@@ -72,6 +74,7 @@ const SLIPS: [(&str, &str); 88] = [
     ("lr: 1e-3", ""),
     (", shards: \"caption-*.tar\"", ""),
     ("from: weights/vit, ", ""),
+    ("streams: 2", "streams: 2\n  feature_cache: {}"),
     // Contradictions and impossible sizes.
     ("{ steps: 60 }", "{ steps: 60, tokens: 1000 }"),
     ("{ steps: 60 }", "{ steps: 60, warmup: 61 }"),

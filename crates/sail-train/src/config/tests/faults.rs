@@ -691,3 +691,47 @@ fn checkpoints_that_can_never_be_kept() {
       hint: give `checkpoint.every` and `eval.every`, one a multiple of the other
     ");
 }
+
+#[test]
+fn features_that_change_are_not_kept() {
+    let cache = "streams: 2\n  feature_cache: { dir: \"\", max_bytes: 0 }";
+    let reencode = format!("{cache}\n  reencode: {{}}");
+    for (edits, reencodes) in [
+        (("vision: frozen", "vision: { lr: 1e-4 }"), false),
+        (("llm: frozen", "llm: frozen\n  rules: [{ match: \"vision.*norm*\", train: { lr: 1e-4 } }]"), false),
+        (
+            (
+                "llm: frozen",
+                "llm: frozen\n  unfreeze: [{ at: 50%, match: \"vision.blocks[5..]\", lr: 1e-4 }]",
+            ),
+            false,
+        ),
+        (("lr: 1e-3", "lr: 2e-3"), true),
+    ] {
+        let data = if reencodes { &reencode } else { cache };
+        let said = faults(&[edits, ("streams: 2", data)]);
+        let trains = "error: `data.feature_cache`: the vision encoder trains in this stage";
+        let differs =
+            "error: `data.feature_cache`: `data.reencode` gives an image other pixels in each epoch";
+        assert_eq!((said.contains(trains), said.contains(differs)), (!reencodes, reencodes), "{said}");
+    }
+    let edits = [("vision: frozen", "vision: { lr: 1e-4 }"), ("streams: 2", reencode.as_str())];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `data.feature_cache`: the vision encoder trains in this stage, and its features change with it
+      --> stage.yaml:13
+      hint: leave it out, or freeze `train.vision` and all of it in `train.rules` and `train.unfreeze`
+
+    error: `data.feature_cache`: `data.reencode` gives an image other pixels in each epoch
+      --> stage.yaml:13
+      hint: leave one of them out
+
+    error: `data.feature_cache.dir`: must not be empty
+      --> stage.yaml:13
+
+    error: `data.feature_cache.max_bytes`: must be at least 1, found 0
+      --> stage.yaml:13
+    ");
+    // None of the images is another one.
+    let never = "streams: 2\n  feature_cache: { dir: x, max_bytes: 9 }\n  reencode: { probability: 0 }";
+    super::plan(&super::edited(&[("streams: 2", never)]), &[]);
+}

@@ -1,0 +1,175 @@
+//! Features that a frozen vision transformer gave for images, kept from epoch to epoch and from run to run.
+//!
+//! An image is known by its pixels as the encoder sees them, an encoder by its configuration, its weights and the type
+//! and kind of device that it computes with: what differs in any of them is another key, and lies in another folder but
+//! for the pixels. The features of an image are computed by itself, so that they do not depend on what lies beside it
+//! in its pack, nor on what of the pack was found: the same bits, cold or warm, on any number of ranks.
+//!
+//! Not in checkpoints. How bytes are kept is `store`'s matter. Called where packs become tensors ([`crate::batch`]).
+
+mod store;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fmt;
+
+use rayon::prelude::*;
+use sail_data::Images;
+use sail_model::vision::{Features, Vision, VisionConfig, dtype_name};
+use serde::Serialize;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use self::store::{Key, Store};
+use crate::config::{FeatureCachePlan, Module, hex};
+use crate::error::Result;
+use crate::stage::Fingerprints;
+
+/// To be raised whenever the same pixels and weights come to give other features.
+const FORMAT: u32 = 1;
+
+/// How images were come by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CacheUse {
+    /// Images whose features were there.
+    pub hits: u64,
+    /// Images that the vision transformer saw.
+    pub misses: u64,
+}
+
+impl CacheUse {
+    /// Adds another's counts.
+    pub fn add(&mut self, other: Self) {
+        self.hits += other.hits;
+        self.misses += other.misses;
+    }
+}
+
+impl fmt::Display for CacheUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { hits, misses } = self;
+        write!(f, "features of {hits} images were in the cache, of {misses} they were computed")
+    }
+}
+
+/// The features of one frozen vision transformer.
+pub struct FeatureCache {
+    store: RefCell<Store>,
+    /// Tells the encoder from all others.
+    encoder: String,
+    kind: Kind,
+    device: Device,
+    used: Cell<CacheUse>,
+}
+
+impl FeatureCache {
+    /// That of an encoder with `weights`, which computes in `kind` on `device`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] when the folder cannot be made or read.
+    pub fn open(
+        plan: &FeatureCachePlan,
+        vision: &VisionConfig,
+        weights: &Fingerprints,
+        (kind, device): (Kind, Device),
+    ) -> Result<Self> {
+        let encoder = json!({
+            "format": FORMAT, "vision": vision.to_json(), "weights": weights.digest_of(Module::Vision),
+            "dtype": dtype_name(kind), "device": if device.is_cuda() { "cuda" } else { "cpu" },
+        });
+        let encoder = hex(&Sha256::digest(encoder.to_string()));
+        let store = Store::open(&plan.dir, &encoder[..16], plan.max_bytes)?;
+        Ok(Self { store: RefCell::new(store), encoder, kind, device, used: Cell::default() })
+    }
+
+    /// The features of images, at least one, as `vision` gives them for each alone; those that are not there are
+    /// computed, without a graph, and added.
+    ///
+    /// # Errors
+    /// As [`Vision::features`], and those of libtorch.
+    pub fn features(&self, vision: &Vision, images: &Images) -> Result<Features> {
+        let (config, encoder, kind) = (vision.config(), &self.encoder, self.kind);
+        let store = &mut *self.store.borrow_mut();
+        let images: Vec<Shown<'_>> = images.iter().collect();
+        let keys: Vec<Key> = images.par_iter().map(|(size, pixels)| key(encoder, *size, pixels)).collect();
+        if !keys.iter().all(|key| store.has(key)) {
+            store.refresh();
+        }
+        let grid = |((height, width), _): &Shown<'_>| config.grid(*height as i64, *width as i64);
+        let grids = images.iter().map(grid).collect::<sail_model::Result<Vec<(i64, i64)>>>()?;
+        let row_bytes = config.hidden_size() as usize * kind.elt_size_in_bytes();
+        let get = |(key, (h, w)): (&Key, &(i64, i64))| store.get(key, (h * w) as usize * row_bytes);
+        let found: Vec<Option<Vec<u8>>> = keys.par_iter().zip(&grids).map(get).collect();
+
+        let mut used = self.used.get();
+        let mut computed: BTreeMap<Key, Tensor> = BTreeMap::new();
+        let mut parts = Vec::with_capacity(images.len());
+        for (i, bytes) in found.into_iter().enumerate() {
+            let known = match bytes {
+                Some(bytes) => {
+                    let shape = [grids[i].0 * grids[i].1, config.hidden_size()];
+                    Some(Tensor::f_from_data_size(&bytes, &shape, kind)?.to_device(self.device))
+                }
+                // An image may come twice in a pack.
+                None => computed.get(&keys[i]).map(Tensor::shallow_clone),
+            };
+            parts.push(if let Some(x_td) = known {
+                used.hits += 1;
+                x_td
+            } else {
+                used.misses += 1;
+                let x_td = self.compute(vision, images[i])?;
+                store.add(keys[i], &to_bytes(&x_td)?);
+                computed.insert(keys[i], x_td.shallow_clone());
+                x_td
+            });
+        }
+        self.used.set(used);
+        Ok(Features { x_td: Tensor::f_cat(&parts, 0)?, grids })
+    }
+
+    /// What was counted since the last call.
+    pub fn take_used(&self) -> CacheUse {
+        self.used.take()
+    }
+
+    /// `[t, d]` of one image.
+    fn compute(&self, vision: &Vision, ((height, width), pixels): Shown<'_>) -> Result<Tensor> {
+        let pixels_nchw =
+            Tensor::from_slice(pixels).f_reshape([1, 3, height as i64, width as i64])?.to_device(self.device);
+        Ok(no_grad(|| vision.features(&[pixels_nchw]))?.x_td)
+    }
+}
+
+impl fmt::Display for FeatureCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let store = self.store.borrow();
+        write!(f, "features of {} images in {}", store.len(), store.dir().display())
+    }
+}
+
+/// Height and width of an image, and its pixels `[3, height, width]`.
+type Shown<'a> = ((usize, usize), &'a [f32]);
+
+fn key(encoder: &str, (height, width): (usize, usize), pixels: &[f32]) -> Key {
+    const PIECE: usize = 4096;
+    let mut hash = Sha256::new();
+    hash.update(encoder);
+    hash.update((height as u64).to_le_bytes());
+    hash.update((width as u64).to_le_bytes());
+    let mut bytes = [0; 4 * PIECE];
+    for piece in pixels.chunks(PIECE) {
+        for (bytes, value) in bytes.chunks_exact_mut(4).zip(piece) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
+        hash.update(&bytes[..4 * piece.len()]);
+    }
+    hash.finalize().into()
+}
+
+fn to_bytes(x_td: &Tensor) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; x_td.numel() * x_td.kind().elt_size_in_bytes()];
+    x_td.to_device(Device::Cpu).contiguous().f_copy_data_u8(&mut bytes, x_td.numel())?;
+    Ok(bytes)
+}
