@@ -5,7 +5,7 @@
 //! So nothing that was written is ever written again, whoever is killed whenever: bytes without a line are not found,
 //! a line that is not whole has another checksum and is passed over, and so have bytes that never reached the disk.
 //!
-//! Bytes are read at offsets, not mapped (docs/decisions/0017).
+//! Bytes are read at offsets, not mapped (docs/decisions/0018).
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File, OpenOptions};
