@@ -44,6 +44,15 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
+class SwiGlu(torch.autograd.Function):
+    """Keeps what it is made of, as `sail_torch::swiglu`."""
+
+    @staticmethod
+    def forward(context, gate, up):
+        context.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+
 def kept_bytes(trained):
     with FakeTensorMode(), Meter() as meter:
         def empty(*shape, dtype=torch.bfloat16):
@@ -62,8 +71,7 @@ def kept_bytes(trained):
         before = meter.live
 
         def rms_norm(x, weight):
-            normed = aten._fused_rms_norm(x.float(), weight.shape, None, 1e-6)[0]
-            return normed.to(x.dtype) * weight
+            return aten._fused_rms_norm(x, weight.shape, weight, 1e-6)[0]
 
         def rotate(x):
             low, high = x.chunk(2, -1)
@@ -77,7 +85,7 @@ def kept_bytes(trained):
             out = aten._flash_attention_forward(q, k, v, ends, ends, 1024, 1024, 0.0, True, False)[0]
             x = x + F.linear(out.reshape(ROWS, -1), o_proj)
             normed = rms_norm(x, norm2)
-            return x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
+            return x + F.linear(SwiGlu.apply(F.linear(normed, gate), F.linear(normed, up)), down)
 
         y = block(x)
         return meter.live - before - y.untyped_storage().nbytes()

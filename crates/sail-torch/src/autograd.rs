@@ -216,7 +216,8 @@ mod tests {
 
         fn accumulated(&self, param: Tensor) -> SinkResult<()> {
             let grad = take_grad(&param).map_err(|error| error.to_string())?.ok_or("no gradient")?;
-            locked(&self.0).push(Vec::try_from(grad.flatten(0, -1)).map_err(|error| error.to_string())?);
+            locked(&self.0)
+                .push(Vec::<f32>::try_from(grad.flatten(0, -1)).map_err(|error| error.to_string())?);
             Ok(())
         }
     }
@@ -291,7 +292,7 @@ mod tests {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let inner = &x * 2.0;
         let (of_hook, param) = (Arc::clone(&seen), Mutex::new(x.shallow_clone()));
-        on_gradient(&inner, move |gradient| {
+        on_gradient(&inner, move |gradient: Tensor| {
             let param = param.lock().map_err(|_| "poisoned")?;
             let before = take_grad(&param).map_err(|error| error.to_string())?.is_none();
             let values = Vec::<f32>::try_from(gradient).map_err(|error| error.to_string())?;

@@ -95,7 +95,9 @@ pub fn linears<const N: usize>(
         })?;
     }
     let biases: Vec<&Tensor> = maps.iter().filter_map(|(_, bias)| *bias).collect();
-    check(OP, biases.is_empty() || biases.len() == N, || format!("{} of {N} maps have a bias", biases.len()))?;
+    check(OP, biases.is_empty() || biases.len() == N, || {
+        format!("{} of {N} maps have a bias", biases.len())
+    })?;
     let weights = maps.iter().map(|(weight, _)| *weight);
     let tensors = pointers([x].into_iter().chain(weights).chain(biases));
     let grad_rows = grad_rows_r.map_or(std::ptr::null(), Tensor::as_ptr);
@@ -334,7 +336,8 @@ mod tests {
 
     #[test]
     fn sixteen_bits_are_computed_in_their_type() {
-        let half = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, Device::Cpu)).set_requires_grad(true);
+        let half =
+            |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, Device::Cpu)).set_requires_grad(true);
         let (x, w, up) = (half(&[30, 64]), half(&[64]), half(&[30, 64]));
         assert_same(&[&x, &w], 2e-2, || vec![rms_norm(&x, &w, 1e-5).unwrap()], || vec![plain_norm(&x, &w)]);
         assert_same(&[&x, &up], 2e-2, || vec![swiglu(&x, &up).unwrap()], || vec![x.silu() * &up]);

@@ -105,8 +105,8 @@ impl Attention {
     ) -> Tensor {
         let rows = x_td.size()[0];
         let projections = [&self.q_proj, &self.k_proj, &self.v_proj];
-        let [mut q_tnh, mut k_tmh, v_tmh] =
-            Linear::forward_together(projections, x_td, segments.grad_rows()).map(|x| x.view([rows, -1, self.head_dim]));
+        let [mut q_tnh, mut k_tmh, v_tmh] = Linear::forward_together(projections, x_td, segments.grad_rows())
+            .map(|x| x.view([rows, -1, self.head_dim]));
         if let Some((q_norm, k_norm)) = &self.norms {
             (q_tnh, k_tmh) = (q_norm.forward(&q_tnh), k_norm.forward(&k_tmh));
         }

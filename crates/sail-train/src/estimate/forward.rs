@@ -423,7 +423,7 @@ mod tests {
             "num_key_value_heads": 4, "head_dim": 128,
         });
         let llm = LlmConfig::from_keys(&keys).unwrap();
-        for (trained, expected) in [(true, 231_047_192), (false, 159_744_024)] {
+        for (trained, expected) in [(true, 138_772_504), (false, 96_829_464)] {
             let g = Graph::new(Backend { cuda: true, compute_bytes: 2 });
             g.enter(Module::Llm, true);
             let x = g.embedding(g.param(1024), 4096, 1024);
