@@ -1,4 +1,4 @@
-//! What a thread does in libtorch, operation by operation, as a trace that chrome://tracing and Perfetto show; and
+//! What a thread does in libtorch, operation by operation, as a trace that `chrome://tracing` and Perfetto show; and
 //! spans that give parts of it a name.
 
 use std::ffi::CString;

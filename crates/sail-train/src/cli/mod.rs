@@ -90,8 +90,8 @@ struct TrainArgs {
     /// Saves and stops (exit code 3) once this step of the running stage is done
     #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
     stop_at: Option<u64>,
-    /// Writes a trace of N steps of each stage, after its first 3, into RUN_DIR/profile: what every rank did when, for
-    /// chrome://tracing or <https://ui.perfetto.dev>
+    /// Writes a trace of N steps of each stage, after its first 3, into `RUN_DIR/profile`: what every rank did when, for
+    /// `chrome://tracing` or <https://ui.perfetto.dev>
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     profile: Option<u64>,
     /// Prints what each stage would do and take, and trains nothing; `config show` prints every value of the plan

@@ -9,7 +9,9 @@ use sail_data::{
 use super::check::Checker;
 use super::plan::{AnyResolutionPlan, BatchPlan, DataPlan, EvalPlan, FeatureCachePlan, TrainPlan};
 use super::raw::RawEval;
-use super::raw_data::{RawData, RawFeatureCache, RawImageTokens, RawSource, RawStore, RawTiling};
+use super::raw_data::{
+    RawData, RawFeatureCache, RawImageTokens, RawReencode, RawSource, RawStore, RawTiling,
+};
 use super::raw_values::RawList;
 use super::resolve::{every, wanted};
 use super::values::{Module, VisualBalance};
@@ -70,30 +72,9 @@ pub(super) fn data(
         checker.expect(any.max_tokens >= any.min_tokens, path, &must, any.max_tokens);
         AnyResolutionPlan { min_tokens: any.min_tokens, max_tokens: any.max_tokens }
     });
-    let reencode = raw.reencode.map(|raw| {
-        let share = raw.probability;
-        checker.expect(
-            (0.0..=1.0).contains(&share),
-            "data.reencode.probability",
-            "must be from 0 to 1",
-            share,
-        );
-        let [low, high] = raw.quality;
-        let ordered = 1 <= low && low <= high && high <= 100;
-        let found = format!("[{low}, {high}]");
-        checker.expect(
-            ordered,
-            "data.reencode.quality",
-            "must be two numbers of 1 to 100, the lower first",
-            found,
-        );
-        Reencode { probability: share, quality: raw.quality }
-    });
+    let reencode = raw.reencode.map(|raw| reencode(checker, &raw));
     let store = store(checker, raw.store);
-    let feature_cache = match raw.feature_cache {
-        None => None,
-        Some(cache) => Some(feature_cache(checker, cache, train, reencode)),
-    };
+    let feature_cache = raw.feature_cache.map(|cache| feature_cache(checker, cache, train, reencode));
     let sources = sources(checker, "data.sources", raw.sources);
     Some(DataPlan {
         streams: raw.streams,
@@ -125,6 +106,16 @@ pub(super) fn data(
         feature_cache: wanted(feature_cache)?,
         sources: sources?,
     })
+}
+
+/// How often and how badly images are compressed again.
+fn reencode(checker: &mut Checker<'_>, raw: &RawReencode) -> Reencode {
+    let (share, [low, high]) = (raw.probability, raw.quality);
+    checker.expect((0.0..=1.0).contains(&share), "data.reencode.probability", "must be from 0 to 1", share);
+    let ordered = 1 <= low && low <= high && high <= 100;
+    let must = "must be two numbers of 1 to 100, the lower first";
+    checker.expect(ordered, "data.reencode.quality", must, format!("[{low}, {high}]"));
+    Reencode { probability: share, quality: raw.quality }
 }
 
 /// How long the stream is, and what its packs hold.

@@ -147,7 +147,9 @@ mod tests {
         let shape = PackShape { samples, images, patches_per_image, targets };
         let backend = Backend { cuda: true, compute_bytes: 2 };
         let flops = pass(config, (train, RecomputePlan::default()), &shape, backend).flops;
-        Module::ALL.map(|module| (module, flops.get(&module).map_or(0, |flops| flops.total()))).into()
+        Module::ALL
+            .map(|module| (module, flops.get(&module).map_or(0, super::super::flops::Flops::total)))
+            .into()
     }
 
     /// All families, whatever is trained, with and without images.
@@ -193,7 +195,7 @@ mod tests {
                 llm: LlmConfig::from_keys(&llm).unwrap(),
             };
             let [vision, projector, llm] =
-                [1, 2, 4].map(|bit| if case * 7 & bit == 0 { ModulePlan::Frozen } else { rates });
+                [1, 2, 4].map(|bit| if (case * 7) & bit == 0 { ModulePlan::Frozen } else { rates });
             let train = TrainPlan::of(vision, projector, llm);
             let flops = PackFlops::new(&config, &train);
             let samples: &[i64] = [&[300, 1, 12, 2][..], &[64]][case % 2];
