@@ -13,7 +13,7 @@ use crate::ffi::{self, RawError};
 /// fp32. Of `x` alone a copy is kept for the backward pass, with one fp32 for each row.
 ///
 /// # Errors
-/// [`Error::Argument`] when shapes or devices do not fit; those of libtorch.
+/// [`Error::Argument`](crate::Error::Argument) when shapes or devices do not fit; those of libtorch.
 pub fn rms_norm(x: &Tensor, weight_d: &Tensor, eps: f64) -> Result<Tensor> {
     const OP: &str = "rms_norm";
     let (size, width) = (x.size(), weight_d.size());
@@ -31,7 +31,7 @@ pub fn rms_norm(x: &Tensor, weight_d: &Tensor, eps: f64) -> Result<Tensor> {
 /// backward pass.
 ///
 /// # Errors
-/// [`Error::Argument`] when they differ, or are scalars; those of libtorch.
+/// [`Error::Argument`](crate::Error::Argument) when they differ, or are scalars; those of libtorch.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     const OP: &str = "swiglu";
     check(OP, is_alike(gate, up) && gate.size() == up.size() && gate.dim() > 0, || {
@@ -48,7 +48,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// kept for the backward pass.
 ///
 /// # Errors
-/// [`Error::Argument`] when shapes, types or devices do not fit; those of libtorch.
+/// [`Error::Argument`](crate::Error::Argument) when shapes, types or devices do not fit; those of libtorch.
 pub fn rotate(x_tnh: &Tensor, cos_t1f: &Tensor, sin_t1f: &Tensor) -> Result<Tensor> {
     const OP: &str = "rotate";
     let size = x_tnh.size();
@@ -72,7 +72,7 @@ pub fn rotate(x_tnh: &Tensor, cos_t1f: &Tensor, sin_t1f: &Tensor) -> Result<Tens
 /// are whole.
 ///
 /// # Errors
-/// [`Error::Argument`] when shapes, types or devices do not fit; those of libtorch, in the backward pass for rows that
+/// [`Error::Argument`](crate::Error::Argument) when shapes, types or devices do not fit; those of libtorch, in the backward pass for rows that
 /// are not there.
 pub fn linears<const N: usize>(
     x: &Tensor,
