@@ -71,26 +71,34 @@ fn every_rank_writes_what_there_was_when_the_run_ends_before() {
     assert!(said.contains("no step was profiled: 2 were made"), "{said}");
 }
 
-/// The parts of all steps but the first, which is checked parameter by parameter, together; none is more than its step.
-fn parts(job: &Job) -> BTreeMap<String, f64> {
-    let mut sums = BTreeMap::new();
+/// The parts of each step but the first, which is checked parameter by parameter; they are no more than it.
+fn parts(job: &Job) -> Vec<BTreeMap<String, f64>> {
+    let mut all = Vec::new();
     for line in steps(&job.run_dir()) {
         let secs = line["step_secs"].as_f64().unwrap();
         let parts: BTreeMap<String, f64> = serde_json::from_value(line["parts_secs"].clone()).unwrap();
         let sum: f64 = parts.values().sum();
         assert!((sum - secs).abs() < 1e-6 && parts.values().all(|secs| *secs >= 0.0), "{line}");
         if line["step"] != 1 {
-            for (name, secs) in parts {
-                *sums.entry(name).or_default() += secs;
-            }
+            println!("{parts:.3?}");
+            all.push(parts);
         }
     }
-    println!("{sums:.3?}");
-    sums
+    all
 }
 
-fn zeros(parts: &BTreeMap<String, f64>) -> Vec<&str> {
-    parts.iter().filter(|(_, secs)| **secs == 0.0).map(|(name, _)| name.as_str()).collect()
+fn sum(steps: &[BTreeMap<String, f64>], part: &str) -> f64 {
+    steps.iter().map(|parts| parts[part]).sum()
+}
+
+/// In the step in which it was: whatever else the machine does takes time as well.
+fn fastest(steps: &[BTreeMap<String, f64>], part: &str) -> f64 {
+    steps.iter().map(|parts| parts[part]).fold(f64::INFINITY, f64::min)
+}
+
+/// Parts that no step had.
+fn zeros(steps: &[BTreeMap<String, f64>]) -> Vec<&str> {
+    steps[0].keys().map(String::as_str).filter(|part| sum(steps, part) == 0.0).collect()
 }
 
 const TEXT: &str = r#"data.sources=[{name: text, shards: "data/demo/text-train-*.tar"}]"#;
@@ -107,9 +115,10 @@ fn the_parts_of_a_step_are_told_apart() {
     assert_eq!(zeros(&frozen), ["communication"]);
     let all = trained(&[TRAINED]);
     assert_eq!(zeros(&all), ["communication"]);
-    assert!(all["other"] < 0.2 * all.values().sum::<f64>(), "{all:?}");
+    let whole: f64 = all.iter().flat_map(BTreeMap::values).sum();
+    assert!(sum(&all, "other") < 0.2 * whole, "{all:?}");
     // Of a trained encoder the backward pass, which takes two thirds, counts as well.
-    let share = |parts: &BTreeMap<String, f64>| parts["vision"] / parts["llm"];
+    let share = |steps: &[BTreeMap<String, f64>]| fastest(steps, "vision") / fastest(steps, "llm");
     let vision = trained(&["train={vision: {lr: 2e-4}, projector: {lr: 1e-3}, llm: frozen}"]);
     assert!(share(&vision) > 1.5 * share(&frozen), "{vision:?}, {frozen:?}");
     let again = trained(&[TRAINED, "batch.recompute={vision: block, llm: block}"]);
@@ -128,22 +137,23 @@ fn the_parts_of_a_step_are_told_apart() {
     assert_eq!(zeros(&experts), ["communication"]);
 }
 
-/// Over a slow link most of a step is waiting, whichever way parameters and gradients go.
+/// What a slow link carries takes its time, and what of that computation does not hide is waiting, whichever way
+/// parameters and gradients go.
 #[test]
 fn waiting_for_other_ranks_is_a_part_of_its_own() {
     for strategy in ["ddp", "zero1", "zero2"] {
         let strategy = format!("parallel.strategy={strategy}");
         let job = Job::new(&["schedule.steps=4", TRAINED, &strategy]);
         let mut slow = job.launch(2);
-        slow.env("SAIL_SIMULATED_LINK_BYTES_PER_SEC", "1e8");
+        slow.env("SAIL_SIMULATED_LINK_BYTES_PER_SEC", "1e7");
         job.run(slow, 0);
         let parts = parts(&job);
         assert_eq!(zeros(&parts), Vec::<&str>::new(), "{strategy}");
         let sent: f64 =
             steps(&job.run_dir()).iter().skip(1).map(|line| line["sent_bytes"].as_f64().unwrap()).sum();
-        let computing = parts.values().sum::<f64>() - parts["communication"];
-        assert!(parts["communication"] > sent / 1e8 - computing, "{strategy}: {parts:?}, {sent} bytes");
-        assert!(parts["communication"] > 0.2 * computing, "{strategy}: {parts:?}");
+        let whole: f64 = parts.iter().flat_map(BTreeMap::values).sum();
+        let waiting = sum(&parts, "communication");
+        assert!(waiting > 0.9 * sent / 1e7 - (whole - waiting), "{strategy}: {parts:?}, {sent} bytes");
     }
 }
 
