@@ -34,12 +34,19 @@ fn main() {
         .include("csrc/gloo_api")
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))
-        // libtorch's loops over threads are templates.
-        .flag("-fopenmp")
         // Else a loop with a choice or a root in it is no vector: nobody asks for the traps and codes of such operations.
         .flag("-fno-trapping-math")
         .flag("-fno-math-errno")
         .warnings(false);
+    // libtorch's loops over threads are templates, and GCC's runtime is the one that it has loaded: they have one name.
+    if build.get_compiler().is_like_clang() {
+        println!(
+            "cargo:warning=compiled by clang: norms, gates and rotations use one thread; g++ makes them use all"
+        );
+    } else {
+        build.flag("-fopenmp");
+        println!("cargo:rustc-link-lib=gomp");
+    }
     if let Some(headers) = nccl_headers(torch) {
         build.includes(headers).define("SAIL_WITH_NCCL", None);
     }
@@ -48,8 +55,6 @@ fn main() {
         println!("cargo:rustc-link-lib=asan");
     }
     build.compile("sail_torch_shim");
-    // The one that libtorch has loaded: they have one name.
-    println!("cargo:rustc-link-lib=gomp");
     // So that this crate's tests find libtorch, and libtorch its own dependencies, without a variable.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib_dir.display());
     println!("cargo:rustc-link-arg=-Wl,--disable-new-dtags");

@@ -227,7 +227,11 @@ impl Vlm {
         Ok((self.project(&features)?, tokens))
     }
 
-    fn encode(&self, images: &[Tensor]) -> Result<Features> {
+    /// Features of batches of images `[n, 3, height, width]`, as [`Vision::features`].
+    ///
+    /// # Errors
+    /// As [`Vision::features`].
+    pub fn encode(&self, images: &[Tensor]) -> Result<Features> {
         let _in_vision = self.enter("vision");
         let features = self.vision.features(images)?;
         self.listener.enter_module_backward("vision", &features.x_td)?;
@@ -284,7 +288,10 @@ impl Vlm {
         if self.params.iter().any(trains) {
             return segments;
         }
-        segments.with_grad_rows(Tensor::from_slice(&batch.rows_from_images()).to_device(self.device))
+        match batch.grad_rows() {
+            Some(rows) => segments.with_grad_rows(Tensor::from_slice(&rows).to_device(self.device)),
+            None => segments,
+        }
     }
 
     /// Embeddings `[t, d]` with visual tokens in `image_rows`, which were checked to be as many. Those
@@ -365,13 +372,17 @@ impl Batch {
         Ok(segments)
     }
 
-    /// Rows that see a visual token: in each sequence the first of them and what follows.
-    fn rows_from_images(&self) -> Vec<i64> {
+    /// Rows that see a visual token, in each sequence the first of them and what follows; None where so few do not that
+    /// taking them out costs more than it saves (docs/decisions/0017).
+    fn grad_rows(&self) -> Option<Vec<i64>> {
+        let mut images = self.image_rows.iter().copied().peekable();
         let of_sequence = |ends: &[i64]| {
-            let first = self.image_rows.iter().filter(|row| (ends[0]..ends[1]).contains(row)).min();
-            first.map_or(0..0, |first| *first..ends[1])
+            let first = images.peek().copied().filter(|first| *first < ends[1]);
+            while images.next_if(|row| *row < ends[1]).is_some() {}
+            first.map_or(0..0, |first| first..ends[1])
         };
-        self.cu_seqlens.windows(2).flat_map(of_sequence).collect()
+        let rows: Vec<i64> = self.cu_seqlens.windows(2).flat_map(of_sequence).collect();
+        (4 * rows.len() as i64 <= 3 * self.cu_seqlens.last()?).then_some(rows)
     }
 }
 
@@ -417,7 +428,7 @@ mod tests {
     #[test]
     fn gradients_go_to_what_sees_an_image() {
         let none = || Tensor::from_slice::<i64>(&[]);
-        let batch = Batch {
+        let mut batch = Batch {
             ids_t: none(),
             positions_t: none(),
             // An image after two rows, text alone, images at the beginning and at the end.
@@ -429,6 +440,10 @@ mod tests {
             targets_t: none(),
             weights_t: none(),
         };
-        assert_eq!(batch.rows_from_images(), [2, 3, 4, 8, 9, 10, 11]);
+        assert_eq!(batch.grad_rows(), Some(vec![2, 3, 4, 8, 9, 10, 11]));
+        batch.image_rows = vec![0, 5, 9];
+        assert_eq!(batch.grad_rows(), None, "all but one row");
+        batch.image_rows.clear();
+        assert_eq!(batch.grad_rows(), Some(vec![]));
     }
 }

@@ -1,7 +1,11 @@
-//! The loss, beside that of all logits, and an optimizer step, on the CPU: `cargo bench -p sail-torch`.
+//! On the CPU, `cargo bench -p sail-torch`: what blocks repeat, beside the same composed of libtorch's operators, the loss,
+//! beside that of all logits, and an optimizer step.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use sail_torch::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm, linear_cross_entropy};
+use sail_torch::{
+    AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm, linear_cross_entropy, linears, rms_norm,
+    rotate, swiglu,
+};
 use tch::{Device, Kind, Reduction, Tensor};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -31,6 +35,44 @@ fn loss(criterion: &mut Criterion) {
             bencher.iter(|| Tensor::run_backward(&[sum()], &[&x_rd, &head_vd], false, false));
         });
     }
+}
+
+/// What a decoder of width 576 repeats over 512 rows, with its gradients, in one operation and composed.
+fn blocks(criterion: &mut Criterion) {
+    tch::manual_seed(7);
+    let random = |shape: &[i64]| Tensor::randn(shape, FLOAT).set_requires_grad(true);
+    let (x_td, weight_d, heads_tnh) = (random(&[512, 576]), random(&[576]), random(&[512, 9, 64]));
+    let (gate, up) = (random(&[512, 1536]), random(&[512, 1536]));
+    let angles = Tensor::randn([512, 1, 32], FLOAT);
+    let (cos, sin) = (angles.cos(), angles.sin());
+    let maps = [random(&[576, 576]), random(&[192, 576]), random(&[192, 576])];
+    let mut group = criterion.benchmark_group("blocks");
+    let mut pair =
+        |name: &str, inputs: &[&Tensor], made: &dyn Fn() -> Tensor, composed: &dyn Fn() -> Tensor| {
+            for (way, compute) in [("in one", made), ("composed", composed)] {
+                group.bench_function(format!("{name}, {way}"), |bencher| {
+                    bencher
+                        .iter(|| Tensor::run_backward(&[compute().sum(Kind::Float)], inputs, false, false));
+                });
+            }
+        };
+    pair("rms_norm", &[&x_td, &weight_d], &|| rms_norm(&x_td, &weight_d, 1e-5).expect("they fit"), &|| {
+        x_td.rms_norm([576], None::<&Tensor>, 1e-5) * &weight_d
+    });
+    pair("swiglu", &[&gate, &up], &|| swiglu(&gate, &up).expect("they fit"), &|| gate.silu() * &up);
+    pair("rotate", &[&heads_tnh], &|| rotate(&heads_tnh, &cos, &sin).expect("they fit"), &|| {
+        let halves = heads_tnh.chunk(2, -1);
+        let (low, high) = (&halves[0], &halves[1]);
+        Tensor::cat(&[low * &cos - high * &sin, high * &cos + low * &sin], -1)
+    });
+    let inputs = [&x_td, &maps[0], &maps[1], &maps[2]];
+    let together = || {
+        let made = linears(&x_td, maps.each_ref().map(|map| (map, None)), None).expect("they fit");
+        Tensor::cat(&made, 1)
+    };
+    pair("linears", &inputs, &together, &|| {
+        Tensor::cat(&maps.each_ref().map(|map| x_td.linear(map, None::<&Tensor>)), 1)
+    });
 }
 
 /// Norm, clipping and update of 10M parameters in 400 tensors of several sizes, as a transformer has them.
@@ -67,5 +109,5 @@ fn slot(shape: &[i64]) -> AdamWSlot {
     }
 }
 
-criterion_group!(benches, loss, optimizer_step);
+criterion_group!(benches, blocks, loss, optimizer_step);
 criterion_main!(benches);

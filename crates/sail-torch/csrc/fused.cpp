@@ -155,7 +155,8 @@ class RmsNorm : public Function<RmsNorm> {
   }
 };
 
-// The mean and the division in fp32, before the multiplication by the weight in its own type.
+// The mean and the division in fp32. In 16 bits the result is rounded before it is multiplied by the weight, as in Hugging
+// Face's code, but for the kernel that libtorch has on CUDA, which rounds once.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   if (has_kernels(x) && has_kernels(weight)) return RmsNorm::apply(x, weight, eps);
   if (x.is_cuda() && x.scalar_type() == weight.scalar_type()) {

@@ -5,6 +5,7 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
 
+#include <memory>
 #include <set>
 
 using sail::guarded;
@@ -34,11 +35,16 @@ sail_error* sail_profiler_end(const char* path) {
 // A span that the profiler shows, to be ended on this thread; nullptr while nobody records. `name`, of `length` bytes,
 // is copied.
 at::RecordFunction* sail_span_begin(const char* name, size_t length) {
-  auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE);
-  if (!callbacks.has_value()) return nullptr;
-  auto* span = new at::RecordFunction(std::move(*callbacks));
-  span->before(std::string(name, length));
-  return span;
+  // A name that a trace lacks is no reason to stop.
+  try {
+    auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE);
+    if (!callbacks.has_value()) return nullptr;
+    auto span = std::make_unique<at::RecordFunction>(std::move(*callbacks));
+    span->before(std::string(name, length));
+    return span.release();
+  } catch (...) {
+    return nullptr;
+  }
 }
 
 void sail_span_end(at::RecordFunction* span) { delete span; }

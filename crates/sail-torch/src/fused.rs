@@ -10,7 +10,8 @@ use crate::ffi::{self, RawError};
 /// `w * x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang and Sennrich 2019, eq. 4), differentiable once in both.
 ///
 /// `x` `[.., d]` and `weight_d` `[d]` of a float type; the result has the shape and type of `x`. Mean and division are
-/// fp32. Of `x` alone a copy is kept for the backward pass, with one fp32 for each row.
+/// fp32. `x` is kept for the backward pass, with one fp32 for each row; in 16 bits on the CPU what libtorch's operators
+/// keep.
 ///
 /// # Errors
 /// [`Error::Argument`](crate::Error::Argument) when shapes or devices do not fit; those of libtorch.
@@ -72,8 +73,8 @@ pub fn rotate(x_tnh: &Tensor, cos_t1f: &Tensor, sin_t1f: &Tensor) -> Result<Tens
 /// are whole.
 ///
 /// # Errors
-/// [`Error::Argument`](crate::Error::Argument) when shapes, types or devices do not fit; those of libtorch, in the backward pass for rows that
-/// are not there.
+/// [`Error::Argument`](crate::Error::Argument) when shapes, types or devices do not fit; those of libtorch, in the
+/// backward pass for rows that are not there.
 pub fn linears<const N: usize>(
     x: &Tensor,
     maps: [(&Tensor, Option<&Tensor>); N],
@@ -336,11 +337,20 @@ mod tests {
 
     #[test]
     fn sixteen_bits_are_computed_in_their_type() {
-        let half =
-            |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, Device::Cpu)).set_requires_grad(true);
+        let bf16 = (Kind::BFloat16, Device::Cpu);
+        let half = |shape: &[i64]| Tensor::randn(shape, bf16).set_requires_grad(true);
         let (x, w, up) = (half(&[30, 64]), half(&[64]), half(&[30, 64]));
         assert_same(&[&x, &w], 2e-2, || vec![rms_norm(&x, &w, 1e-5).unwrap()], || vec![plain_norm(&x, &w)]);
         assert_same(&[&x, &up], 2e-2, || vec![swiglu(&x, &up).unwrap()], || vec![x.silu() * &up]);
+        let (a, b) = (half(&[16, 64]), half(&[8, 64]));
+        let together = || linears(&x, [(&a, None), (&b, None)], None).unwrap().into();
+        let plain = || vec![x.linear(&a, None::<&Tensor>), x.linear(&b, None::<&Tensor>)];
+        assert_same(&[&x, &a, &b], 2e-2, together, plain);
+        let (heads, angles) = (half(&[30, 2, 32]), Tensor::randn([30, 1, 16], FLOAT));
+        let (cos, sin) = (angles.cos().to_kind(bf16.0), angles.sin().to_kind(bf16.0));
+        let wide = |x: &Tensor| x.to_kind(Kind::Float);
+        let exact = || vec![rotate(&wide(&heads), &wide(&cos), &wide(&sin)).unwrap().to_kind(bf16.0)];
+        assert_same(&[&heads], 2e-2, || vec![rotate(&heads, &cos, &sin).unwrap()], exact);
     }
 
     #[test]

@@ -33,9 +33,7 @@ impl Feed<'_> {
     /// As [`FeatureCache::features`].
     pub fn images(&self, images: &Images) -> Result<Visual> {
         match self.cache {
-            Some(cache) if !images.is_empty() => {
-                Ok(Visual::Features(cache.features(self.model.vision(), images)?))
-            }
+            Some(cache) if !images.is_empty() => Ok(Visual::Features(cache.features(self.model, images)?)),
             _ => Ok(Visual::Pixels(to_images(images, self.device))),
         }
     }

@@ -79,6 +79,10 @@ pub fn replay(run_dir: &Path, step: u64, checkpoint: Option<&Path>, console: &Co
         ));
     }
     plan.eval = None;
+    if let Some(cache) = &mut plan.data.feature_cache {
+        // Its features are those that the run trained on; nothing is added to them.
+        cache.max_bytes = 0;
+    }
     // What was done at each step is recorded; judging only has to count as the run did.
     plan.guard.not_finite = GuardAction::Skip;
     plan.guard.spike = plan.guard.spike.map(|_| GuardAction::Skip);

@@ -71,14 +71,14 @@ fn every_rank_writes_what_there_was_when_the_run_ends_before() {
     assert!(said.contains("no step was profiled: 2 were made"), "{said}");
 }
 
-/// The parts of each step but the first, which is checked parameter by parameter; they are no more than it.
+/// The parts of each step but the first, which is checked parameter by parameter; together they are all of it.
 fn parts(job: &Job) -> Vec<BTreeMap<String, f64>> {
     let mut all = Vec::new();
     for line in steps(&job.run_dir()) {
         let secs = line["step_secs"].as_f64().unwrap();
         let parts: BTreeMap<String, f64> = serde_json::from_value(line["parts_secs"].clone()).unwrap();
         let sum: f64 = parts.values().sum();
-        assert!((sum - secs).abs() < 1e-6 && parts.values().all(|secs| *secs >= 0.0), "{line}");
+        assert!((sum - secs).abs() < 0.02 * secs && parts.values().all(|secs| *secs >= 0.0), "{line}");
         if line["step"] != 1 {
             println!("{parts:.3?}");
             all.push(parts);
@@ -137,8 +137,8 @@ fn the_parts_of_a_step_are_told_apart() {
     assert_eq!(zeros(&experts), ["communication"]);
 }
 
-/// What a slow link carries takes its time, and what of that computation does not hide is waiting, whichever way
-/// parameters and gradients go.
+/// Over a link that takes much longer than computation most of a step is waiting, whichever way parameters and gradients
+/// go.
 #[test]
 fn waiting_for_other_ranks_is_a_part_of_its_own() {
     for strategy in ["ddp", "zero1", "zero2"] {
@@ -153,7 +153,7 @@ fn waiting_for_other_ranks_is_a_part_of_its_own() {
             steps(&job.run_dir()).iter().skip(1).map(|line| line["sent_bytes"].as_f64().unwrap()).sum();
         let whole: f64 = parts.iter().flat_map(BTreeMap::values).sum();
         let waiting = sum(&parts, "communication");
-        assert!(waiting > 0.9 * sent / 1e7 - (whole - waiting), "{strategy}: {parts:?}, {sent} bytes");
+        assert!(whole > 0.9 * sent / 1e7 && waiting > 0.7 * whole, "{strategy}: {parts:?}, {sent} bytes");
     }
 }
 

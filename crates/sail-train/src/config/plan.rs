@@ -415,7 +415,7 @@ pub struct DataPlan {
 pub struct FeatureCachePlan {
     /// The folder.
     pub dir: PathBuf,
-    /// Most bytes in it, at least 1.
+    /// Most bytes in it; 0, which a configuration cannot say: it is only read.
     pub max_bytes: u64,
 }
 

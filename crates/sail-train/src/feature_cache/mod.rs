@@ -1,8 +1,8 @@
 //! Features that a frozen vision transformer gave for images, kept from epoch to epoch and from run to run.
 //!
-//! An image is known by its pixels as the encoder sees them, an encoder by its configuration, its weights and the type
-//! and kind of device that it computes with: what differs in any of them is another key, and lies in another folder but
-//! for the pixels. The features of an image are computed by itself, so that they do not depend on what lies beside it
+//! An image is known by its pixels as the encoder sees them, an encoder by its configuration, its weights, the type and
+//! kind of device that it computes with and the release of this program: what differs in any of them is another key, and
+//! lies in another folder but for the pixels. The features of an image are computed by itself, so that they do not depend on what lies beside it
 //! in its pack, nor on what of the pack was found: the same bits, cold or warm, on any number of ranks.
 //!
 //! Not in checkpoints. How bytes are kept is `store`'s matter. Called where packs become tensors ([`crate::batch`]).
@@ -15,7 +15,8 @@ use std::fmt;
 
 use rayon::prelude::*;
 use sail_data::Images;
-use sail_model::vision::{Features, Vision, VisionConfig, dtype_name};
+use sail_model::vision::{Features, VisionConfig, dtype_name};
+use sail_model::vlm::Vlm;
 use serde::Serialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -77,19 +78,20 @@ impl FeatureCache {
         let encoder = json!({
             "format": FORMAT, "vision": vision.to_json(), "weights": weights.digest_of(Module::Vision),
             "dtype": dtype_name(kind), "device": if device.is_cuda() { "cuda" } else { "cpu" },
+            "program": env!("CARGO_PKG_VERSION"),
         });
         let encoder = hex(&Sha256::digest(encoder.to_string()));
         let store = Store::open(&plan.dir, &encoder[..16], plan.max_bytes)?;
         Ok(Self { store: RefCell::new(store), encoder, kind, device, used: Cell::default() })
     }
 
-    /// The features of images, at least one, as `vision` gives them for each alone; those that are not there are
+    /// The features of images, at least one, as the encoder of `model` gives them for each alone; those that are not there are
     /// computed, without a graph, and added.
     ///
     /// # Errors
-    /// As [`Vision::features`], and those of libtorch.
-    pub fn features(&self, vision: &Vision, images: &Images) -> Result<Features> {
-        let (config, encoder, kind) = (vision.config(), &self.encoder, self.kind);
+    /// As [`Vlm::encode`], and those of libtorch.
+    pub fn features(&self, model: &Vlm, images: &Images) -> Result<Features> {
+        let (config, encoder, kind) = (&model.config().vision, &self.encoder, self.kind);
         let store = &mut *self.store.borrow_mut();
         let images: Vec<Shown<'_>> = images.iter().collect();
         let keys: Vec<Key> = images.par_iter().map(|(size, pixels)| key(encoder, *size, pixels)).collect();
@@ -119,7 +121,7 @@ impl FeatureCache {
                 x_td
             } else {
                 used.misses += 1;
-                let x_td = self.compute(vision, images[i])?;
+                let x_td = self.compute(model, images[i])?;
                 store.add(keys[i], &to_bytes(&x_td)?);
                 computed.insert(keys[i], x_td.shallow_clone());
                 x_td
@@ -135,10 +137,10 @@ impl FeatureCache {
     }
 
     /// `[t, d]` of one image.
-    fn compute(&self, vision: &Vision, ((height, width), pixels): Shown<'_>) -> Result<Tensor> {
+    fn compute(&self, model: &Vlm, ((height, width), pixels): Shown<'_>) -> Result<Tensor> {
         let pixels_nchw =
             Tensor::from_slice(pixels).f_reshape([1, 3, height as i64, width as i64])?.to_device(self.device);
-        Ok(no_grad(|| vision.features(&[pixels_nchw]))?.x_td)
+        Ok(no_grad(|| model.encode(&[pixels_nchw]))?.x_td)
     }
 }
 

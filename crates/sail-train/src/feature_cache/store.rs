@@ -39,13 +39,16 @@ pub(super) struct Store {
     /// With other folders of stores, which share its space.
     root: PathBuf,
     dir: PathBuf,
-    places: HashMap<Key, Place>,
+    /// Of each key those that were found, of which any may have been damaged.
+    places: HashMap<Key, Vec<Place>>,
     /// Bytes of each index that were looked at.
     seen: BTreeMap<u64, u64>,
     /// None until something is added.
     own: Option<Own>,
     /// Whether more is added.
     grows: bool,
+    /// Whether the folder could be looked at when it last was.
+    is_there: bool,
     /// Bytes below `root`, as far as they are known, and most there may be.
     taken: u64,
     max_bytes: u64,
@@ -63,24 +66,31 @@ struct Own {
 
 impl Store {
     /// The folder `name` of `root`, in which all folders together have at most `max_bytes`; made where it is not there.
+    /// With 0 bytes it is only read, and nothing is made.
     ///
     /// # Errors
     /// [`Error::Io`] when it cannot be made or looked at.
     pub(super) fn open(root: &Path, name: &str, max_bytes: u64) -> Result<Self> {
         let dir = root.join(name);
-        fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
+        let grows = max_bytes > 0;
+        if grows {
+            fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
+        }
         let mut store = Self {
             root: root.to_owned(),
             dir,
             places: HashMap::new(),
             seen: BTreeMap::new(),
             own: None,
-            grows: true,
+            grows,
+            is_there: true,
             taken: 0,
             max_bytes,
             damaged: AtomicU64::new(0),
         };
-        store.look().map_err(Error::io(&store.dir))?;
+        if grows || store.dir.is_dir() {
+            store.look().map_err(Error::io(&store.dir))?;
+        }
         Ok(store)
     }
 
@@ -101,9 +111,11 @@ impl Store {
 
     /// Takes note of what other processes have added since, and of the space that is left.
     pub(super) fn refresh(&mut self) {
-        if let Err(error) = self.look() {
+        let looked = self.look();
+        if let (Err(error), true) = (&looked, self.is_there && self.grows) {
             warn!("{}: {error}; what other processes add is not found", self.dir.display());
         }
+        self.is_there = looked.is_ok();
     }
 
     fn look(&mut self) -> io::Result<()> {
@@ -114,13 +126,14 @@ impl Store {
                 numbers.extend(path.file_stem().and_then(|stem| stem.to_str()?.parse::<u64>().ok()));
             }
         }
-        // The newest of two lines with one key is the one that counts.
         numbers.sort_unstable();
         numbers.retain(|number| self.own.as_ref().is_none_or(|own| own.number != *number));
         for number in numbers {
             self.read_index(number)?;
         }
-        self.taken = bytes_below(&self.root)?;
+        if self.grows {
+            self.taken = bytes_below(&self.root)?;
+        }
         Ok(())
     }
 
@@ -134,13 +147,18 @@ impl Store {
         let mut lines = vec![0; new];
         File::open(&path)?.read_exact_at(&mut lines, *seen)?;
         *seen += new as u64;
-        self.places.extend(lines.chunks_exact(ENTRY).filter_map(|line| read_line(number, line)));
+        for (key, place) in lines.chunks_exact(ENTRY).filter_map(|line| read_line(number, line)) {
+            self.places.entry(key).or_default().push(place);
+        }
         Ok(())
     }
 
     /// The bytes of a key, where they are there, so many, and as they were written.
     pub(super) fn get(&self, key: &Key, bytes: usize) -> Option<Vec<u8>> {
-        let place = self.places.get(key)?;
+        self.places.get(key)?.iter().rev().find_map(|place| self.read(place, bytes))
+    }
+
+    fn read(&self, place: &Place, bytes: usize) -> Option<Vec<u8>> {
         let read = || -> io::Result<Vec<u8>> {
             if place.bytes != bytes as u64 {
                 let Place { bytes: found, .. } = place;
@@ -186,7 +204,7 @@ impl Store {
         match self.append(key, bytes) {
             Ok(place) => {
                 self.taken += size;
-                self.places.insert(key, place);
+                self.places.entry(key).or_default().push(place);
             }
             Err(error) => {
                 self.grows = false;
@@ -376,6 +394,35 @@ mod tests {
         store.add(key(1), &[1; 100]);
         assert_eq!(found(&store, &[1]), [1]);
         assert_eq!(found(&open(&dir), &[1]), [1]);
+    }
+
+    /// Whichever of the files has the damage: a later one mends it, and so does an earlier one that was still written to.
+    #[test]
+    fn what_was_mended_stays_mended() {
+        let dir = TempDir::new().unwrap();
+        let (mut first, mut second) = (open(&dir), open(&dir));
+        first.add(key(1), &[1; 100]);
+        second.add(key(2), &[2; 100]);
+        edit(&dir, "000002.features", |bytes| bytes[7] = 0);
+        first.refresh();
+        assert_eq!(found(&first, &[2]), [0u8; 0]);
+        first.add(key(2), &[2; 100]);
+        assert_eq!(found(&open(&dir), &[1, 2]), [1, 2]);
+    }
+
+    #[test]
+    fn without_bytes_it_is_only_read() {
+        let dir = TempDir::new().unwrap();
+        let reader = || Store::open(dir.path(), "a", 0).unwrap();
+        let mut empty = reader();
+        empty.add(key(1), &[1; 100]);
+        empty.refresh();
+        assert_eq!((empty.len(), fs::read_dir(dir.path()).unwrap().count()), (0, 0));
+        added(&dir, &[1]);
+        let mut store = reader();
+        store.add(key(2), &[2; 100]);
+        assert_eq!(found(&store, &[1, 2]), [1]);
+        assert_eq!(fs::read_dir(store.dir()).unwrap().count(), 2);
     }
 
     #[test]

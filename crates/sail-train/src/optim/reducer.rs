@@ -1,9 +1,9 @@
 //! Gradients on their way: from autograd into flat buckets, and bucket by bucket to the other ranks while the
 //! backward pass goes on.
 //!
-//! Each gradient is put into its bucket as soon as there is one, those of matrices by the product that makes them. Buckets
-//! leave in one fixed order, the reverse of the forward pass's, each once it and those before it are complete; what a pass
-//! did not reach leaves as zeros at its end. So every rank makes the same collectives, whatever its batch holds.
+//! Each gradient is put into its bucket as soon as there is one, those of matrices by the product that makes them.
+//! Buckets leave in one fixed order, the reverse of the forward pass's, each once it and those before it are complete;
+//! what a pass did not reach leaves as zeros at its end. So every rank makes the same collectives, whatever its batch holds.
 //! Owned by the optimizer, which knows what the sums are for.
 
 use std::collections::VecDeque;
@@ -264,9 +264,10 @@ impl Inner {
     /// Where the gradient of an entry is summed, and whether something is there.
     fn place(&mut self, bucket: usize, entry: usize) -> Result<(Tensor, bool)> {
         let inbox = &mut self.buckets[bucket];
-        if inbox.has_left {
+        if inbox.arrived[entry] || inbox.has_left {
             let name = &inbox.layout.entries[entry].name;
-            let reason = format!("a second gradient of `{name}` in a pass, after the first has left");
+            let reason =
+                format!("a second gradient of `{name}` in a pass, after the first was taken as the whole");
             return Err(sail_torch::Error::Argument { op: "backward", reason }.into());
         }
         Ok((inbox.view(entry)?, inbox.filled[entry]))

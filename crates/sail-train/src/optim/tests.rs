@@ -99,6 +99,34 @@ fn bf16_masters_keep_what_the_compute_copy_cannot() {
     assert!((params[name].double_value(&[1]) - 1.99).abs() < 8e-3);
 }
 
+/// Products put their gradients into the bucket: over micro-batches they add up, in 16 bits they are handed over.
+#[test]
+fn products_add_up_in_both_precisions() {
+    for precision in [Kind::Float, Kind::BFloat16] {
+        let weight = Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0]).reshape([2, 2]);
+        let params = Params::from([("projector.w".to_owned(), weight)]);
+        let optimizer = alone(&params, PLAN, precision);
+        let rows = Tensor::from_slice(&[1f32, 2.0]).reshape([1, 2]).to_kind(precision);
+        let product = || sail_torch::linears(&rows, [(&params["projector.w"], None)], None).unwrap();
+        for (i, factor) in [1.0, 2.0].into_iter().enumerate() {
+            pass(&optimizer, (i, 2), || Some((&product()[0] * factor).sum(Kind::Float)));
+        }
+        assert_eq!(gradient(&optimizer, "projector.w"), [3.0, 6.0, 3.0, 6.0], "{precision:?}");
+    }
+}
+
+/// A gradient that is in its place is taken as the whole.
+#[test]
+fn a_matrix_that_a_pass_uses_twice_is_refused() {
+    let params = Params::from([("projector.w".to_owned(), Tensor::ones([2, 2], (Kind::Float, Device::Cpu)))]);
+    let optimizer = alone(&params, PLAN, Kind::Float);
+    let rows = Tensor::ones([1, 2], (Kind::Float, Device::Cpu));
+    let product = |x: &Tensor| sail_torch::linears(x, [(&params["projector.w"], None)], None).unwrap();
+    optimizer.begin_pass(0, 1);
+    let error = optimizer.backward(&product(&product(&rows)[0])[0].sum(Kind::Float)).unwrap_err().to_string();
+    assert!(error.contains("a second gradient of `projector.w`"), "{error}");
+}
+
 #[test]
 fn clipping_scales_to_the_limit() {
     let params = params();
