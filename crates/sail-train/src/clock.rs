@@ -141,6 +141,9 @@ impl Clock {
         if inner.device.is_cuda() {
             return inner.sums.of_step(step_secs);
         }
+        // With what goes on until now.
+        let part = inner.part;
+        inner.enter(part);
         inner.settle();
         inner.sums
     }

@@ -7,11 +7,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use sail_train::checkpoint;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::parallel::assert_close;
-use crate::processes::{Job, assert_same, signal, steps};
+use crate::processes::{Job, assert_same, signal, steps, until};
 use crate::stderr;
 
 /// Twice through 88 samples.
@@ -151,7 +152,8 @@ fn a_run_may_be_killed_and_resume_without_it_or_with_damaged_files() {
     let dir = TempDir::new().unwrap();
     let killed = with_cache(dir.path(), &[TILES]);
     let mut running = [killed.start("killed", killed.alone())];
-    killed.wait_for_step(5, &mut running);
+    let has_saved = || checkpoint::newest(&killed.run_dir()).is_ok_and(|newest| newest.is_some());
+    until("a checkpoint", || running[0].has_ended() || has_saved());
     signal("KILL", running[0].pid());
     while !running[0].has_ended() {
         std::thread::sleep(std::time::Duration::from_millis(20));
