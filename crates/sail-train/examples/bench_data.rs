@@ -19,16 +19,12 @@ use sail_train::session::Session;
 use sail_train::world::World;
 use serde::Serialize;
 
-use measure::{exit, processor_secs, stage, write_json};
+use measure::{StageArgs, exit, processor_secs, write_json};
 
 #[derive(Parser)]
 struct Args {
-    /// The configuration of a stage
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    /// Overrides a value, as `sail-train --set` does
-    #[arg(long, value_name = "PATH=VALUE")]
-    set: Vec<String>,
+    #[command(flatten)]
+    stage: StageArgs,
     /// Ends once so many samples were taken, and not only with the data
     #[arg(long)]
     samples: Option<u64>,
@@ -57,7 +53,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<(), Error> {
-    let plan = stage(&args.config, &args.set)?;
+    let plan = args.stage.plan()?;
     let mut session = Session::build(&plan, &Arc::new(World::alone()), None)?;
     let mut report = Report { spec: session.data_spec(), ..Report::default() };
     let mut taken = 0;

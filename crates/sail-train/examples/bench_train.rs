@@ -30,16 +30,12 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use measure::{Memory, MemoryUse, exit, io, processor_secs, stage, usage, write_json};
+use measure::{Memory, MemoryUse, StageArgs, exit, io, processor_secs, usage, write_json};
 
 #[derive(Parser)]
 struct Args {
-    /// The configuration of a stage
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    /// Overrides a value, as `sail-train --set` does
-    #[arg(long, value_name = "PATH=VALUE")]
-    set: Vec<String>,
+    #[command(flatten)]
+    stage: StageArgs,
     /// Steps that are timed
     #[arg(long, default_value_t = 20)]
     steps: usize,
@@ -110,12 +106,12 @@ fn run(args: &Args) -> Result<(), Error> {
 
 /// The plan of a stage that does nothing but steps.
 fn plain_stage(args: &Args) -> Result<Plan, Error> {
-    let plan = stage(&args.config, &args.set)?;
+    let plan = args.stage.plan()?;
     if !plan.train.unfreeze.is_empty() || plan.schedule.ada_lrs.is_some() || plan.optimizer.ema.is_some() {
         return Err(usage(
             format!(
                 "`{}` has unlock points, a search for a learning rate or moving averages",
-                args.config.display()
+                args.stage.config.display()
             ),
             "leave them out with `--set PATH=null`: here are plain steps alone",
         ));

@@ -2,9 +2,10 @@
 #![allow(dead_code, reason = "each bench takes what it needs")]
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use clap::Args;
 use sail_train::Error;
 use sail_train::config::{Config, Plan, load};
 use serde::Serialize;
@@ -70,6 +71,24 @@ pub(crate) fn processor_secs() -> Result<f64, Error> {
             format!("`{STAT}` has no processor times"),
             "this bench measures time as Linux tells it",
         )),
+    }
+}
+
+/// Which stage a bench is of.
+#[derive(Args)]
+pub(crate) struct StageArgs {
+    /// The configuration of a stage
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: PathBuf,
+    /// Overrides a value, as `sail-train --set` does
+    #[arg(long, value_name = "PATH=VALUE")]
+    set: Vec<String>,
+}
+
+impl StageArgs {
+    /// Its plan.
+    pub(crate) fn plan(&self) -> Result<Plan, Error> {
+        stage(&self.config, &self.set)
     }
 }
 
