@@ -2,8 +2,9 @@
 //!
 //! An image is known by its pixels as the encoder sees them, an encoder by its configuration, its weights, the type and
 //! kind of device that it computes with and the release of this program: what differs in any of them is another key, and
-//! lies in another folder but for the pixels. The features of an image are computed by itself, so that they do not depend on what lies beside it
-//! in its pack, nor on what of the pack was found: the same bits, cold or warm, on any number of ranks.
+//! lies in another folder but for the pixels. The features of an image are computed by itself, so that they do not
+//! depend on what lies beside it in its pack, nor on what of the pack was found: the same bits, cold or warm, on any
+//! number of ranks.
 //!
 //! Not in checkpoints. How bytes are kept is `store`'s matter. Called where packs become tensors ([`crate::batch`]).
 
@@ -85,8 +86,8 @@ impl FeatureCache {
         Ok(Self { store: RefCell::new(store), encoder, kind, device, used: Cell::default() })
     }
 
-    /// The features of images, at least one, as the encoder of `model` gives them for each alone; those that are not there are
-    /// computed, without a graph, and added.
+    /// The features of images, at least one, as the encoder of `model` gives them for each alone; those that are not there
+    /// are computed, without a graph, and added.
     ///
     /// # Errors
     /// As [`Vlm::encode`], and those of libtorch.
@@ -100,35 +101,42 @@ impl FeatureCache {
         }
         let grid = |((height, width), _): &Shown<'_>| config.grid(*height as i64, *width as i64);
         let grids = images.iter().map(grid).collect::<sail_model::Result<Vec<(i64, i64)>>>()?;
+        let rows: Vec<i64> = grids.iter().map(|(h, w)| h * w).collect();
         let row_bytes = config.hidden_size() as usize * kind.elt_size_in_bytes();
-        let get = |(key, (h, w)): (&Key, &(i64, i64))| store.get(key, (h * w) as usize * row_bytes);
-        let found: Vec<Option<Vec<u8>>> = keys.par_iter().zip(&grids).map(get).collect();
+        let shape = [rows.iter().sum(), config.hidden_size()];
+        // All that is found goes to the device as one.
+        let mut bytes = vec![0; shape[0] as usize * row_bytes];
+        let mut rest = &mut bytes[..];
+        let place = |rows: &i64| {
+            rest.split_off_mut(..*rows as usize * row_bytes).expect("invariant: as long as all of them")
+        };
+        let places: Vec<&mut [u8]> = rows.iter().map(place).collect();
+        let read = |(key, place): (&Key, &mut [u8])| store.read(key, place);
+        let found: Vec<bool> = keys.par_iter().zip(places).map(read).collect();
+        let x_td = Tensor::f_from_data_size(&bytes, &shape, kind)?.to_device(self.device);
 
         let mut used = self.used.get();
         let mut computed: BTreeMap<Key, Tensor> = BTreeMap::new();
-        let mut parts = Vec::with_capacity(images.len());
-        for (i, bytes) in found.into_iter().enumerate() {
-            let known = match bytes {
-                Some(bytes) => {
-                    let shape = [grids[i].0 * grids[i].1, config.hidden_size()];
-                    Some(Tensor::f_from_data_size(&bytes, &shape, kind)?.to_device(self.device))
-                }
-                // An image may come twice in a pack.
-                None => computed.get(&keys[i]).map(Tensor::shallow_clone),
-            };
-            parts.push(if let Some(x_td) = known {
+        for (i, mut part_td) in x_td.f_split_with_sizes(&rows[..], 0)?.into_iter().enumerate() {
+            if found[i] {
                 used.hits += 1;
-                x_td
+                continue;
+            }
+            // An image may come twice in a pack.
+            let of_image_td = if let Some(known_td) = computed.get(&keys[i]) {
+                used.hits += 1;
+                known_td.shallow_clone()
             } else {
                 used.misses += 1;
-                let x_td = self.compute(model, images[i])?;
-                store.add(keys[i], &to_bytes(&x_td)?);
-                computed.insert(keys[i], x_td.shallow_clone());
-                x_td
-            });
+                let made_td = self.compute(model, images[i])?;
+                store.add(keys[i], &to_bytes(&made_td)?);
+                computed.insert(keys[i], made_td.shallow_clone());
+                made_td
+            };
+            part_td.f_copy_(&of_image_td)?;
         }
         self.used.set(used);
-        Ok(Features { x_td: Tensor::f_cat(&parts, 0)?, grids })
+        Ok(Features { x_td, grids })
     }
 
     /// What was counted since the last call.

@@ -153,27 +153,28 @@ impl Store {
         Ok(())
     }
 
-    /// The bytes of a key, where they are there, so many, and as they were written.
-    pub(super) fn get(&self, key: &Key, bytes: usize) -> Option<Vec<u8>> {
-        self.places.get(key)?.iter().rev().find_map(|place| self.read(place, bytes))
+    /// Reads the bytes of a key into `target`, where they are there, so many, and as they were written; whether they
+    /// are. What `target` holds otherwise is nothing.
+    pub(super) fn read(&self, key: &Key, target: &mut [u8]) -> bool {
+        let places = self.places.get(key).into_iter().flatten();
+        places.rev().any(|place| self.read_at(place, target))
     }
 
-    fn read(&self, place: &Place, bytes: usize) -> Option<Vec<u8>> {
-        let read = || -> io::Result<Vec<u8>> {
-            if place.bytes != bytes as u64 {
-                let Place { bytes: found, .. } = place;
-                let reason = format!("{found} bytes where {bytes} are expected");
+    fn read_at(&self, place: &Place, target: &mut [u8]) -> bool {
+        let mut read = || -> io::Result<()> {
+            if place.bytes != target.len() as u64 {
+                let (found, wanted) = (place.bytes, target.len());
+                let reason = format!("{found} bytes where {wanted} are expected");
                 return Err(io::Error::new(ErrorKind::InvalidData, reason));
             }
-            let mut read = vec![0; bytes];
-            File::open(path(&self.dir, place.file, "features"))?.read_exact_at(&mut read, place.offset)?;
-            if crc32fast::hash(&read) != place.crc32 {
+            File::open(path(&self.dir, place.file, "features"))?.read_exact_at(target, place.offset)?;
+            if crc32fast::hash(target) != place.crc32 {
                 return Err(io::Error::new(ErrorKind::InvalidData, "the checksum is another one"));
             }
-            Ok(read)
+            Ok(())
         };
         match read() {
-            Ok(read) => Some(read),
+            Ok(()) => true,
             Err(error) => {
                 let count = 1 + self.damaged.fetch_add(1, Ordering::Relaxed);
                 // A disk that is broken would fill the log.
@@ -182,7 +183,7 @@ impl Store {
                     let (file, offset) = (file.display(), place.offset);
                     warn!("{file}: at {offset}: {error}; {count} damaged so far are computed anew");
                 }
-                None
+                false
             }
         }
     }
@@ -321,7 +322,10 @@ mod tests {
     }
 
     fn found(store: &Store, keys: &[u8]) -> Vec<u8> {
-        let is_there = |n: &u8| store.get(&key(*n), 100).is_some_and(|bytes| bytes == [*n; 100]);
+        let is_there = |n: &u8| {
+            let mut bytes = [0; 100];
+            store.read(&key(*n), &mut bytes) && bytes == [*n; 100]
+        };
         keys.iter().copied().filter(is_there).collect()
     }
 
@@ -340,7 +344,7 @@ mod tests {
         let store = open(&dir);
         assert_eq!(found(&store, &[1, 2, 3, 4]), [1, 2, 3]);
         assert_eq!(store.len(), 3);
-        assert!(store.get(&key(1), 99).is_none(), "of another size");
+        assert!(!store.read(&key(1), &mut [0; 99]), "of another size");
         assert_eq!(fs::read_dir(store.dir()).unwrap().count(), 4, "reading makes no files");
         assert_eq!(found(&Store::open(dir.path(), "b", MUCH).unwrap(), &[1]), [0u8; 0]);
     }
