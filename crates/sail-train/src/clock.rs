@@ -202,19 +202,14 @@ mod tests {
         sleep(Duration::from_millis(millis));
     }
 
-    fn assert_near(secs: f64, millis: u64) {
-        // A sleep may be longer on a busy machine, never shorter.
-        let least = 1e-3 * millis as f64;
-        assert!((least..least + 0.05).contains(&secs), "{secs} s, expected {millis} ms");
-    }
-
     #[test]
     fn a_step_is_cut_into_parts_without_a_gap() {
         let clock = Clock::new(Device::Cpu);
         let wait = clock.on_wait();
         for _ in 0..2 {
-            let started = Instant::now();
+            let outside = Instant::now();
             clock.begin();
+            let inside = Instant::now();
             clock.enter(Part::Data);
             pass(20);
             clock.enter(Part::Of(Module::Llm));
@@ -233,19 +228,21 @@ mod tests {
             pass(5);
             clock.enter(Part::Other);
             pass(5);
-            let step_secs = started.elapsed().as_secs_f64();
-            let parts = clock.parts(step_secs);
+            let least_secs = inside.elapsed().as_secs_f64();
+            let parts = clock.parts(least_secs);
+            let most_secs = outside.elapsed().as_secs_f64();
             clock.end();
             let Parts { data_wait, to_device, vision, projector, llm, communication, optimizer, other } =
                 parts;
             for (secs, millis) in
                 [(data_wait, 20), (vision, 15), (llm, 10), (communication, 10), (optimizer, 5), (other, 5)]
             {
-                assert_near(secs, millis);
+                // A sleep may be longer on a busy machine, never shorter; what is longer is in the sum.
+                assert!(secs >= 1e-3 * f64::from(millis), "{secs} s, expected {millis} ms");
             }
             assert_eq!((to_device, projector), (0.0, 0.0));
             let sum = data_wait + vision + llm + communication + optimizer + other;
-            assert!((sum - step_secs).abs() < 1e-3, "{parts:?}: {sum}, {step_secs}");
+            assert!(sum > least_secs - 1e-9 && sum < most_secs + 1e-9, "{parts:?}: {sum}");
             // An evaluation between two steps.
             clock.enter(Part::Of(Module::Vision));
             wait(true);
