@@ -4,8 +4,9 @@
 
 mod parts;
 mod search;
+mod state;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::ada_lrs::AdaLrs;
 use crate::batch::Feed;
-use crate::checkpoint::{Checkpoint, Piece, RunState, Snapshot, Totals, Untouched};
+use crate::checkpoint::{Checkpoint, Snapshot, Totals, Untouched};
 use crate::clock::{Clock, Part};
 use crate::config::{GuardAction, Module, Plan, Progress, UnlockPlan};
 use crate::device::{Peak, choose_precision, take_device};
@@ -34,7 +35,7 @@ use crate::lineage::Lineage;
 use crate::optim::Optimizer;
 use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::schedule::{Factors, is_due};
-use crate::stage::{Fingerprints, FrozenCheck, module_of};
+use crate::stage::Fingerprints;
 use crate::step::{Share, Step};
 use crate::world::World;
 
@@ -467,6 +468,8 @@ impl Session {
         self.world.doing(self.step, "evaluating");
         let run = || evaluator.run(self.feed(), &self.encoder, &self.world);
         let report = self.optimizer.with_averages(run)?;
+        // The host has waited for the device, and with it for the update before: that is of no later step.
+        self.clock.settle()?;
         self.held_out.insert(self.step, report.total.loss);
         self.measured = Some((self.step, report.clone()));
         Ok(Some(report))
@@ -496,36 +499,6 @@ impl Session {
         self.pass()
     }
 
-    /// Puts weights, moments and counters back to a snapshot of this run; the data goes on from where it is.
-    ///
-    /// # Errors
-    /// Those of c10d.
-    pub fn roll_back(&mut self, to: &Snapshot) -> Result<()> {
-        let state = &to.state;
-        self.put_back(to)?;
-        self.ada_lrs.clone_from(&state.ada_lrs);
-        self.guard = std::mem::take(&mut self.guard).back_to(&state.guard);
-        self.held_out.retain(|step, _| *step <= state.step);
-        Ok(())
-    }
-
-    fn put_back(&mut self, to: &Snapshot) -> Result<()> {
-        self.world.doing(self.step + 1, "going back");
-        let state = &to.state;
-        self.measured = None;
-        self.optimizer
-            .put_back(state.updates.clone(), |name, kind, elements| to.elements(name, kind, elements))?;
-        (self.step, self.totals) = (state.step, state.totals);
-        Ok(())
-    }
-
-    /// Takes the data of the step that is being made back, for a snapshot from which it will be made again.
-    pub fn give_back(&self, snapshot: Snapshot) -> Result<Snapshot> {
-        let positions = self.world.gather(&self.before)?;
-        let state = RunState { data: Position::merge(positions)?, ..snapshot.state };
-        Ok(Snapshot { state, ..snapshot })
-    }
-
     fn pass(&mut self) -> Result<()> {
         self.measured = None;
         self.step += 1;
@@ -548,68 +521,6 @@ impl Session {
     pub fn coverage(&self) -> Result<BTreeMap<String, Tally>> {
         let own = Share { coverage: self.loader.tallies(), ..Share::default() };
         Ok(Share::all(self.world.gather(&own)?).coverage)
-    }
-
-    /// This rank's part of the state of this moment, copied into the memory of `old` tensors where that fits. Every
-    /// rank makes the same call.
-    ///
-    /// # Errors
-    /// Those of libtorch and of c10d.
-    pub fn snapshot(&self, old: Vec<Tensor>) -> Result<Snapshot> {
-        let _span = span("snapshot");
-        self.optimizer.settle()?;
-        let trained: BTreeSet<&str> = self.optimizer.names().collect();
-        let mut frozen = Vec::new();
-        let mut turn = 0;
-        for (name, tensor) in self.model.params() {
-            if trained.contains(name.as_str()) || self.untouched.contains_key(&module_of(name)?) {
-                continue;
-            }
-            // What is frozen and stored is the same everywhere: the ranks write it in turn.
-            if turn % self.world.size() == self.world.rank() {
-                frozen.push(Piece::frozen(name, self.exact.get(name).unwrap_or(tensor)));
-            }
-            turn += 1;
-        }
-        let positions = self.world.gather(&self.loader.position())?;
-        Ok(Snapshot {
-            state: RunState {
-                step: self.step,
-                totals: self.totals,
-                data: Position::merge(positions)?,
-                unlocked: self.unlocked.clone(),
-                updates: self.optimizer.updates().clone(),
-                ada_lrs: self.ada_lrs.clone(),
-                guard: self.guard.clone(),
-                held_out: self.held_out.clone(),
-                lineage: self.lineage.clone(),
-                plan: self.plan.clone(),
-            },
-            trained: Piece::copies(self.optimizer.state()?, old)?,
-            frozen,
-            untouched: self.untouched.clone(),
-            frozen_check: self.frozen_check(),
-        })
-    }
-
-    /// The check that what is frozen is as it was when the session was built.
-    pub(crate) fn frozen_check(&self) -> FrozenCheck {
-        self.started_from.frozen_check(self.model.params(), &self.optimizer.names().collect())
-    }
-
-    /// What is exported of a module, in fp32 by full name: moving averages where there are some, masters of what else is
-    /// trained. Every rank makes the same call.
-    pub fn final_params(&self, module: Module) -> Result<Params> {
-        let prefix = format!("{module}.");
-        let mut exact = self.optimizer.final_params(&prefix)?;
-        for (name, compute) in self.model.params().iter().filter(|(name, _)| name.starts_with(&prefix)) {
-            if !exact.contains_key(name) {
-                let frozen = self.exact.get(name);
-                let value = frozen.map_or_else(|| compute.to_kind(Kind::Float), Tensor::shallow_clone);
-                exact.insert(name.clone(), value);
-            }
-        }
-        Ok(exact)
     }
 }
 

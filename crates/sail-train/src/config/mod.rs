@@ -23,6 +23,7 @@ mod error;
 mod identity;
 mod path;
 mod plan;
+mod plan_data;
 mod raw;
 mod raw_data;
 mod raw_train;
@@ -45,11 +46,11 @@ pub use identity::Difference;
 pub(crate) use identity::hex;
 pub use path::{FieldPath, Step};
 pub use plan::{
-    AdaLrsPlan, AnyResolutionPlan, BatchPlan, CheckpointPlan, DataPlan, EarlyStopPlan, EmaPlan, EvalPlan,
-    ExportPlan, FeatureCachePlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan, OptimizerPlan,
-    ParallelPlan, Plan, RecomputePlan, RulePlan, RunPlan, SchedulePlan, TrainPlan, UnlockPlan, VisionPlan,
-    VisualShape, WatchdogPlan,
+    AdaLrsPlan, BatchPlan, CheckpointPlan, EarlyStopPlan, EmaPlan, EvalPlan, ExportPlan, GuardPlan, InitPlan,
+    LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RecomputePlan, RulePlan, RunPlan,
+    SchedulePlan, TrainPlan, UnlockPlan, VisionPlan, WatchdogPlan,
 };
+pub use plan_data::{AnyResolutionPlan, DataPlan, FeatureCachePlan, VisualShape};
 pub use schema::schema;
 pub use select::Selector;
 pub use values::{

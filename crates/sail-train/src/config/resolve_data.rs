@@ -7,7 +7,8 @@ use sail_data::{
 };
 
 use super::check::Checker;
-use super::plan::{AnyResolutionPlan, BatchPlan, DataPlan, EvalPlan, FeatureCachePlan, TrainPlan};
+use super::plan::{BatchPlan, EvalPlan, TrainPlan};
+use super::plan_data::{AnyResolutionPlan, DataPlan, FeatureCachePlan};
 use super::raw::RawEval;
 use super::raw_data::{
     RawData, RawFeatureCache, RawImageTokens, RawReencode, RawSource, RawStore, RawTiling,

@@ -1,11 +1,12 @@
-//! Tests of the configuration: `faults` snapshots every kind of message, `plans` what good files resolve to, `recipes`
-//! what the experiments in `configs/` have in common.
+//! Tests of the configuration: `faults` and `senseless` snapshot every kind of message, `plans` what good files resolve
+//! to, `recipes` what the experiments in `configs/` have in common.
 
 mod cases;
 mod faults;
 mod plans;
 mod recipes;
 mod schema;
+mod senseless;
 mod wrong;
 
 use std::fs;
