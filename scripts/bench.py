@@ -8,6 +8,10 @@ that of the two runs of a round. Losses that differ by more than 1e-4 of theirs 
 Figures of a stage: tokens and samples a second, tokens a second of processor time of all threads, and the most memory
 resident in the steps, in MB. Padding does not count as tokens.
 
+With `--device cuda` the parts are the `gpu-*` ones: steps of models as large as one would train, in bf16 (configs/gpu-check),
+and forward passes of vision transformers; and with each figure of time, model FLOPs utilisation of both sides. Where the
+Python has no transformers, this side is measured alone.
+
 The parts from `start-up` on measure what is around the steps (bench_limits.py). Some of their figures have a limit: one
 that is passed is marked FAIL, and the exit code is 1.
 """
@@ -15,8 +19,10 @@ that is passed is marked FAIL, and the exit code is 1.
 import argparse
 import fnmatch
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,12 +33,15 @@ from bench_limits import Limits
 SMOLLM2 = ROOT / "weights/smollm2-135m-instruct"
 # Largest relative difference of a loss.
 LOSS_LIMIT = 1e-4
+# In bf16, of random weights: one side has fp32 masters, the other none.
+BF16_LIMIT = 2e-2
 # Of a gradient norm: PyTorch sums squares in fp32 on a CPU, which for a table of 28M elements is off by more than
 # the losses are.
 NORM_LIMIT = 5e-3
 # Rates at which training does not amplify rounding beyond the limit; they change no work. At 1e-5 the losses of stage 3
 # differ by 6e-4 after 20 steps between one and two threads of the same program, so that they say nothing there.
 RATES = {1: "1e-5", 2: "1e-5", 3: "1e-6"}
+MFU = "MFU, %"
 TRAINED = {1: ["projector"], 2: ["projector", "vision"], 3: ["projector", "vision", "llm"]}
 
 class Bench:
@@ -50,35 +59,42 @@ class Bench:
             dump = Path(folder) / "dump"
             execute([*ours, "--dump", dump, "--dump-only"])
             theirs = [PYTHON, "tests/reference/train.py", dump, "--collate", work, "--warmup", warmup]
+            theirs += ["--device", self.args.device]
             if self.args.compile:
                 theirs.append("--compile")
             rounds = 1 if name.startswith("agreement") else self.args.rounds
-            pairs = turns(ours, theirs, Path(folder), rounds)
+            pairs = turns(ours, theirs if self.args.has_reference else None, Path(folder), rounds)
         figures = [Figure("peak memory, MB", False)]
         if not (memory_alone or name.startswith("agreement")):
             figures += [Figure("tokens/s", True), Figure("samples/s", True), Figure("tokens/processor s", True)]
+        self.show(name, figures, pairs, stage_value)
+        if self.args.has_reference:
+            self.check(name, pairs)
+
+    def show(self, name: str, figures: list[Figure], pairs: list[tuple[dict, dict | None]], value):
+        """`value` gives a figure of a report; operations and peak are told by this side, and the same for the other."""
+        if pairs[0][0]["peak_flops"] is not None and pairs[0][0]["flops"] is not None:
+            figures.append(Figure(MFU, True))
         for figure in figures:
-            figure.ours = [stage_value(report, figure.name) for report, _ in pairs]
-            figure.theirs = [stage_value(report, figure.name) for _, report in pairs]
+            figure.ours = [value(ours, figure.name) for ours, _ in pairs]
+            counted = [(theirs, {key: ours[key] for key in ("flops", "peak_flops")}) for ours, theirs in pairs if theirs]
+            figure.theirs = [value(theirs | of_ours, figure.name) for theirs, of_ours in counted]
         self.table.compare(name, figures)
-        self.check(name, pairs)
 
     def forward(self, name: str, ours: list, theirs: list):
         """Rounds of a model without gradients."""
         with tempfile.TemporaryDirectory(dir=self.args.work) as folder:
-            if name == "vit":
+            if "vit" in ours:
                 dump = Path(folder) / "dump"
-                execute([*ours, "--repeats", 0, "--dump", dump])
+                execute([*ours, "--device", self.args.device, "--repeats", 0, "--dump", dump])
                 theirs = [*theirs, dump]
-            repeats = ["--repeats", self.args.repeats]
-            pairs = turns([*ours, *repeats], [*theirs, *repeats], Path(folder), self.args.rounds)
-        if any(ours["ids"] != theirs["ids"] for ours, theirs in pairs):
+            same = ["--device", self.args.device, "--repeats", self.args.repeats]
+            theirs = [*theirs, *same] if self.args.has_reference else None
+            pairs = turns([*ours, *same], theirs, Path(folder), self.args.rounds)
+        if any(theirs and ours["ids"] != theirs["ids"] for ours, theirs in pairs):
             raise Failure(f"{name}: the texts differ:\n{pairs[0][0]['ids']}\n{pairs[0][1]['ids']}")
         figures = [Figure("tokens/s", True), Figure("tokens/processor s", True), Figure("peak memory, MB", False)]
-        for figure in figures:
-            figure.ours = [forward_value(report, figure.name) for report, _ in pairs]
-            figure.theirs = [forward_value(report, figure.name) for _, report in pairs]
-        self.table.compare(name, figures)
+        self.show(name, figures, pairs, forward_value)
 
     def steps(self, name: str) -> int:
         if name.startswith("agreement"):
@@ -86,7 +102,9 @@ class Bench:
         return 2 if name == "vocabulary" else self.args.steps
 
     def sequence(self, name: str) -> int:
-        return {"vocabulary": 512}.get(name, 64 if name.startswith("agreement") else 128)
+        if name.startswith("agreement"):
+            return 64
+        return 512 if name == "vocabulary" or name.startswith("gpu") else 128
 
     def check(self, name: str, pairs: list[tuple[dict, dict]]):
         """Says how far the sides' losses are apart, and what of the other side's work was padding."""
@@ -98,13 +116,16 @@ class Bench:
         losses, norms, padding = found.values()
         print(f"{name:<20} largest difference of a loss {losses:.1e}, of a gradient norm {norms:.1e}", end="")
         print(f"; {padding:.0%} of the padded batches is padding" if padding else "")
-        for what, found, limit in [("losses", losses, LOSS_LIMIT), ("gradient norms", norms, NORM_LIMIT)]:
+        limits = (LOSS_LIMIT, NORM_LIMIT) if self.args.device == "cpu" else (BF16_LIMIT, 5 * BF16_LIMIT)
+        for what, found, limit in zip(("losses", "gradient norms"), (losses, norms), limits):
             # Written so that a difference that is not a number fails.
             if not found <= limit:
                 raise Failure(f"{name}: {what} differ by {found:.1e} of theirs, more than {limit:.0e}")
 
     def parts(self) -> dict:
         """What can be compared, by name."""
+        if self.args.device == "cuda":
+            return self.gpu_parts()
         parts = {}
         for stage, modules in TRAINED.items():
             config = f"configs/demo/stage{stage}.yaml"
@@ -124,6 +145,23 @@ class Bench:
         llm = ["generate", "--llm", SMOLLM2, "--new-tokens", self.args.new_tokens, "--prompt", prompt()]
         parts["generate"] = lambda: self.forward("generate", [ours, *llm], [*python, *llm])
         return parts
+
+    def gpu_parts(self) -> dict:
+        parts = {}
+        for stage in TRAINED:
+            args = (f"gpu-stage{stage}", f"configs/gpu-check/stage{stage}.yaml", [], "fixed")
+            parts[args[0]] = lambda args=args: self.stage(*args)
+        for size in ("large", "huge"):
+            ours = [EXAMPLES / "bench_forward", "vit", "--size", size, "--image-px", 448, "--images", 16]
+            args = (f"gpu-vit-{size}", ours, [PYTHON, "tests/reference/forward.py", "vit"])
+            parts[args[0]] = lambda args=args: self.forward(*args)
+        return parts
+
+
+def has_reference() -> bool:
+    """Whether the Python of the other side has what it needs."""
+    found = subprocess.run([PYTHON, "-c", "import torch, transformers, safetensors"], capture_output=True, text=True)
+    return found.returncode == 0
 
 
 def agreement(ours: dict, theirs: dict) -> tuple[float, float]:
@@ -145,6 +183,9 @@ def largest(differences) -> float:
 def stage_value(report: dict, figure: str) -> float:
     if figure == "peak memory, MB":
         return report["peak_bytes"] / 1e6
+    if figure == MFU:
+        warmup = report["warmup"]
+        return 100 * sum(report["flops"][warmup:]) / sum(report["seconds"][warmup:]) / report["peak_flops"]
     counted, seconds = {
         "tokens/s": ("tokens", "seconds"),
         "samples/s": ("samples", "seconds"),
@@ -156,6 +197,8 @@ def stage_value(report: dict, figure: str) -> float:
 def forward_value(report: dict, figure: str) -> float:
     if figure == "peak memory, MB":
         return report["peak_bytes"] / 1e6
+    if figure == MFU:
+        return 100 * report["flops"] / statistics.median(report["seconds"]) / report["peak_flops"]
     seconds = {"tokens/s": "seconds", "tokens/processor s": "processor_seconds"}[figure]
     return report["tokens"] / statistics.median(report[seconds])
 
@@ -170,6 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="parts, as `stage1-fixed`, `stage*`, `vit`")
     parser.add_argument("--list", action="store_true", help="names the parts")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both sides compute")
     parser.add_argument("--rounds", type=int, default=5, help="how often both sides take their turn")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a run")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
@@ -190,8 +234,13 @@ def main() -> int:
     if args.parameters < 100 or args.samples < 5_000 or args.leak_steps < 200:
         parser.error("too little to measure: at least 100 parameters, 5000 samples and 200 steps of `leak`")
 
+    if args.device == "cpu":
+        # Neither side takes a GPU that is there.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     table = Table(args.json)
-    parts = Bench(args, table).parts() | Limits(args, table).parts()
+    parts = Bench(args, table).parts()
+    if args.device == "cpu":
+        parts |= Limits(args, table).parts()
     chosen = [name for name in parts if not args.only or any(fnmatch.fnmatch(name, only) for only in args.only)]
     unknown = [only for only in args.only or [] if not fnmatch.filter(parts, only)]
     if unknown:
@@ -205,6 +254,9 @@ def main() -> int:
     if not work.is_dir() or shutil.disk_usage(work).free < room:
         parser.error(f"`{work}` is no folder with {room / 1e9:.0f} GB of room; give one as --work")
     args.work = work
+    args.has_reference = args.device == "cpu" or has_reference()
+    if not args.has_reference:
+        print(f"`{PYTHON}` has no torch, transformers and safetensors: this side is measured alone")
     table.head()
     failed = False
     for name in chosen:

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "target/release"
 EXAMPLES = PROGRAMS / "examples"
-PYTHON = ROOT / ".venv/bin/python"
+PYTHON = os.environ.get("PYTHON") or ROOT / ".venv/bin/python"
 # What is no part of a step.
 STEPS_ALONE = ["init=null", "eval=null", "export=null", "schedule.kind=constant", "schedule.warmup=0"]
 
@@ -90,10 +90,13 @@ class Table:
 
     def compare(self, part: str, figures: list[Figure]):
         for figure in figures:
-            sides = [spread(figure.ours, figure.form), spread(figure.theirs, figure.form), spread(figure.ratios(), ".2f")]
+            sides = [spread(figure.ours, figure.form)]
+            both = bool(figure.theirs)
+            sides += [spread(figure.theirs, figure.form), spread(figure.ratios(), ".2f")] if both else ["-", "-"]
             print(f"{part:<20} {figure.name:<26} {sides[0]:>26} {sides[1]:>26} {sides[2]:>20}")
         self.record(part, "figures", {
-            figure.name: {"ours": figure.ours, "theirs": figure.theirs, "ratios": figure.ratios()} for figure in figures
+            figure.name: {"ours": figure.ours, "theirs": figure.theirs, "ratios": figure.ratios() if figure.theirs else []}
+            for figure in figures
         })
 
     def judge(self, part: str, limits: list[Limit]):
@@ -118,12 +121,15 @@ class Table:
             self.file.write_text(json.dumps(self.results, indent=2) + "\n")
 
 
-def turns(ours: list, theirs: list, folder: Path, rounds: int) -> list[tuple[dict, dict]]:
-    """The reports of both sides, by round; who is first changes from round to round."""
+def turns(ours: list, theirs: list | None, folder: Path, rounds: int) -> list[tuple[dict, dict | None]]:
+    """The reports of both sides, by round; who is first changes from round to round. None of the other side where there is
+    no command for it."""
     pairs = []
     for number in range(rounds):
-        reports = {}
+        reports = {"theirs": None}
         for side in in_turn(number):
+            if side == "theirs" and theirs is None:
+                continue
             path = folder / f"{side}.json"
             execute([*(ours if side == "ours" else theirs), "--json", path])
             reports[side] = json.loads(path.read_text())

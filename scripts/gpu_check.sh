@@ -5,6 +5,8 @@
 #                                       neither Rust nor a network; there the one command is DIR/gpu_check.sh
 #   ... --cpu                           checks what the CPU and Gloo can do, to try the checks themselves
 #   ... --short                         leaves out what takes long
+#   ... --bench                         instead of the checks, speed beside PyTorch at the sizes of SAILViT-L, ViT-H and
+#                                       Qwen2.5-1.5B (bench.py --device cuda), which needs transformers for the other side
 # A packed check takes libtorch from the torch of `python3`, or of the Python that PYTHON names.
 # Exit codes: 0 all checks passed, 1 one failed, 2 they could not be made.
 set -euo pipefail
@@ -16,7 +18,7 @@ fail() { # fail MESSAGE HINT
   exit 2
 }
 
-pack= cpu=no options=()
+pack= cpu=no bench=no options=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --pack)
@@ -26,7 +28,8 @@ while [ $# -gt 0 ]; do
       ;;
     --cpu) cpu=yes options+=("$1") ;;
     --short) options+=("$1") ;;
-    -h|--help) sed -n '2,9s/^# \{0,1\}//p' gpu_check.sh; exit 0 ;;
+    --bench) bench=yes ;;
+    -h|--help) sed -n '2,11s/^# \{0,1\}//p' gpu_check.sh; exit 0 ;;
     *) echo "error: unknown argument \`$1\`; see $0 --help" >&2; exit 2 ;;
   esac
   shift
@@ -34,23 +37,30 @@ done
 
 build() { # in the repository: the programs, with the build that everything else uses
   cd ..
-  cargo build --release --workspace --bins
+  cargo build --release --workspace --bins --examples
   programs=target/release
 }
 
 make_pack() {
   local rpath size
-  mkdir -p "$1/configs" "$1/data"
-  for program in sail-train sail-gpu-check; do
-    strip -o "$1/$program" "$programs/$program"
+  mkdir -p "$1/configs" "$1/data" "$1/scripts" "$1/tests" "$1/target/release/examples"
+  for program in sail-train sail-gpu-check examples/bench_train examples/bench_forward; do
+    # Benches stay where scripts/bench.py looks for them.
+    to=$1/$program
+    [ "${program#examples/}" = "$program" ] || to=$1/target/release/$program
+    strip -o "$to" "$programs/$program"
     # Where libtorch is on this machine is looked at before LD_LIBRARY_PATH: it becomes a path of nothing but
     # slashes, of the same length.
-    rpath=$(readelf -d "$1/$program" | sed -n 's/.*rpath: \[\(.*\)\]/\1/p')
-    LC_ALL=C sed -i "s|$rpath|${rpath//?//}|" "$1/$program"
+    rpath=$(readelf -d "$to" | sed -n 's/.*rpath: \[\(.*\)\]/\1/p')
+    LC_ALL=C sed -i "s|$rpath|${rpath//?//}|" "$to"
   done
   cp -r configs/tiny configs/gpu-check "$1/configs"
   cp -r data/demo "$1/data"
   cp scripts/gpu_check.sh "$1"
+  cp scripts/bench.py scripts/bench_common.py scripts/bench_limits.py "$1/scripts"
+  cp -r tests/reference "$1/tests"
+  mkdir -p "$1/tests/goldens"
+  cp tests/goldens/smollm2_greedy.json "$1/tests/goldens"
   size=$(du -sm "$1" | cut -f1)
   echo "packed $size MB into $1; carry it to the machine and run $1/gpu_check.sh"
   [ "$size" -le 60 ] || fail "$1 has $size MB, more than the 60 that are easy to carry" "look what has grown"
@@ -95,6 +105,17 @@ if [ "$cpu" = yes ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 elif command -v nvidia-smi >/dev/null; then
   nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv,noheader || true
+fi
+if [ "$bench" = yes ]; then
+  if [ "$packed" = yes ]; then python=${PYTHON:-python3}; else python=${PYTHON:-$PWD/.venv/bin/python}; fi
+  case "$python" in
+    /*) ;;
+    */*) python=$from/$python ;;
+  esac
+  # On the CPU: that both sides work and agree. Their speed on a few tokens says nothing.
+  parts=(--device cuda)
+  [ "$cpu" = no ] || parts=(--only agreement-tiny --agreement-steps 5)
+  PYTHON=$python exec "$python" scripts/bench.py "${parts[@]}"
 fi
 work=$(mktemp -d "${TMPDIR:-/tmp}/sail-gpu-check.XXXXXX")
 status=0

@@ -38,8 +38,6 @@ step cargo test --release --workspace
 step cargo test --release --workspace --benches
 step .venv/bin/python tests/reference/test_remote_code.py
 step .venv/bin/python tests/reference/check_webdataset.py
-# Losses and gradient norms are those of a plain PyTorch trainer.
-step .venv/bin/python scripts/bench.py --only agreement-tiny --agreement-steps 5
 # The check of GPU machines as it is carried to one, but on the CPU; libtorch is that of a Python there.
 pack=$(mktemp -d)
 trap 'rm -rf "$pack"' EXIT
@@ -47,6 +45,8 @@ step ./scripts/gpu_check.sh --pack "$pack"
 gpu_check=("$pack/gpu_check.sh" --cpu)
 [ "$extended" = yes ] || gpu_check+=(--short)
 PYTHON=.venv/bin/python step "${gpu_check[@]}"
+# Losses and gradient norms are those of a plain PyTorch trainer.
+PYTHON=.venv/bin/python step "$pack/gpu_check.sh" --cpu --bench
 if [ "$extended" = yes ]; then
   step ./scripts/sanitize.sh
   step cargo test --release --workspace -- --ignored

@@ -91,8 +91,8 @@ fn batch(samples: &[&Sample]) -> Batch {
         images_per_sequence: samples.iter().map(|sample| sample.images.len()).collect(),
         image_rows,
         names: samples.iter().map(|sample| sample.name.clone()).collect(),
-        targets_t: Tensor::from_slice(&targets),
-        weights_t: Tensor::from_slice(&weights),
+        targets,
+        weights,
     }
 }
 

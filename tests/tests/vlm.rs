@@ -93,21 +93,20 @@ fn batch(samples: &[&Sample]) -> Batch {
     }
     let images = samples.iter().filter_map(|sample| sample.tiles.as_ref().map(Tensor::shallow_clone));
     let count = |sample: &&Sample| sample.tiles.as_ref().map_or(0, |tiles| tiles.size()[0] as usize);
-    let all = |field: fn(&Sample) -> &Vec<i64>| -> Tensor {
-        Tensor::from_slice(&samples.iter().flat_map(|sample| field(sample).clone()).collect::<Vec<_>>())
+    let all = |field: fn(&Sample) -> &Vec<i64>| -> Vec<i64> {
+        samples.iter().flat_map(|sample| field(sample).clone()).collect()
     };
     let positions: Vec<i64> = samples.iter().flat_map(|sample| 0..sample.ids.len() as i64).collect();
-    let weights: Vec<f32> = samples.iter().flat_map(|sample| sample.weights.clone()).collect();
     Batch {
-        ids_t: all(|sample| &sample.ids),
+        ids_t: Tensor::from_slice(&all(|sample| &sample.ids)),
         positions_t: Tensor::from_slice(&positions),
         cu_seqlens,
         images: Visual::Pixels(images.collect()),
         images_per_sequence: samples.iter().map(count).collect(),
         image_rows,
         names: (0..samples.len()).map(|i| format!("sample {i}")).collect(),
-        targets_t: all(|sample| &sample.targets),
-        weights_t: Tensor::from_slice(&weights),
+        targets: all(|sample| &sample.targets),
+        weights: samples.iter().flat_map(|sample| sample.weights.clone()).collect(),
     }
 }
 
@@ -330,7 +329,7 @@ fn text_alone_leaves_the_projector_out() {
 fn a_batch_without_targets_weighs_nothing() {
     let vlm = model_training(&[""]);
     let mut silent = batch(&[&sample(1, 12, 2, 1)]);
-    silent.targets_t = Tensor::full_like(&silent.targets_t, IGNORE);
+    silent.targets.fill(IGNORE);
     let loss = vlm.loss_sum(&silent).unwrap();
     assert_eq!(loss.double_value(&[]).to_bits(), 0);
     for (name, grad) in gradients(&vlm, &loss) {
@@ -350,9 +349,9 @@ fn parts_that_do_not_fit_are_named() {
     let error = vlm.loss_sum(&wrong).unwrap_err();
     assert!(matches!(error, Error::ImageRows { rows: 3, features: 0, .. }), "{error}");
     assert!(error.to_string().starts_with("sample 0: "), "{error}");
-    wrong.weights_t = wrong.weights_t.narrow(0, 0, 5);
+    wrong.weights.truncate(5);
     let error = vlm.loss_sum(&wrong).unwrap_err();
-    assert!(matches!(error, Error::BatchShape { field: "weights_t", .. }), "{error}");
+    assert!(matches!(error, Error::BatchShape { field: "weights", .. }), "{error}");
     let mut wrong = batch(&[&sample(1, 12, 2, 1)]);
     wrong.cu_seqlens = vec![0, 11];
     let error = vlm.loss_sum(&wrong).unwrap_err();

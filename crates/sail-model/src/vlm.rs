@@ -10,7 +10,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use sail_torch::{CrossEntropy, Span, span};
+use sail_torch::{CrossEntropy, Span, span, upload};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -101,10 +101,10 @@ pub struct Batch {
     pub image_rows: Vec<i64>,
     /// What each sequence is called in messages.
     pub names: Vec<String>,
-    /// The token that each row predicts `[t]` int64, or [`IGNORE`].
-    pub targets_t: Tensor,
-    /// Weight of each row's loss `[t]` fp32.
-    pub weights_t: Tensor,
+    /// The token that each row predicts `[t]`, or [`IGNORE`]; on the host, where it is known which rows have one.
+    pub targets: Vec<i64>,
+    /// Weight of each row's loss `[t]`.
+    pub weights: Vec<f32>,
 }
 
 /// What a batch costs: fp32 tensors.
@@ -270,28 +270,35 @@ impl Vlm {
     /// # Errors
     /// As [`Vlm::loss_sum`].
     pub fn loss(&self, batch: &Batch) -> Result<Loss> {
-        let segments = self.with_grad_rows(batch.check(&self.config)?, batch);
+        let segments = self.with_grad_rows(batch.check(&self.config)?, batch)?;
         let x_td = self.embed(&batch.ids_t, &batch.images, &batch.image_rows)?;
         let _in_llm = span("llm");
         let Trunk { x_td, routing } = self.llm.trunk(&x_td, &batch.positions_t, &segments, None);
-        let rows_r = rows_with_target(batch);
-        let [targets_r, weights_r] =
-            [&batch.targets_t, &batch.weights_t].map(|of_t| of_t.index_select(0, &rows_r));
+        let (rows, (targets, weights)) = rows_with_target(batch);
+        let (rows_r, targets_r) = (self.longs(&rows)?, self.longs(&targets)?);
+        let weights_r = upload(&weights, &[weights.len() as i64], self.device)?;
         let CrossEntropy { sum, losses_r } =
             self.llm.cross_entropy(&x_td.index_select(0, &rows_r), &targets_r, &weights_r)?;
         Ok(Loss { sum, losses_r, balance: routing.map(|routing| routing.weighted_balance_loss()) })
     }
 
     /// Where the language model is frozen, gradients need not go everywhere.
-    fn with_grad_rows(&self, segments: Segments, batch: &Batch) -> Segments {
-        let trains = |(name, param): (&String, &Tensor)| name.starts_with("llm.") && param.requires_grad();
-        if self.params.iter().any(trains) {
-            return segments;
-        }
+    fn with_grad_rows(&self, segments: Segments, batch: &Batch) -> Result<Segments> {
         match batch.grad_rows() {
-            Some(rows) => segments.with_grad_rows(Tensor::from_slice(&rows).to_device(self.device)),
-            None => segments,
+            Some(rows) if !self.trains("llm") => Ok(segments.with_grad_rows(self.longs(&rows)?)),
+            _ => Ok(segments),
         }
+    }
+
+    /// Whether a parameter of one of [`MODULES`] requires a gradient.
+    pub fn trains(&self, module: &str) -> bool {
+        let is_of = |name: &str| name.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
+        self.params.iter().any(|(name, param)| is_of(name) && param.requires_grad())
+    }
+
+    /// `[n]` int64 on the model's device.
+    fn longs(&self, values: &[i64]) -> Result<Tensor> {
+        Ok(upload(values, &[values.len() as i64], self.device)?)
     }
 
     /// Embeddings `[t, d]` with visual tokens in `image_rows`, which were checked to be as many. Those
@@ -309,7 +316,7 @@ impl Vlm {
         // After the images: backward goes the other way round, so that the table's gradient can travel to other
         // ranks while that of the encoder is computed.
         let x_td = self.llm.embed(ids_t);
-        let rows_v = Tensor::from_slice(image_rows).to_device(self.device);
+        let rows_v = self.longs(image_rows)?;
         Ok(x_td.f_index_copy(0, &rows_v, &x_vd.to_kind(x_td.kind()))?)
     }
 
@@ -324,7 +331,7 @@ impl Vlm {
         on_token: OnToken,
     ) -> Result<Vec<Vec<i64>>> {
         let embed = |(i, prompt): (usize, &Prompt)| -> Result<Tensor> {
-            let ids_t = Tensor::from_slice(&prompt.ids).to_device(self.device);
+            let ids_t = self.longs(&prompt.ids)?;
             let tokens = image_tokens(&self.config, &prompt.images)?.iter().sum();
             check_rows(&format!("prompt {i}"), prompt.image_rows.len() as i64, tokens)?;
             self.embed(&ids_t, &prompt.images, &prompt.image_rows)
@@ -339,14 +346,15 @@ impl Batch {
     /// gives the sequences' boundaries.
     fn check(&self, config: &VlmConfig) -> Result<Segments> {
         let expected = vec![self.ids_t.numel() as i64];
-        let fields = [
-            ("ids_t", &self.ids_t),
-            ("positions_t", &self.positions_t),
-            ("targets_t", &self.targets_t),
-            ("weights_t", &self.weights_t),
-        ];
-        if let Some((field, tensor)) = fields.into_iter().find(|(_, tensor)| tensor.size() != expected) {
-            return Err(Error::BatchShape { field, found: tensor.size(), expected });
+        for (field, found) in [
+            ("ids_t", self.ids_t.size()),
+            ("positions_t", self.positions_t.size()),
+            ("targets", vec![self.targets.len() as i64]),
+            ("weights", vec![self.weights.len() as i64]),
+        ] {
+            if found != expected {
+                return Err(Error::BatchShape { field, found, expected });
+            }
         }
         let segments = Segments::new(&self.cu_seqlens, expected[0])?;
         let sequences = segments.lengths().len();
@@ -416,9 +424,10 @@ fn check_rows(name: &str, rows: i64, features: i64) -> Result<()> {
     if rows == features { Ok(()) } else { Err(Error::ImageRows { sample: name.to_owned(), rows, features }) }
 }
 
-/// Indices `[r]` of the rows whose target is a token.
-fn rows_with_target(batch: &Batch) -> Tensor {
-    batch.targets_t.ne(IGNORE).nonzero().squeeze_dim(1)
+/// Indices of the rows whose target is a token, the targets and their weights: `[r]` each.
+fn rows_with_target(batch: &Batch) -> (Vec<i64>, (Vec<i64>, Vec<f32>)) {
+    let rows = (0..).zip(batch.targets.iter().copied().zip(batch.weights.iter().copied()));
+    rows.filter(|(_, (target, _))| *target != IGNORE).unzip()
 }
 
 #[cfg(test)]
@@ -437,8 +446,8 @@ mod tests {
             images_per_sequence: vec![1, 0, 2],
             image_rows: vec![2, 3, 8, 11],
             names: vec![],
-            targets_t: none(),
-            weights_t: none(),
+            targets: vec![],
+            weights: vec![],
         };
         assert_eq!(batch.grad_rows(), Some(vec![2, 3, 4, 8, 9, 10, 11]));
         batch.image_rows = vec![0, 5, 9];

@@ -7,8 +7,10 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <map>
 #include <memory>
 #ifdef SAIL_WITH_NCCL
 #include <cuda_runtime_api.h>
@@ -58,6 +60,33 @@ sail_error* sail_device_name(int device, char* name, size_t room) {
     const auto* properties = at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(device));
     std::strncat(name, properties->name, room - 1);
 #endif
+  });
+}
+
+// `out` receives a copy of `host` on the device, owned by the caller. It travels from pinned memory in a
+// stream of its own, beside what was queued before; what is queued from now on waits for it, the host does not.
+sail_error* sail_upload(int device, const at::Tensor* host, at::Tensor** out) {
+  return guarded([&] {
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    const auto* guard = c10::impl::getDeviceGuardImpl(at::kCUDA);
+    const at::Device on(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    // Of this thread for good: streams of the pool are never given back.
+    static thread_local std::map<int, c10::Stream> streams;
+    auto own = streams.find(device);
+    if (own == streams.end()) own = streams.emplace(device, guard->getStreamFromGlobalPool(on)).first;
+    const auto pinned = host->pin_memory();
+    const auto current = guard->getStream(on);
+    at::Tensor copy;
+    {
+      c10::StreamGuard in(own->second);
+      copy = pinned.to(on, /*non_blocking=*/true);
+    }
+    c10::Event done(at::kCUDA);
+    done.record(own->second);
+    done.block(current);
+    // Its memory is of the other stream: not to be used again before this one is done with it.
+    copy.record_stream(current);
+    *out = new at::Tensor(std::move(copy));
   });
 }
 

@@ -317,6 +317,80 @@ at::Tensor grad_of(const at::Tensor& weight, const at::Tensor& g, const at::Tens
   return {};
 }
 
+// Products of one row with rows of a matrix, four of which are read at a time, since it is memory that takes the time.
+SAIL_KERNEL
+void times_row(const float* __restrict x, const float* __restrict w, float* __restrict y, int64_t rows, int64_t d) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    const float *w0 = w + r * d, *w1 = w0 + d, *w2 = w1 + d, *w3 = w2 + d;
+    float l0[kLanes] = {}, l1[kLanes] = {}, l2[kLanes] = {}, l3[kLanes] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= d; k += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) l0[j] += x[k + j] * w0[k + j];
+      for (int64_t j = 0; j < kLanes; ++j) l1[j] += x[k + j] * w1[k + j];
+      for (int64_t j = 0; j < kLanes; ++j) l2[j] += x[k + j] * w2[k + j];
+      for (int64_t j = 0; j < kLanes; ++j) l3[j] += x[k + j] * w3[k + j];
+    }
+    for (; k < d; ++k) {
+      l0[0] += x[k] * w0[k];
+      l1[0] += x[k] * w1[k];
+      l2[0] += x[k] * w2[k];
+      l3[0] += x[k] * w3[k];
+    }
+    y[r] = sum_of(l0);
+    y[r + 1] = sum_of(l1);
+    y[r + 2] = sum_of(l2);
+    y[r + 3] = sum_of(l3);
+  }
+  for (; r < rows; ++r) {
+    float lanes[kLanes] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= d; k += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) lanes[j] += x[k + j] * w[r * d + k + j];
+    }
+    for (; k < d; ++k) lanes[0] += x[k] * w[r * d + k];
+    y[r] = sum_of(lanes);
+  }
+}
+
+// Whether the maps are those of one row without a graph, the step of a generation: then all of them are one pass over the
+// weights, shared among the threads once.
+bool is_one_row(at::TensorList tensors, int64_t count) {
+  const auto is_plain = [](const at::Tensor& x) {
+    return has_kernels(x) && x.is_contiguous() && !(at::GradMode::is_enabled() && x.requires_grad());
+  };
+  const auto& x = tensors[0];
+  return x.numel() > 0 && x.numel() == x.size(-1) && static_cast<int64_t>(tensors.size()) > count &&
+         std::all_of(tensors.begin(), tensors.end(), is_plain);
+}
+
+tensor_list one_row(at::TensorList tensors, int64_t count) {
+  const auto& x = tensors[0];
+  const int64_t d = x.numel();
+  tensor_list results;
+  // Where the outputs of each map begin among those of all.
+  std::vector<int64_t> begins = {0};
+  for (int64_t i = 1; i <= count; ++i) {
+    auto sizes = x.sizes().vec();
+    sizes.back() = tensors[i].size(0);
+    results.push_back(at::empty(sizes, x.options()));
+    begins.push_back(begins.back() + tensors[i].size(0));
+  }
+  const auto* x_p = x.const_data_ptr<float>();
+  each_piece(begins.back(), d, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t from = std::max(begin, begins[i]) - begins[i], to = std::min(end, begins[i + 1]) - begins[i];
+      if (from >= to) continue;
+      auto* y = results[i].mutable_data_ptr<float>();
+      times_row(x_p, tensors[1 + i].const_data_ptr<float>() + from * d, y + from, to - from, d);
+    }
+  });
+  if (static_cast<int64_t>(tensors.size()) > 1 + count) {
+    for (int64_t i = 0; i < count; ++i) results[i].add_(tensors[1 + count + i]);
+  }
+  return results;
+}
+
 // `tensors` are the rows, `count` weights, and as many biases or none. With `grad_rows` only those of the first get a
 // gradient, the others zero.
 class Linears : public Function<Linears> {
@@ -402,7 +476,8 @@ sail_error* sail_linears(at::Tensor* const* tensors, size_t n, size_t count, con
   return guarded([&] {
     const auto all = sail::list(tensors, n);
     const auto rows = grad_rows == nullptr ? std::nullopt : std::optional<at::Tensor>(*grad_rows);
-    const auto results = Linears::apply(at::TensorList(all), static_cast<int64_t>(count), rows);
+    const auto maps = static_cast<int64_t>(count);
+    const auto results = is_one_row(all, maps) ? one_row(all, maps) : Linears::apply(at::TensorList(all), maps, rows);
     for (size_t i = 0; i < count; ++i) out[i] = new at::Tensor(results[i]);
   });
 }

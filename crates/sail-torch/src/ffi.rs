@@ -173,6 +173,8 @@ unsafe extern "C" {
     pub(crate) fn sail_memory_peak(device: c_int, allocated: *mut i64, reserved: *mut i64) -> *mut RawError;
 
     pub(crate) fn sail_device_name(device: c_int, name: *mut c_char, room: usize) -> *mut RawError;
+    pub(crate) fn sail_upload(device: c_int, host: *const C_tensor, out: *mut *mut C_tensor)
+    -> *mut RawError;
     pub(crate) fn sail_event_record(device: c_int, out: *mut *mut RawEvent) -> *mut RawError;
     pub(crate) fn sail_event_elapsed(
         from: *const RawEvent,

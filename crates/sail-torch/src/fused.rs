@@ -321,6 +321,24 @@ mod tests {
         assert!(distance(&found[1], &whole[1]) < 1e-6 && distance(&found[2], &whole[2]) < 1e-6);
     }
 
+    /// The step of a generation, in shapes that vectors and pieces divide and that they do not.
+    #[test]
+    fn one_row_without_a_graph_is_as_one_of_many() {
+        for (width, outputs) in [(576, [576, 192, 3]), (37, [1, 6, 7]), (1, [5, 4, 2]), (64, [4000, 1, 9])] {
+            let x = random(&[1, width]);
+            let maps = outputs.map(|outputs| (random(&[outputs, width]), random(&[outputs])));
+            let two = Tensor::cat(&[&x, &x], 0);
+            for has_bias in [true, false] {
+                let all = maps.each_ref().map(|(weight, bias)| (weight, has_bias.then_some(bias)));
+                let found = tch::no_grad(|| linears(&x, all, None).unwrap());
+                for (found, expected) in found.iter().zip(linears(&two, all, None).unwrap()) {
+                    assert!(!found.requires_grad() && found.size() == [1, expected.size()[1]]);
+                    assert!(distance(found, &expected.narrow(0, 0, 1)) < 1e-6);
+                }
+            }
+        }
+    }
+
     /// One that nothing comes of has no part in the gradients.
     #[test]
     fn a_map_that_is_not_used_adds_nothing() {

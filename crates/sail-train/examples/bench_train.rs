@@ -22,6 +22,7 @@ use sail_model::weights::write_safetensors;
 use sail_train::Error;
 use sail_train::batch::{to_batch, to_images};
 use sail_train::config::{Module, Plan};
+use sail_train::estimate::PackFlops;
 use sail_train::schedule::Factors;
 use sail_train::session::Session;
 use sail_train::step::Step;
@@ -30,7 +31,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use measure::{Memory, MemoryUse, StageArgs, exit, io, processor_secs, usage, write_json};
+use measure::{Memory, MemoryUse, StageArgs, exit, io, peak_flops, processor_secs, usage, write_json};
 
 #[derive(Parser)]
 struct Args {
@@ -76,6 +77,10 @@ struct Report {
     processor_seconds: Vec<f64>,
     tokens: Vec<u64>,
     samples: Vec<u64>,
+    /// Operations of the forward and backward passes, as model FLOPs utilisation counts them.
+    flops: Vec<u64>,
+    /// What the device computes at most, FLOP/s; None where that is not known.
+    peak_flops: Option<f64>,
     #[serde(flatten)]
     memory: Option<MemoryUse>,
 }
@@ -94,8 +99,11 @@ fn run(args: &Args) -> Result<(), Error> {
     if args.dump_only {
         return Ok(());
     }
-    let mut report = Report { warmup: args.warmup, ..Report::default() };
-    let memory = Memory::begin()?;
+    let peak_flops = peak_flops(session.device, session.precision)?;
+    let flops = PackFlops::new(session.model.config(), &session.plan.train);
+    let flops = steps.iter().map(|step| flops.of(&step.packs).values().sum()).collect();
+    let mut report = Report { warmup: args.warmup, flops, peak_flops, ..Report::default() };
+    let memory = Memory::begin(session.device)?;
     for step in &steps {
         make(step, &mut session, &mut report)?;
     }
@@ -211,7 +219,14 @@ fn summarise(report: &Report) {
     let timed: f64 = report.seconds.iter().skip(report.warmup).sum();
     let tokens: u64 = report.tokens.iter().skip(report.warmup).sum();
     let peak = report.memory.map_or(0.0, |memory| memory.peak_bytes as f64 / 1e6);
-    println!("{:.1} tokens/s, peak resident memory {peak:.0} MB", tokens as f64 / timed);
+    print!("{:.1} tokens/s, peak memory {peak:.0} MB", tokens as f64 / timed);
+    match report.peak_flops {
+        Some(peak) => {
+            let flops: u64 = report.flops.iter().skip(report.warmup).sum();
+            println!(", {:.1} % of the device's peak", 100.0 * flops as f64 / (timed * peak));
+        }
+        None => println!(),
+    }
 }
 
 /// Writes what another trainer needs: `weights.safetensors` by full name in fp32, `shapes.json`, `train.json`, and
@@ -239,17 +254,17 @@ fn dump(dir: &Path, session: &Session, steps: &[Step]) -> Result<(), Error> {
 
 /// A pack's fields: as [`sail_model::vlm::Batch`] has them, `images` `[n, 3, height, width]`, left out without any.
 fn fields(pack: &Pack) -> Result<Vec<(&'static str, Tensor)>, Error> {
-    let batch = to_batch(pack, Device::Cpu);
+    let batch = to_batch(pack, Device::Cpu)?;
     let per_sequence: Vec<i64> = batch.images_per_sequence.iter().map(|images| *images as i64).collect();
     let mut fields = vec![
         ("ids", batch.ids_t),
         ("positions", batch.positions_t),
         ("cu_seqlens", Tensor::from_slice(&batch.cu_seqlens)),
         ("images_per_sequence", Tensor::from_slice(&per_sequence)),
-        ("targets", batch.targets_t),
-        ("weights", batch.weights_t),
+        ("targets", Tensor::from_slice(&batch.targets)),
+        ("weights", Tensor::from_slice(&batch.weights)),
     ];
-    match &to_images(&pack.images, Device::Cpu)[..] {
+    match &to_images([&pack.images], Device::Cpu)?[..] {
         [] => {}
         [images] => {
             fields.push(("images", images.shallow_clone()));

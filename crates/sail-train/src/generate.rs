@@ -48,7 +48,7 @@ pub fn answer(trained: &Trained, question: &Question, show: &mut dyn FnMut(&str)
     let prompt = trained.encoder.prompt(question.prompt, &visual_tokens)?;
     let prompt = Prompt {
         ids: prompt.ids,
-        images: Visual::Pixels(images.iter().flat_map(|images| to_images(images, trained.device)).collect()),
+        images: Visual::Pixels(to_images(&images, trained.device)?),
         image_rows: prompt.image_rows,
     };
     let mut options = question.options.clone();

@@ -18,12 +18,13 @@ use crate::train_loop::{RunOptions, SUMMARY, StageSummary};
 use crate::world::World;
 
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
-const HARMLESS: [&str; 17] = [
+const HARMLESS: [&str; 18] = [
     "run.name",
     "run.dir",
     "run.time_limit_secs",
     "run.time_margin_secs",
     "batch.recompute",
+    "batch.vision_images",
     "data.threads",
     "data.store",
     "data.feature_cache",

@@ -81,7 +81,7 @@ fn score_pack(trained: &Trained, samples: &[Sample]) -> Result<Vec<Score>> {
     if samples.is_empty() {
         return Ok(Vec::new());
     }
-    let batch = to_batch(&Pack::collate(samples), trained.device);
+    let batch = to_batch(&Pack::collate(samples), trained.device)?;
     let losses = no_grad(|| trained.model.loss(&batch))?.losses_r.to_kind(Kind::Double);
     let losses = Vec::<f64>::try_from(losses)?;
     let mut rows = losses.into_iter();

@@ -329,12 +329,12 @@ impl Session {
         // Of an evaluation before.
         self.take_cache_use();
         let trains_router = self.optimizer.names().any(|name| name.contains(ROUTER));
+        let mut batches = self.feed().batches(&step.packs, self.plan.batch.vision_images);
         for pass in 0..step.passes {
             self.world.goes_on();
             self.optimizer.begin_pass(pass, step.passes);
-            if let Some(pack) = step.packs.get(pass) {
-                self.clock.enter(Part::ToDevice);
-                let batch = self.feed().batch(pack)?;
+            self.clock.enter(Part::ToDevice);
+            if let Some(batch) = batches.next_batch()? {
                 // Told of the modules by the model, of which the language model comes last and goes back first.
                 let Loss { sum, balance, .. } = self.model.loss(&batch)?;
                 let mut loss = sum / step.all.weight;
@@ -347,9 +347,9 @@ impl Session {
                     let _span = span("backward");
                     self.optimizer.backward(&loss)?;
                 }
-                self.clock.enter(Part::Other);
                 total += loss.detach();
             }
+            self.clock.enter(Part::Other);
             self.optimizer.end_pass()?;
         }
         self.cache_use = self.take_cache_use();

@@ -1,7 +1,10 @@
 //! Operations of one device against the CPU's.
 
 use sail_model::attention::{Segments, Visibility, packed_attention};
-use sail_torch::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm, has_varlen_attention};
+use sail_torch::{
+    AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm, has_varlen_attention,
+    linear_cross_entropy, linears, rms_norm, rotate, swiglu, upload,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::table::{Figure, Table};
@@ -10,6 +13,11 @@ use crate::table::{Figure, Table};
 pub(crate) fn check(table: &mut Table, device: Device) {
     for (kind, limit) in [(Kind::Float, 1e-5), (Kind::BFloat16, 1e-2)] {
         table.row(&format!("matmul {} against the CPU", name(kind)), || matmul(device, kind, limit));
+    }
+    for (kind, limit) in [(Kind::Float, 1e-5), (Kind::BFloat16, 3e-2)] {
+        table.row(&format!("operations of a block and the loss, {}", name(kind)), || {
+            block(device, kind, limit)
+        });
     }
     table.row("AdamW, norm and scale against the CPU", || optimizer(device));
     for visibility in [Visibility::Causal, Visibility::Full] {
@@ -40,6 +48,11 @@ fn difference(found: &Tensor, expected: &Tensor) -> f64 {
     (found - expected).abs().max().double_value(&[]) / largest
 }
 
+/// The largest, or what is not a number where one is not, which `f64::max` would pass over.
+fn worst(differences: impl Iterator<Item = f64>) -> f64 {
+    differences.fold(0.0, |worst, next| if next > worst || next.is_nan() { next } else { worst })
+}
+
 fn within(what: &str, difference: f64, limit: f64) -> Figure {
     let figure = format!("{what}{difference:.1e} of the largest value");
     // Also false for what is not a number.
@@ -50,6 +63,43 @@ fn matmul(device: Device, kind: Kind, limit: f64) -> Figure {
     let [a, b] = [0; 2].map(|_| Tensor::randn([512, 512], (kind, Device::Cpu)));
     let expected = a.to_kind(Kind::Float).matmul(&b.to_kind(Kind::Float));
     within("", difference(&a.to_device(device).matmul(&b.to_device(device)), &expected), limit)
+}
+
+/// Norm, linear maps, gate, rotation, head and loss, one after the other, with the gradients of all that goes in, against the
+/// same in fp32 on the CPU.
+fn block(device: Device, kind: Kind, limit: f64) -> Figure {
+    const ROWS: i64 = 96;
+    const WIDTH: i64 = 128;
+    const VOCAB: i64 = 300;
+    let shapes = [[ROWS, WIDTH].as_slice(), &[WIDTH], &[WIDTH, WIDTH], &[WIDTH, WIDTH], &[VOCAB, WIDTH]];
+    // Of weights a tenth, so that neither gates nor scores are far out.
+    let drawn = shapes.map(|shape| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind) * 0.1);
+    let angles = Tensor::randn([ROWS, 1, WIDTH / 8], (Kind::Float, Device::Cpu));
+    let targets: Vec<i64> = (0..ROWS).map(|row| row * 7 % VOCAB).collect();
+    let made = |device: Device, kind: Kind| -> sail_torch::Result<Vec<Tensor>> {
+        let on_device = |x: &Tensor| -> sail_torch::Result<Tensor> {
+            let values =
+                Vec::<f32>::try_from(x.to_kind(Kind::Float).flatten(0, -1)).expect("invariant: floats");
+            Ok(upload(&values, &x.size(), device)?.to_kind(kind))
+        };
+        let inputs = drawn.iter().map(|x| Ok(on_device(x)?.set_requires_grad(true)));
+        let inputs = inputs.collect::<sail_torch::Result<Vec<Tensor>>>()?;
+        let [x, norm, gate, up, head] = &inputs[..] else { unreachable!("invariant: as many as were drawn") };
+        let n = rms_norm(x, norm, 1e-6)?;
+        let [gate, up] = linears(&n, [(gate, None), (up, None)], None)?;
+        let heads = swiglu(&gate, &up)?.view([ROWS, 4, WIDTH / 4]);
+        let turned = rotate(&heads, &on_device(&angles.cos())?, &on_device(&angles.sin())?)?;
+        let rows = turned.flatten(1, 2) + x;
+        let targets = upload(&targets, &[ROWS], device)?;
+        let weights = upload(&[0.5f32; ROWS as usize], &[ROWS], device)?;
+        let loss = linear_cross_entropy(&rows, head, &targets, &weights)?.sum;
+        let mut all = Tensor::run_backward(&[&loss], &inputs, false, false);
+        all.extend([loss, rows]);
+        Ok(all)
+    };
+    let (found, expected) = (made(device, kind)?, made(Device::Cpu, Kind::Float)?);
+    let differences = found.iter().zip(&expected).map(|(found, expected)| difference(found, expected));
+    within("", worst(differences), limit)
 }
 
 /// A few steps of what the optimizer does with gradients, on both.
@@ -77,7 +127,7 @@ fn optimizer(device: Device) -> Figure {
     };
     let (found, expected) = (updated(device)?, updated(Device::Cpu)?);
     let differences = found.iter().zip(&expected).map(|(found, expected)| difference(found, expected));
-    within("", differences.fold(0.0, f64::max), 1e-5)
+    within("", worst(differences), 1e-5)
 }
 
 /// Attention over segments in bf16, forward and backward, against libtorch's own in fp32, a segment at a time.
@@ -109,8 +159,22 @@ fn attention(device: Device, visibility: Visibility, head_dim: i64) -> Figure {
         Tensor::run_backward(&[scalar], inputs, false, false)
     };
     let gradients = gradients(&found, &inputs).into_iter().zip(gradients(&expected, &exact));
-    let worst = gradients.map(|(found, expected)| difference(&found, &expected)).fold(0.0, f64::max);
+    let worst = worst(gradients.map(|(found, expected)| difference(&found, &expected)));
     let how = if flash { "flash" } else { "no flash here" };
     let forward = within("", difference(&found, &expected), 2e-2)?;
     within(&format!("{how}: {forward}, gradients "), worst, 3e-2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_a_number_is_never_within_a_limit() {
+        for differences in [[f64::NAN, 1.0, 2.0], [1.0, f64::NAN, 2.0], [1.0, 2.0, f64::NAN]] {
+            assert!(within("", worst(differences.into_iter()), 3.0).is_err());
+        }
+        assert!(within("", worst([1.0, 3.0, 2.0].into_iter()), 3.0).is_ok());
+        assert!(within("", worst([1.0, 3.0, 2.0].into_iter()), 2.9).is_err());
+    }
 }

@@ -161,7 +161,9 @@ impl Llm {
     /// Rows after the final norm `[r, d]` -> scores of every token `[r, vocab]`, in the parameters'
     /// type.
     pub fn logits(&self, x_rd: &Tensor) -> Tensor {
-        x_rd.linear(self.head(), None::<&Tensor>)
+        let [scores_rv] =
+            sail_torch::linears(x_rd, [(self.head(), None)], None).unwrap_or_else(|error| panic!("{error}"));
+        scores_rv
     }
 
     /// `[vocab, d]`

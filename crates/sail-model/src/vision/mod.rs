@@ -54,6 +54,26 @@ pub struct Features {
     pub grids: Vec<(i64, i64)>,
 }
 
+impl Features {
+    /// Those of the first images, of the next ones and so on, so many each.
+    ///
+    /// # Errors
+    /// [`Error::BatchShape`] when they are not as many as all images.
+    pub fn split(&self, images: &[usize]) -> Result<Vec<Self>> {
+        let (all, asked) = (self.grids.len(), images.iter().sum::<usize>());
+        if all != asked {
+            let [found, expected] = [asked, all].map(|images| vec![images as i64]);
+            return Err(Error::BatchShape { field: "images", found, expected });
+        }
+        let mut rest = &self.grids[..];
+        let grids = images.iter().map(|images| rest.split_off(..*images).unwrap_or_default().to_vec());
+        let grids: Vec<Vec<(i64, i64)>> = grids.collect();
+        let rows: Vec<i64> = grids.iter().map(|grids| grids.iter().map(|(h, w)| h * w).sum()).collect();
+        let parts = self.x_td.f_split_with_sizes(rows, 0)?;
+        Ok(parts.into_iter().zip(grids).map(|(x_td, grids)| Self { x_td, grids }).collect())
+    }
+}
+
 impl Vision {
     /// Builds the model that `config` describes, with the parameters that `builder` gives.
     ///
@@ -111,6 +131,8 @@ impl Vision {
             embedded.push(x_nsd.flatten(0, 1));
         }
         let x_td = if let [one] = &embedded[..] { one.shallow_clone() } else { Tensor::f_cat(&embedded, 0)? };
+        // What they are a copy of is not to last as long as all blocks.
+        drop(embedded);
         Ok((self.model.encode(&x_td, &Segments::of_lengths(lengths)?), grids))
     }
 

@@ -8,7 +8,9 @@ use std::process::ExitCode;
 use clap::Args;
 use sail_train::Error;
 use sail_train::config::{Config, Plan, load};
+use sail_train::estimate::peak::peak_tflops;
 use serde::Serialize;
+use tch::{Device, Kind};
 
 const STATUS: &str = "/proc/self/status";
 const STAT: &str = "/proc/self/stat";
@@ -16,33 +18,50 @@ const STAT: &str = "/proc/self/stat";
 const TICKS_PER_SEC: f64 = 100.0;
 const CLEAR_REFS: &str = "/proc/self/clear_refs";
 
-/// Resident memory of this process from some moment on, bytes. Linux alone tells it.
+/// Memory of this process from some moment on, bytes: of a GPU what libtorch has in tensors there, since the process began;
+/// else what is resident, as Linux alone tells it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Memory {
-    /// Resident at that moment.
+    device: Device,
+    /// Taken at that moment.
     before_bytes: u64,
 }
 
 /// What [`Memory`] saw.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct MemoryUse {
-    /// Resident when it began: weights, data and libraries.
+    /// Taken when it began: weights, and where it is resident memory data and libraries.
     pub(crate) before_bytes: u64,
-    /// Most that was resident at once since then, with what was there before.
+    /// Most that was taken at once, with what was there before.
     pub(crate) peak_bytes: u64,
 }
 
 impl Memory {
     /// Forgets the peak so far, that of loading (`clear_refs` in proc(5)).
-    pub(crate) fn begin() -> Result<Self, Error> {
-        fs::write(CLEAR_REFS, "5").map_err(io(CLEAR_REFS.as_ref()))?;
-        Ok(Self { before_bytes: status_bytes("VmRSS")? })
+    pub(crate) fn begin(device: Device) -> Result<Self, Error> {
+        let before_bytes = if let Some(peak) = sail_torch::memory_peak(device)? {
+            peak.allocated
+        } else {
+            fs::write(CLEAR_REFS, "5").map_err(io(CLEAR_REFS.as_ref()))?;
+            status_bytes("VmRSS")?
+        };
+        Ok(Self { device, before_bytes })
     }
 
     /// The peak since [`Memory::begin`].
     pub(crate) fn end(self) -> Result<MemoryUse, Error> {
-        Ok(MemoryUse { before_bytes: self.before_bytes, peak_bytes: status_bytes("VmHWM")? })
+        let peak_bytes = match sail_torch::memory_peak(self.device)? {
+            Some(peak) => peak.allocated,
+            None => status_bytes("VmHWM")?,
+        };
+        Ok(MemoryUse { before_bytes: self.before_bytes, peak_bytes })
     }
+}
+
+/// What a device computes at most in this type, FLOP/s; None where that is not known.
+pub(crate) fn peak_flops(device: Device, precision: Kind) -> Result<Option<f64>, Error> {
+    let name = sail_torch::device_name(device)?;
+    Ok(name.and_then(|name| peak_tflops(&name, precision)).map(|tflops| 1e12 * tflops))
 }
 
 /// A line of `/proc/self/status`, which says kB and means KiB.

@@ -300,9 +300,19 @@ pub struct BatchPlan {
     pub tokens_per_pack: usize,
     /// Packs whose gradients are summed for one optimizer step.
     pub packs_per_step: usize,
+    /// Most images that a frozen vision encoder sees in one forward pass, if one pack has not more.
+    #[serde(default = "BatchPlan::one_pack")]
+    pub vision_images: usize,
     /// What is computed twice to save memory.
     #[serde(default)]
     pub recompute: RecomputePlan,
+}
+
+impl BatchPlan {
+    /// `vision_images` where a plan is older than that.
+    fn one_pack() -> usize {
+        1
+    }
 }
 
 /// Which transformer blocks of a module are computed again in the backward pass.

@@ -169,15 +169,27 @@ pub(super) struct RawInit {
 }
 
 /// `batch`. A pack is the micro-batch: whole samples, one after the other, attention kept within each.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawBatch {
     /// Most tokens in a pack, image tokens included. Required.
     pub(super) tokens_per_pack: Option<usize>,
     /// Packs whose gradients make up one optimizer step. Required.
     pub(super) packs_per_step: Option<usize>,
+    /// Most images (tiles) that a vision encoder which is not trained encodes in one forward pass: those of one pack at
+    /// least, and of the packs of a step that follow it while they have no more together. Losses are the same; it helps
+    /// where a pack has too few images to keep a device busy, and their features stay until their packs have had their
+    /// turn. Default: 32.
+    pub(super) vision_images: usize,
     /// What is computed twice to save memory.
     pub(super) recompute: RawRecompute,
+}
+
+impl Default for RawBatch {
+    fn default() -> Self {
+        let recompute = RawRecompute::default();
+        Self { tokens_per_pack: None, packs_per_step: None, vision_images: 32, recompute }
+    }
 }
 
 /// `batch.recompute`. For each module whether its transformer blocks keep what they compute for the backward pass

@@ -291,14 +291,18 @@ fn batch(checker: &mut Checker<'_>, raw: &RawBatch) -> Option<BatchPlan> {
     let tokens_per_pack = checker.required("batch.tokens_per_pack", raw.tokens_per_pack);
     let packs_per_step = checker.required("batch.packs_per_step", raw.packs_per_step);
     let RawRecompute { vision, llm } = raw.recompute;
+    let vision_images = raw.vision_images;
     let plan = BatchPlan {
         tokens_per_pack: tokens_per_pack?,
         packs_per_step: packs_per_step?,
+        vision_images,
         recompute: RecomputePlan { vision, llm },
     };
     let (tokens, packs) = (plan.tokens_per_pack, plan.packs_per_step);
     checker.expect(tokens >= 2, "batch.tokens_per_pack", "must be at least 2", tokens);
     checker.expect(packs >= 1, "batch.packs_per_step", "must be at least 1", packs);
+    let at_least = "must be at least 1, which is one pack at a time";
+    checker.expect(vision_images >= 1, "batch.vision_images", at_least, vision_images);
     Some(plan)
 }
 

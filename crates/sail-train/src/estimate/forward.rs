@@ -58,6 +58,29 @@ impl Pass {
         }
         total
     }
+
+    /// The same where an encoder that is not trained gives the features of so many images, this pack's among them, before
+    /// the pack has its turn.
+    #[must_use]
+    pub fn with_images_ahead(
+        self,
+        (config, train): (&VlmConfig, &TrainPlan),
+        pack: &PackShape,
+        images: u64,
+        backend: Backend,
+    ) -> Self {
+        if images <= pack.images || train.ever_trains(Module::Vision) {
+            return self;
+        }
+        let g = Graph::new(backend);
+        let all = PackShape { images, ..pack.clone() };
+        let model = Model { config, train, recompute: RecomputePlan::default(), pack: &all, g: &g };
+        drop(model.features());
+        let others = (images - pack.images) * pack.patches_per_image * config.vision.hidden_size() as u64;
+        let passing = Live { trunk: self.peak.trunk + others * backend.compute_bytes, ..self.peak };
+        let encoding = g.peak();
+        Self { peak: if passing.total() < encoding.total() { encoding } else { passing }, ..self }
+    }
 }
 
 /// The forward and backward pass of one pack.
@@ -68,14 +91,14 @@ pub fn pass(
     backend: Backend,
 ) -> Pass {
     let g = Graph::new(backend);
-    // Ids, positions, targets and weights.
-    let _batch = g.input(4 * pack.tokens(), LONG);
-    let patch = config.vision.patch_size() as u64;
-    let pixels = g.input(pack.images * pack.patches_per_image * 3 * patch * patch, FLOAT);
     let model = Model { config, train, recompute, pack, g: &g };
-    let loss = model.loss(&pixels);
+    let encoded = model.features();
+    // Ids and positions; the places of rows with a target, these and their weights.
+    let (tokens, targets) = (pack.tokens(), pack.targets);
+    let _batch = (g.input(2 * tokens + 2 * targets, LONG), g.input(targets, FLOAT));
+    let loss = model.loss(encoded.as_ref().map(|(features, _)| features));
     g.backward(loss);
-    drop(pixels);
+    drop(encoded);
     let (peak, recomputed_flops) = (g.peak(), g.recomputed_flops());
     let (flops, parameters) = g.totals();
     Pass { flops, recomputed_flops, peak, parameters }
@@ -95,13 +118,13 @@ impl Model<'_> {
     }
 
     /// `Vlm::loss`.
-    fn loss(&self, pixels: &Shaped) -> Shaped {
+    fn loss(&self, features: Option<&Shaped>) -> Shaped {
         let g = self.g;
         let decoder = self.config.llm.decoder();
         let (rows, d, vocab) = (self.pack.targets, decoder.hidden_size as u64, decoder.vocab_size as u64);
         self.enter(Module::Llm);
         let table = g.param(vocab * d);
-        let x = self.embed(table, pixels);
+        let x = self.embed(table, features);
         let x = self.trunk(&x);
         let x = g.rms_norm(&g.gather(&x, rows * d), d);
         g.count_as(Region::Head);
@@ -112,12 +135,24 @@ impl Model<'_> {
     }
 
     /// `Vlm::embed`: the table is looked up after the images, so its gradient comes before theirs.
-    fn embed(&self, table: Param, pixels: &Shaped) -> Shaped {
-        let visual = (self.pack.images > 0).then(|| self.projector(&self.vision(pixels)));
+    fn embed(&self, table: Param, features: Option<&Shaped>) -> Shaped {
+        let visual = features.map(|features| self.projector(features));
         self.enter(Module::Llm);
         let d = self.config.llm.decoder().hidden_size as u64;
         let x = self.g.embedding(table, self.pack.tokens(), d);
         visual.map_or_else(|| x.clone(), |visual| self.g.index_copy(&x, &visual))
+    }
+
+    /// Of the pack's images; with the pixels where they stay with the pack, since the encoder is trained with it.
+    fn features(&self) -> Option<(Shaped, Option<Shaped>)> {
+        if self.pack.images == 0 {
+            return None;
+        }
+        let patch = self.config.vision.patch_size() as u64;
+        let values = self.pack.images * self.pack.patches_per_image * 3 * patch * patch;
+        let pixels = self.g.input(values, FLOAT);
+        let features = self.vision(&pixels);
+        Some((features, self.train.ever_trains(Module::Vision).then_some(pixels)))
     }
 
     /// `Vision::features`.

@@ -93,6 +93,11 @@ impl Steps<'_> {
         let trained = buckets.iter().flat_map(|bucket| &bucket.entries);
         let trained: i64 = trained.map(|entry| entry.range.end - entry.range.start).sum();
         let train = plan.train.after(passed);
+        let packs_per_rank = (plan.batch.packs_per_step as u64).div_ceil(cluster.world);
+        let ahead = match &plan.data.feature_cache {
+            Some(_) => 0,
+            None => (plan.batch.vision_images as u64).min(packs_per_rank * self.pack.images),
+        };
         Ok(StepModel {
             cluster: *cluster,
             backend: self.backend,
@@ -103,9 +108,10 @@ impl Steps<'_> {
                 averaged: averaged(plan, &buckets),
             },
             in_blocks: buckets.iter().map(Layout::is_in_blocks).collect(),
-            packs_per_rank: (plan.batch.packs_per_step as u64).div_ceil(cluster.world),
+            packs_per_rank,
             tokens_per_pack: self.pack.tokens(),
-            pass: pass(self.config, (&train, plan.batch.recompute), self.pack, self.backend),
+            pass: pass(self.config, (&train, plan.batch.recompute), self.pack, self.backend)
+                .with_images_ahead((self.config, &train), self.pack, ahead, self.backend),
         })
     }
 }

@@ -226,8 +226,8 @@ fn sample_losses(model: &Vlm, encoder: &TextEncoder, image: &ImageSpec) -> Resul
         images_per_sequence: vec![1],
         image_rows: encoded.image_rows,
         names: vec!["the sample conversation".to_owned()],
-        targets_t: Tensor::from_slice(&encoded.targets),
-        weights_t: Tensor::from_slice(&encoded.weights),
+        targets: encoded.targets,
+        weights: encoded.weights,
     };
     Ok(no_grad(|| model.loss(&batch))?.losses_r)
 }

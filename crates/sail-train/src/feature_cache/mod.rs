@@ -18,6 +18,7 @@ use rayon::prelude::*;
 use sail_data::Images;
 use sail_model::vision::{Features, VisionConfig, dtype_name};
 use sail_model::vlm::Vlm;
+use sail_torch::upload;
 use serde::Serialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -113,7 +114,7 @@ impl FeatureCache {
         let places: Vec<&mut [u8]> = rows.iter().map(place).collect();
         let read = |(key, place): (&Key, &mut [u8])| store.read(key, place);
         let found: Vec<bool> = keys.par_iter().zip(places).map(read).collect();
-        let x_td = Tensor::f_from_data_size(&bytes, &shape, kind)?.to_device(self.device);
+        let x_td = upload(&bytes, &[bytes.len() as i64], self.device)?.f_view_dtype(kind)?.f_view(shape)?;
 
         let mut used = self.used.get();
         let mut computed: BTreeMap<Key, Tensor> = BTreeMap::new();
@@ -146,8 +147,7 @@ impl FeatureCache {
 
     /// `[t, d]` of one image.
     fn compute(&self, model: &Vlm, ((height, width), pixels): Shown<'_>) -> Result<Tensor> {
-        let pixels_nchw =
-            Tensor::from_slice(pixels).f_reshape([1, 3, height as i64, width as i64])?.to_device(self.device);
+        let pixels_nchw = upload(pixels, &[1, 3, height as i64, width as i64], self.device)?;
         Ok(no_grad(|| model.encode(&[pixels_nchw]))?.x_td)
     }
 }
