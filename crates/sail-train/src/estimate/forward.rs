@@ -162,7 +162,8 @@ impl Model<'_> {
         let (d, patch) = (self.config.vision.hidden_size() as u64, self.config.vision.patch_size() as u64);
         let images = self.pack.images;
         let length = shape.prefix as u64 + self.pack.patches_per_image;
-        let x = {
+        // Its handle lasts as long as the blocks.
+        let embedded = {
             let x = g.patches(pixels, g.param(d * 3 * patch * patch), d);
             let x = shape.patch_norm.map_or(x.clone(), |kind| norm(g, kind, &x, d));
             // A class token is put before every image's patches.
@@ -172,10 +173,11 @@ impl Model<'_> {
             if shape.prefix == 0 && images > 1 { g.copy(&x) } else { x }
         };
         let sequences = Sequences { lengths: vec![length; images as usize], causal: false };
-        let x = self.blocks(x, Module::Vision, self.config.vision.num_layers(), |g, x, _| {
+        let x = self.blocks(embedded.clone(), Module::Vision, self.config.vision.num_layers(), |g, x, _| {
             vit_block(g, x, &shape, d, &sequences)
         });
         let x = shape.final_norm.map_or(x.clone(), |kind| norm(g, kind, &x, d));
+        drop(embedded);
         if shape.prefix > 0 { g.gather(&x, images * self.pack.patches_per_image * d) } else { x }
     }
 
