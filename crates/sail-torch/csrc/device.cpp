@@ -34,6 +34,13 @@ sail_error* sail_set_device(int device) {
   });
 }
 
+sail_error* sail_set_tf32(bool allowed) {
+  return guarded([&] {
+    at::globalContext().setAllowTF32CuBLAS(allowed);
+    at::globalContext().setAllowTF32CuDNN(allowed);
+  });
+}
+
 sail_error* sail_has_context(int device, bool* there) {
   return guarded([&] {
     *there = at::detail::getCUDAHooks().hasPrimaryContext(static_cast<c10::DeviceIndex>(device));

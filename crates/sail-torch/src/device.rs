@@ -20,6 +20,16 @@ pub fn set_device(device: Device) -> Result<()> {
     outcome("set_device", unsafe { ffi::sail_set_device(index as i32) })
 }
 
+/// Whether CUDA devices may round the factors of fp32 matrix products and convolutions to TF32, in this process from now on.
+/// libtorch's defaults are no for products and yes for convolutions.
+///
+/// # Errors
+/// [`Error::Torch`](crate::Error::Torch) when libtorch refuses.
+pub fn set_tf32(allowed: bool) -> Result<()> {
+    // SAFETY: any value may be given.
+    outcome("set_tf32", unsafe { ffi::sail_set_tf32(allowed) })
+}
+
 /// Whether this process has a CUDA context on a device, which takes some hundred MB of its memory.
 ///
 /// # Errors
@@ -103,6 +113,25 @@ mod tests {
         set_device(Device::Cpu).unwrap();
         assert_eq!(memory_peak(Device::Cpu).unwrap(), None);
         assert_eq!(device_name(Device::Cpu).unwrap(), None);
+    }
+
+    #[test]
+    fn products_round_to_tf32_where_they_may() {
+        for allowed in [true, false] {
+            set_tf32(allowed).unwrap();
+        }
+        if !Cuda::is_available() {
+            return;
+        }
+        let x = Tensor::randn([256, 256], (Kind::Float, Device::Cuda(0)));
+        let exact = x.to_kind(Kind::Double).matmul(&x.to_kind(Kind::Double));
+        let error = |allowed| {
+            set_tf32(allowed).unwrap();
+            (x.matmul(&x).to_kind(Kind::Double) - &exact).abs().max().double_value(&[])
+        };
+        let (rounded, whole) = (error(true), error(false));
+        // Without tensor cores for it nothing is rounded.
+        assert!(whole < 1e-3 && rounded >= whole, "{rounded} {whole}");
     }
 
     #[test]

@@ -169,6 +169,7 @@ unsafe extern "C" {
     pub(crate) fn sail_file_of(address: *const c_void) -> *const c_char;
 
     pub(crate) fn sail_set_device(device: c_int) -> *mut RawError;
+    pub(crate) fn sail_set_tf32(allowed: bool) -> *mut RawError;
     pub(crate) fn sail_has_context(device: c_int, there: *mut bool) -> *mut RawError;
     pub(crate) fn sail_memory_peak(device: c_int, allocated: *mut i64, reserved: *mut i64) -> *mut RawError;
 

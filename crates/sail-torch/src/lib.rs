@@ -12,7 +12,7 @@
 //! | [`recompute`] | a part of the forward pass that is computed again instead of being kept |
 //! | [`set_grad_sink`], [`on_gradient`], [`take_grad`] | gradients as they arrive in a backward pass |
 //! | [`cpu_memory::measure`] | what libtorch takes on the CPU while something runs |
-//! | [`set_device`], [`device_name`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
+//! | [`set_device`], [`set_tf32`], [`device_name`], [`has_context`], [`memory_peak`] | the device of a process, and its memory |
 //! | [`upload`] | host data to a device, without waiting for it |
 //! | [`Moment`] | when a device comes to what was queued |
 //! | [`Profiler`], [`span`] | a trace of operations, and names of parts of it |
@@ -38,7 +38,7 @@ mod store;
 
 pub use attention::{has_varlen_attention, varlen_attention};
 pub use autograd::{GradSink, SinkResult, on_gradient, set_grad_sink, take_grad};
-pub use device::{MemoryPeak, device_name, has_context, memory_peak, set_device, upload};
+pub use device::{MemoryPeak, device_name, has_context, memory_peak, set_device, set_tf32, upload};
 pub use error::{Error, Result};
 pub use fused::{linears, rms_norm, rotate, swiglu};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work};

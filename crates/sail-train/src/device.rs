@@ -3,7 +3,7 @@
 //!
 //! Called by the session, the ranks' meeting, and the commands that use a trained model.
 
-use tch::{Cuda, Device, Kind};
+use tch::{Cuda, Device};
 
 use crate::config::{DeviceChoice, LogPlan, Precision};
 use crate::error::{Error, Result};
@@ -49,13 +49,19 @@ pub(crate) fn choose_device(choice: DeviceChoice) -> Result<Device> {
     ))
 }
 
-/// The type of the forward pass.
-pub(crate) fn choose_precision(choice: Precision, device: Device) -> Kind {
-    match choice {
-        Precision::Bf16 => Kind::BFloat16,
-        Precision::Auto if device.is_cuda() => Kind::BFloat16,
-        Precision::Auto | Precision::Fp32 => Kind::Float,
+/// What the forward pass computes in from now on; never `auto`.
+pub(crate) fn take_precision(choice: Precision, device: Device) -> Result<Precision> {
+    let precision = choice.on(device);
+    if device.is_cuda() {
+        // Left alone, libtorch rounds the factors of convolutions.
+        sail_torch::set_tf32(precision == Precision::Tf32)?;
+    } else if precision == Precision::Tf32 {
+        return Err(Error::usage(
+            "`run.precision` is `tf32`, which only CUDA devices have, and this runs on the CPU",
+            "write `fp32` or `auto`",
+        ));
     }
+    Ok(precision)
 }
 
 /// What a device computes at most.
@@ -68,10 +74,10 @@ pub(crate) struct Peak {
 
 impl Peak {
     /// As the plan says it, else as the data sheet of the device does.
-    pub(crate) fn of(log: &LogPlan, device: Device, precision: Kind) -> Result<Self> {
+    pub(crate) fn of(log: &LogPlan, device: Device, precision: Precision) -> Result<Self> {
         let name = sail_torch::device_name(device)?;
         let listed = name.as_deref().and_then(|name| peak_tflops(name, precision));
-        let type_name = if precision == Kind::BFloat16 { "bf16" } else { "fp32" };
+        let type_name = precision.name();
         let of = match (device, name) {
             (_, Some(name)) => format!("`{name}` in {type_name}"),
             (Device::Cuda(index), None) => format!("CUDA device {index} in {type_name}"),
@@ -93,5 +99,24 @@ impl Peak {
                 self.of
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    #[test]
+    fn tf32_is_for_cuda_alone() {
+        let on = |choice: Precision, device| (choice.on(device), choice.on(device).kind());
+        assert_eq!(on(Precision::Auto, Device::Cuda(0)), (Precision::Bf16, Kind::BFloat16));
+        assert_eq!(on(Precision::Tf32, Device::Cuda(0)), (Precision::Tf32, Kind::Float));
+        assert_eq!(take_precision(Precision::Auto, Device::Cpu).unwrap(), Precision::Fp32);
+        assert_eq!(take_precision(Precision::Bf16, Device::Cpu).unwrap(), Precision::Bf16);
+        let error = take_precision(Precision::Tf32, Device::Cpu).unwrap_err();
+        assert!(error.to_string().contains("`run.precision` is `tf32`"), "{error}");
+        assert_eq!(error.exit_code(), 2);
     }
 }

@@ -22,7 +22,7 @@ use crate::batch::Feed;
 use crate::checkpoint::{Checkpoint, Snapshot, Totals, Untouched};
 use crate::clock::{Clock, Part};
 use crate::config::{GuardAction, Module, Plan, Progress, UnlockPlan};
-use crate::device::{Peak, choose_precision, take_device};
+use crate::device::{Peak, take_device, take_precision};
 use crate::error::Result;
 use crate::estimate::PackFlops;
 use crate::eval::{EvalReport, Evaluator};
@@ -117,7 +117,8 @@ impl Session {
     pub fn build(plan: &Plan, world: &Arc<World>, resume: Option<&Checkpoint>) -> Result<Self> {
         check_division(plan, world.size())?;
         let device = take_device(plan.run.device, world.place())?;
-        let precision = choose_precision(plan.run.precision, device);
+        let arithmetic = take_precision(plan.run.precision, device)?;
+        let precision = arithmetic.kind();
         let init = match (resume, &plan.init) {
             (None, Some(init)) => Some(open_on_all(world, || open_finished(&init.from))?),
             _ => None,
@@ -144,7 +145,7 @@ impl Session {
         world.agree(|| model_fields(&model, &started_from))?;
         let mut optimizer = optimizer(plan, &model, &trained, precision, world)?;
         let clock = clock(device, &model, world);
-        let peak = Peak::of(&plan.log, device, precision)?;
+        let peak = Peak::of(&plan.log, device, arithmetic)?;
         let pack_flops = PackFlops::new(&config, &plan.train.after(unlocked.keys()));
         model.listener().set_recomputed(plan.batch.recompute.blocks(&model.listener().blocks()));
         if precision != Kind::Float {
@@ -153,7 +154,7 @@ impl Session {
         if let Some(checkpoint) = resume {
             restore(&mut optimizer, checkpoint)?;
         }
-        let open = |cache| FeatureCache::open(cache, &config.vision, &started_from, (precision, device));
+        let open = |cache| FeatureCache::open(cache, &config.vision, &started_from, (arithmetic, device));
         let cache = plan.data.feature_cache.as_ref().map(open).transpose()?;
         let then = resume.map(Checkpoint::state);
         let lineage = match (then, &init) {

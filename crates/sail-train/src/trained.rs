@@ -14,7 +14,7 @@ use tch::{Device, Kind};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{DeviceChoice, Module, Plan, Precision};
-use crate::device::{choose_device, choose_precision};
+use crate::device::{choose_device, take_precision};
 use crate::error::{Error, Result};
 use crate::export;
 use crate::lineage;
@@ -52,7 +52,7 @@ impl Trained {
             Some(exported) => exported,
             None => Self::from_checkpoint(&open_any(path)?, device)?,
         };
-        trained.convert(choose_precision(precision, device));
+        trained.convert(take_precision(precision, device)?.kind());
         Ok(trained)
     }
 

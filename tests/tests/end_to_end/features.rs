@@ -96,6 +96,31 @@ fn cold_and_warm_runs_train_what_a_run_without_trains() {
     }
 }
 
+/// How many packs' images a frozen encoder takes at once changes no number, nor does another limit after a kill, nor that the
+/// encoder begins to be trained; some packs have no image.
+#[test]
+fn images_ahead_change_no_number() {
+    const MIXED: &str = r#"data.sources=[{name: caption, shards: "data/demo/caption-heldout-*.tar", weight: 1},
+        {name: text, shards: "data/demo/text-train-*.tar", weight: 1}]"#;
+    let ahead = |images: usize| format!("batch.vision_images={images}");
+    let unlock = "train.unfreeze=[{at: 3, match: vision, lr: 1e-4}]";
+    for shape in [TILES, ANY] {
+        let sets = [MIXED, shape, unlock, "data.balance=off", "schedule.steps=6"];
+        let made = |images: usize| off(&[&sets[..], &[&ahead(images)]].concat());
+        let one = made(1);
+        assert_same("five at a time", &made(5), &one);
+        assert_same("all of a step", &made(1000), &one);
+
+        let mut resumed = job(&[&sets[..], &[&ahead(1000)]].concat());
+        let mut stopped = resumed.alone();
+        stopped.args(["--stop-at", "2"]);
+        resumed.run(stopped, 3);
+        resumed.set(&[&ahead(1)]);
+        alone(&resumed);
+        assert_same("with another limit", &resumed, &one);
+    }
+}
+
 /// Also in a type in which the matrix library's sums depend on how many rows there are.
 #[test]
 fn a_second_epoch_finds_all_of_the_first() {

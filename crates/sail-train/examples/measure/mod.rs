@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use sail_train::Error;
-use sail_train::config::{Config, Plan, load};
+use sail_train::config::{Config, Plan, Precision, load};
 use sail_train::estimate::peak::peak_tflops;
 use serde::Serialize;
 use tch::{Device, Kind};
@@ -59,7 +59,8 @@ impl Memory {
 }
 
 /// What a device computes at most in this type, FLOP/s; None where that is not known.
-pub(crate) fn peak_flops(device: Device, precision: Kind) -> Result<Option<f64>, Error> {
+pub(crate) fn peak_flops(device: Device, kind: Kind) -> Result<Option<f64>, Error> {
+    let precision = if kind == Kind::BFloat16 { Precision::Bf16 } else { Precision::Fp32 };
     let name = sail_torch::device_name(device)?;
     Ok(name.and_then(|name| peak_tflops(&name, precision)).map(|tflops| 1e12 * tflops))
 }

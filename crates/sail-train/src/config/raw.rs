@@ -71,7 +71,8 @@ pub(super) struct RawRunSection {
     /// `cuda:N`. Default: `auto`.
     #[schemars(with = "String")]
     pub(super) device: DeviceChoice,
-    /// Dtype of the forward pass: `auto` (bf16 on CUDA, fp32 on the CPU), `fp32` or `bf16`. Default: `auto`.
+    /// Dtype of the forward pass: `auto` (bf16 on CUDA, fp32 on the CPU), `fp32`, `bf16`, or on CUDA `tf32` (fp32, with
+    /// factors of matrix products rounded to 10 bits of mantissa). Default: `auto`.
     #[schemars(schema_with = "words::<Precision>")]
     pub(super) precision: Precision,
     /// How long the process may run, seconds: the run saves and stops with exit code 3 before. Default: until the end

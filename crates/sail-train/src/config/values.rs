@@ -10,6 +10,7 @@ use sail_model::weights::ModelRef;
 use serde::de::{Error, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+use tch::{Device, Kind};
 
 /// A part of the model that is trained or frozen as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -178,8 +179,37 @@ pub enum Precision {
     Auto,
     /// 32-bit floats.
     Fp32,
+    /// 32-bit floats, whose products on CUDA round their factors to TF32 (10 bits of mantissa) for the tensor cores.
+    Tf32,
     /// bfloat16.
     Bf16,
+}
+
+impl Precision {
+    /// Itself, or what `auto` is on a device.
+    #[must_use]
+    pub fn on(self, device: Device) -> Self {
+        match self {
+            Self::Auto if device.is_cuda() => Self::Bf16,
+            Self::Auto => Self::Fp32,
+            chosen => chosen,
+        }
+    }
+
+    /// The type of tensors.
+    pub fn kind(self) -> Kind {
+        if self == Self::Bf16 { Kind::BFloat16 } else { Kind::Float }
+    }
+
+    /// The word in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Fp32 => "fp32",
+            Self::Tf32 => "tf32",
+            Self::Bf16 => "bf16",
+        }
+    }
 }
 
 /// What the ranks share of what training needs.

@@ -179,7 +179,7 @@ fn backend(plan: &Plan) -> Backend {
     let compute_bytes = match plan.run.precision {
         Precision::Bf16 => 2,
         Precision::Auto if cuda => 2,
-        Precision::Auto | Precision::Fp32 => 4,
+        Precision::Auto | Precision::Fp32 | Precision::Tf32 => 4,
     };
     Backend { cuda, compute_bytes }
 }

@@ -1,8 +1,8 @@
 //! What GPUs compute at most, as their makers' data sheets say: the table that model FLOPs utilisation is measured
 //! against, and that planning takes its default from.
 //!
-//! bf16 is that of the tensor cores without sparsity, with sums in fp32; fp32 is that of the other cores, since libtorch
-//! multiplies fp32 matrices there unless it is told to round them to TF32, which no run does. Names are those that the
+//! bf16 is that of the tensor cores without sparsity, with sums in fp32, and TF32, where there is bf16, half of it; fp32 is that
+//! of the other cores, since `fp32` rounds nothing to TF32. Names are those that the
 //! CUDA driver gives a whole GPU; a part of one (MIG) has another name and is not in the table.
 //!
 //! Sources: NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "Blackwell
@@ -10,7 +10,7 @@
 //! white papers "Ada GPU Architecture" and "Ampere GA102 GPU Architecture" (the `GeForce`s). Where a sheet gives figures with
 //! sparsity alone, half of them.
 
-use tch::Kind;
+use crate::config::Precision;
 
 /// TFLOP/s of a GPU.
 struct Gpu {
@@ -52,13 +52,14 @@ static GPUS: &[Gpu] = &[
     Gpu { names: &["Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"], bf16: None, fp32: 14.0 },
 ];
 
-/// What a GPU of this name computes at most in bf16 or fp32, TFLOP/s; None where that is not known.
-pub fn peak_tflops(name: &str, precision: Kind) -> Option<f64> {
+/// What a GPU of this name computes at most, TFLOP/s; None where that is not known, and for `auto`.
+pub fn peak_tflops(name: &str, precision: Precision) -> Option<f64> {
     let gpu = GPUS.iter().find(|gpu| gpu.names.contains(&name))?;
     match precision {
-        Kind::BFloat16 => gpu.bf16,
-        Kind::Float => Some(gpu.fp32),
-        _ => None,
+        Precision::Bf16 => gpu.bf16,
+        Precision::Tf32 => gpu.bf16.map(|bf16| bf16 / 2.0),
+        Precision::Fp32 => Some(gpu.fp32),
+        Precision::Auto => None,
     }
 }
 
@@ -71,14 +72,16 @@ mod tests {
     #[test]
     fn a_gpu_is_known_by_its_whole_name() {
         for (name, precision, expected) in [
-            ("NVIDIA H100 80GB HBM3", Kind::BFloat16, Some(989.0)),
-            ("NVIDIA H100 80GB HBM3", Kind::Float, Some(67.0)),
-            ("NVIDIA H100 PCIe", Kind::BFloat16, Some(756.0)),
-            ("NVIDIA A100-SXM4-80GB", Kind::BFloat16, Some(312.0)),
-            ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", Kind::BFloat16, None),
-            ("Tesla V100-SXM2-16GB", Kind::BFloat16, None),
-            ("Tesla V100-SXM2-16GB", Kind::Float, Some(15.7)),
-            ("NVIDIA H100 80GB HBM3", Kind::Double, None),
+            ("NVIDIA H100 80GB HBM3", Precision::Bf16, Some(989.0)),
+            ("NVIDIA H100 80GB HBM3", Precision::Fp32, Some(67.0)),
+            ("NVIDIA H100 PCIe", Precision::Bf16, Some(756.0)),
+            ("NVIDIA A100-SXM4-80GB", Precision::Bf16, Some(312.0)),
+            ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", Precision::Bf16, None),
+            ("Tesla V100-SXM2-16GB", Precision::Bf16, None),
+            ("Tesla V100-SXM2-16GB", Precision::Fp32, Some(15.7)),
+            ("NVIDIA A100-SXM4-80GB", Precision::Tf32, Some(156.0)),
+            ("Tesla V100-SXM2-16GB", Precision::Tf32, None),
+            ("NVIDIA H100 80GB HBM3", Precision::Auto, None),
         ] {
             assert_eq!(peak_tflops(name, precision), expected, "{name} {precision:?}");
         }

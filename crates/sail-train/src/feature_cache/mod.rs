@@ -16,7 +16,7 @@ use std::fmt;
 
 use rayon::prelude::*;
 use sail_data::Images;
-use sail_model::vision::{Features, VisionConfig, dtype_name};
+use sail_model::vision::{Features, VisionConfig};
 use sail_model::vlm::Vlm;
 use sail_torch::upload;
 use serde::Serialize;
@@ -25,7 +25,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use self::store::{Key, Store};
-use crate::config::{FeatureCachePlan, Module, hex};
+use crate::config::{FeatureCachePlan, Module, Precision, hex};
 use crate::error::Result;
 use crate::stage::Fingerprints;
 
@@ -67,7 +67,7 @@ pub struct FeatureCache {
 }
 
 impl FeatureCache {
-    /// That of an encoder with `weights`, which computes in `kind` on `device`.
+    /// That of an encoder with `weights`, which computes in `precision`, not `auto`, on `device`.
     ///
     /// # Errors
     /// [`crate::Error::Io`] when the folder cannot be made or read.
@@ -75,16 +75,22 @@ impl FeatureCache {
         plan: &FeatureCachePlan,
         vision: &VisionConfig,
         weights: &Fingerprints,
-        (kind, device): (Kind, Device),
+        (precision, device): (Precision, Device),
     ) -> Result<Self> {
         let encoder = json!({
             "format": FORMAT, "vision": vision.to_json(), "weights": weights.digest_of(Module::Vision),
-            "dtype": dtype_name(kind), "device": if device.is_cuda() { "cuda" } else { "cpu" },
+            "dtype": precision.name(), "device": if device.is_cuda() { "cuda" } else { "cpu" },
             "program": env!("CARGO_PKG_VERSION"),
         });
         let encoder = hex(&Sha256::digest(encoder.to_string()));
         let store = Store::open(&plan.dir, &encoder[..16], plan.max_bytes)?;
-        Ok(Self { store: RefCell::new(store), encoder, kind, device, used: Cell::default() })
+        Ok(Self {
+            store: RefCell::new(store),
+            encoder,
+            kind: precision.kind(),
+            device,
+            used: Cell::default(),
+        })
     }
 
     /// The features of images, at least one, as the encoder of `model` gives them for each alone; those that are not there
