@@ -8,9 +8,9 @@ that of the two runs of a round. Losses that differ by more than 1e-4 of theirs 
 Figures of a stage: tokens and samples a second, tokens a second of processor time of all threads, and the most memory
 resident in the steps, in MB. Padding does not count as tokens.
 
-With `--device cuda` the parts are the `gpu-*` ones: steps of models as large as one would train, in bf16 (configs/gpu-check),
-and forward passes of vision transformers; and with each figure of time, model FLOPs utilisation of both sides. Where the
-Python has no transformers, this side is measured alone.
+With `--device cuda` the parts are the `gpu-*` ones: agreement of the losses in fp32, steps of models as large as one would
+train, in bf16 (configs/gpu-check), and forward passes of vision transformers; and with each figure of time, model FLOPs
+utilisation of both sides, where the card's peak is known. `--alone` leaves out PyTorch, where there is no transformers.
 
 The parts from `start-up` on measure what is around the steps (bench_limits.py). Some of their figures have a limit: one
 that is passed is marked FAIL, and the exit code is 1.
@@ -41,6 +41,7 @@ NORM_LIMIT = 5e-3
 # Rates at which training does not amplify rounding beyond the limit; they change no work. At 1e-5 the losses of stage 3
 # differ by 6e-4 after 20 steps between one and two threads of the same program, so that they say nothing there.
 RATES = {1: "1e-5", 2: "1e-5", 3: "1e-6"}
+ALL_OF_TINY = f"train={{{', '.join(f'{module}: {{lr: 1e-4}}' for module in ['projector', 'vision', 'llm'])}}}"
 MFU = "MFU, %"
 TRAINED = {1: ["projector"], 2: ["projector", "vision"], 3: ["projector", "vision", "llm"]}
 
@@ -57,24 +58,27 @@ class Bench:
             ours += ["--fixed", "--sequence", self.sequence(name)]
         with tempfile.TemporaryDirectory(dir=self.args.work) as folder:
             dump = Path(folder) / "dump"
-            execute([*ours, "--dump", dump, "--dump-only"])
+            if not self.args.alone:
+                execute([*ours, "--dump", dump, "--dump-only"])
             theirs = [PYTHON, "tests/reference/train.py", dump, "--collate", work, "--warmup", warmup]
-            theirs += ["--device", self.args.device]
+            theirs += ["--device", self.args.device, "--dtype", "fp32" if self.is_fp32(name) else "bf16"]
             if self.args.compile:
                 theirs.append("--compile")
-            rounds = 1 if name.startswith("agreement") else self.args.rounds
-            pairs = turns(ours, theirs if self.args.has_reference else None, Path(folder), rounds)
+            rounds = 1 if "agreement" in name else self.args.rounds
+            pairs = turns(ours, None if self.args.alone else theirs, Path(folder), rounds)
         figures = [Figure("peak memory, MB", False)]
-        if not (memory_alone or name.startswith("agreement")):
+        if not (memory_alone or "agreement" in name):
             figures += [Figure("tokens/s", True), Figure("samples/s", True), Figure("tokens/processor s", True)]
         self.show(name, figures, pairs, stage_value)
-        if self.args.has_reference:
+        if not self.args.alone:
             self.check(name, pairs)
 
     def show(self, name: str, figures: list[Figure], pairs: list[tuple[dict, dict | None]], value):
         """`value` gives a figure of a report; operations and peak are told by this side, and the same for the other."""
         if pairs[0][0]["peak_flops"] is not None and pairs[0][0]["flops"] is not None:
             figures.append(Figure(MFU, True))
+        elif self.args.device == "cuda":
+            print(f"{name:<20} no {MFU[:3]}: the peak of this card is not known")
         for figure in figures:
             figure.ours = [value(ours, figure.name) for ours, _ in pairs]
             counted = [(theirs, {key: ours[key] for key in ("flops", "peak_flops")}) for ours, theirs in pairs if theirs]
@@ -84,12 +88,12 @@ class Bench:
     def forward(self, name: str, ours: list, theirs: list):
         """Rounds of a model without gradients."""
         with tempfile.TemporaryDirectory(dir=self.args.work) as folder:
-            if "vit" in ours:
+            if "vit" in ours and not self.args.alone:
                 dump = Path(folder) / "dump"
                 execute([*ours, "--device", self.args.device, "--repeats", 0, "--dump", dump])
                 theirs = [*theirs, dump]
             same = ["--device", self.args.device, "--repeats", self.args.repeats]
-            theirs = [*theirs, *same] if self.args.has_reference else None
+            theirs = None if self.args.alone else [*theirs, *same]
             pairs = turns([*ours, *same], theirs, Path(folder), self.args.rounds)
         if any(theirs and ours["ids"] != theirs["ids"] for ours, theirs in pairs):
             raise Failure(f"{name}: the texts differ:\n{pairs[0][0]['ids']}\n{pairs[0][1]['ids']}")
@@ -97,12 +101,15 @@ class Bench:
         self.show(name, figures, pairs, forward_value)
 
     def steps(self, name: str) -> int:
-        if name.startswith("agreement"):
+        if "agreement" in name:
             return self.args.agreement_steps
         return 2 if name == "vocabulary" else self.args.steps
 
+    def is_fp32(self, name: str) -> bool:
+        return self.args.device == "cpu" or name == "gpu-agreement"
+
     def sequence(self, name: str) -> int:
-        if name.startswith("agreement"):
+        if "agreement" in name:
             return 64
         return 512 if name == "vocabulary" or name.startswith("gpu") else 128
 
@@ -116,7 +123,7 @@ class Bench:
         losses, norms, padding = found.values()
         print(f"{name:<20} largest difference of a loss {losses:.1e}, of a gradient norm {norms:.1e}", end="")
         print(f"; {padding:.0%} of the padded batches is padding" if padding else "")
-        limits = (LOSS_LIMIT, NORM_LIMIT) if self.args.device == "cpu" else (BF16_LIMIT, 5 * BF16_LIMIT)
+        limits = (LOSS_LIMIT, NORM_LIMIT) if self.is_fp32(name) else (BF16_LIMIT, 5 * BF16_LIMIT)
         for what, found, limit in zip(("losses", "gradient norms"), (losses, norms), limits):
             # Written so that a difference that is not a number fails.
             if not found <= limit:
@@ -135,8 +142,7 @@ class Bench:
                 for name, sets_of_part in [(f"stage{stage}-{work}", sets), (f"agreement-{stage}-{work}", small)]:
                     parts[name] = lambda args=(name, config, sets_of_part, work): self.stage(*args)
         # Without weights that have to be fetched; the usual tests run it.
-        tiny = [f"train={{{', '.join(f'{module}: {{lr: 1e-4}}' for module in TRAINED[3])}}}"]
-        parts["agreement-tiny"] = lambda: self.stage("agreement-tiny", "configs/tiny/stage1.yaml", tiny, "padded")
+        parts["agreement-tiny"] = lambda: self.stage("agreement-tiny", "configs/tiny/stage1.yaml", [ALL_OF_TINY], "padded")
         wide = [f"train.projector.lr={RATES[1]}", "model.llm.random.vocab_size=151936", "batch.tokens_per_pack=4096"]
         wide.append("batch.packs_per_step=1")
         parts["vocabulary"] = lambda: self.stage("vocabulary", "configs/tiny/stage1.yaml", wide, "fixed", True)
@@ -147,7 +153,9 @@ class Bench:
         return parts
 
     def gpu_parts(self) -> dict:
-        parts = {}
+        # Random weights hide much in bf16: their losses are near that of guessing. Here is no rounding to hide behind.
+        sets = [ALL_OF_TINY, "run.precision=fp32"]
+        parts = {"gpu-agreement": lambda: self.stage("gpu-agreement", "configs/tiny/stage1.yaml", sets, "padded")}
         for stage in TRAINED:
             args = (f"gpu-stage{stage}", f"configs/gpu-check/stage{stage}.yaml", [], "fixed")
             parts[args[0]] = lambda args=args: self.stage(*args)
@@ -156,12 +164,6 @@ class Bench:
             args = (f"gpu-vit-{size}", ours, [PYTHON, "tests/reference/forward.py", "vit"])
             parts[args[0]] = lambda args=args: self.forward(*args)
         return parts
-
-
-def has_reference() -> bool:
-    """Whether the Python of the other side has what it needs."""
-    found = subprocess.run([PYTHON, "-c", "import torch, transformers, safetensors"], capture_output=True, text=True)
-    return found.returncode == 0
 
 
 def agreement(ours: dict, theirs: dict) -> tuple[float, float]:
@@ -214,6 +216,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="parts, as `stage1-fixed`, `stage*`, `vit`")
     parser.add_argument("--list", action="store_true", help="names the parts")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both sides compute")
+    parser.add_argument("--alone", action="store_true", help="without PyTorch: this side's figures, compared with nothing")
     parser.add_argument("--rounds", type=int, default=5, help="how often both sides take their turn")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a run")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
@@ -251,12 +254,16 @@ def main() -> int:
     work = args.work or Path(tempfile.gettempdir())
     # Of a checkpoint there are an old one, a new one and as many bytes by another program.
     room = max(2e9, 40 * args.parameters if "checkpoint" in chosen else 0)
+    if not args.alone and any(name.startswith("gpu-stage") for name in chosen):
+        # Weights in fp32, and the packs.
+        room = 10e9
     if not work.is_dir() or shutil.disk_usage(work).free < room:
         parser.error(f"`{work}` is no folder with {room / 1e9:.0f} GB of room; give one as --work")
     args.work = work
-    args.has_reference = args.device == "cpu" or has_reference()
-    if not args.has_reference:
-        print(f"`{PYTHON}` has no torch, transformers and safetensors: this side is measured alone")
+    if not args.alone:
+        found = subprocess.run([PYTHON, "-c", "import torch, transformers, safetensors"], capture_output=True, text=True)
+        if found.returncode:
+            parser.error(f"`{PYTHON}` does not have the other side, which `--alone` leaves out:\n{found.stderr}")
     table.head()
     failed = False
     for name in chosen:

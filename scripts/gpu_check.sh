@@ -6,7 +6,8 @@
 #   ... --cpu                           checks what the CPU and Gloo can do, to try the checks themselves
 #   ... --short                         leaves out what takes long
 #   ... --bench                         instead of the checks, speed beside PyTorch at the sizes of SAILViT-L, ViT-H and
-#                                       Qwen2.5-1.5B (bench.py --device cuda), which needs transformers for the other side
+#                                       Qwen2.5-1.5B (bench.py --device cuda); PyTorch's side needs transformers
+#   ... --bench --alone                 the same without PyTorch's side
 # A packed check takes libtorch from the torch of `python3`, or of the Python that PYTHON names.
 # Exit codes: 0 all checks passed, 1 one failed, 2 they could not be made.
 set -euo pipefail
@@ -18,7 +19,7 @@ fail() { # fail MESSAGE HINT
   exit 2
 }
 
-pack= cpu=no bench=no options=()
+pack= cpu=no bench=no alone=no options=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --pack)
@@ -29,11 +30,18 @@ while [ $# -gt 0 ]; do
     --cpu) cpu=yes options+=("$1") ;;
     --short) options+=("$1") ;;
     --bench) bench=yes ;;
-    -h|--help) sed -n '2,11s/^# \{0,1\}//p' gpu_check.sh; exit 0 ;;
+    --alone) alone=yes ;;
+    -h|--help) sed -n '2,12s/^# \{0,1\}//p' gpu_check.sh; exit 0 ;;
     *) echo "error: unknown argument \`$1\`; see $0 --help" >&2; exit 2 ;;
   esac
   shift
 done
+if [ "$bench" = yes ]; then
+  [ -z "$pack" ] || fail "\`--bench\` measures, \`--pack\` packs" "pack first, then run the pack with \`--bench\`"
+  [[ " ${options[*]} " != *" --short "* ]] || fail "\`--short\` is for checks, \`--bench\` makes none" "give one of them"
+elif [ "$alone" = yes ]; then
+  fail "\`--alone\` is for \`--bench\`" "give both"
+fi
 
 build() { # in the repository: the programs, with the build that everything else uses
   cd ..
@@ -42,7 +50,7 @@ build() { # in the repository: the programs, with the build that everything else
 }
 
 make_pack() {
-  local rpath size
+  local rpath size to
   mkdir -p "$1/configs" "$1/data" "$1/scripts" "$1/tests" "$1/target/release/examples"
   for program in sail-train sail-gpu-check examples/bench_train examples/bench_forward; do
     # Benches stay where scripts/bench.py looks for them.
@@ -112,9 +120,11 @@ if [ "$bench" = yes ]; then
     /*) ;;
     */*) python=$from/$python ;;
   esac
+  command -v "$python" >/dev/null || fail "no \`$python\`" "set PYTHON to a Python with torch 2.11, or run ./scripts/setup.sh --reference"
   # On the CPU: that both sides work and agree. Their speed on a few tokens says nothing.
   parts=(--device cuda)
   [ "$cpu" = no ] || parts=(--only agreement-tiny --agreement-steps 5)
+  [ "$alone" = no ] || parts+=(--alone)
   PYTHON=$python exec "$python" scripts/bench.py "${parts[@]}"
 fi
 work=$(mktemp -d "${TMPDIR:-/tmp}/sail-gpu-check.XXXXXX")

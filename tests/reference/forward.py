@@ -40,7 +40,8 @@ def vit(args):
         return model(pixel_values=seen["pixels"]).last_hidden_state
 
     error = ((forward() - seen["features"]).abs().max() / seen["features"].abs().max()).item()
-    if error > LIMITS[args.device]:
+    # Written so that what is not a number fails.
+    if not error <= LIMITS[args.device]:
         raise SystemExit(f"error: features differ by {error:.1e} of the largest one")
     return forward, len(seen["pixels"]) * side**2
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """A plain trainer in eager PyTorch that makes the steps `bench_train --dump DIR` has written.
 
-    .venv/bin/python tests/reference/train.py DIR [--collate fixed|padded] [--device cpu|cuda] [--warmup 2] [--json FILE]
+    .venv/bin/python tests/reference/train.py DIR [--collate fixed|padded] [--device cpu|cuda] [--dtype fp32|bf16] [--warmup 2] [--json FILE]
 
 The models are transformers' own, with SDPA attention; the projector is InternVL's `mlp1`; loss, accumulation, clipping
 and fused AdamW are those of an ordinary fine-tuning script. What nothing trained comes before runs without a graph.
-All batches are collated before the first step, so that no time goes into data. On the CPU everything is fp32. On CUDA weights
-and moments are bf16, without fp32 masters, which takes less time and memory than `bench_train` with them; batches lie in
-pinned memory and are copied without waiting. Losses and gradient norms must be those
+All batches are collated before the first step, so that no time goes into data. With `--dtype bf16`
+weights and moments are bf16, without fp32 masters, which takes less time and memory than `bench_train` with them. For CUDA
+batches lie in pinned memory and are copied without waiting. Losses and gradient norms must be those
 of `bench_train`, which computes the same on packs.
 
 `fixed` takes packs of sequences of one length as `[B, L]`; `padded` takes the sequences of a step's packs apart, deals
@@ -180,7 +180,7 @@ def read_step(path: Path, mode: str) -> Step:
     return Step([collate(pack, mode) for pack in packs], weight, tokens, len(together))
 
 
-def build(folder: Path, rates: dict, device: torch.device) -> Vlm:
+def build(folder: Path, rates: dict, device: torch.device, dtype: torch.dtype) -> Vlm:
     """The model with the weights of the dump, each of which is in memory once."""
     with torch.device("meta"):
         model = Vlm(json.loads((folder / "shapes.json").read_text()))
@@ -196,10 +196,9 @@ def build(folder: Path, rates: dict, device: torch.device) -> Vlm:
             setattr(model.get_submodule(owner), field, nn.Parameter(value))
     model.llm.tie_weights()
     rebuild_buffers(model)
-    if device.type == "cuda":
-        # Rotary frequencies stay in fp32, as transformers has them.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+    # Rotary frequencies stay in fp32, as transformers has them.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     model.to(device)
     model.freeze_all_but(set(rates["parameters"]))
     return model.train()
@@ -272,6 +271,7 @@ def main():
     parser.add_argument("dump", type=Path, help="what `bench_train --dump` wrote")
     parser.add_argument("--collate", choices=["fixed", "padded"], default="fixed")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights, moments and activations")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not to be counted")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--profile", action="store_true", help="says what the last step spends its time on")
@@ -283,8 +283,10 @@ def main():
     assert len(steps) == len(rates["factors"]) > args.warmup
     device = torch.device(args.device)
     if device.type == "cuda":
+        # libtorch's own default for convolutions is to round.
+        torch.backends.cudnn.allow_tf32 = False
         steps = [pin(step) for step in steps]
-    model = build(args.dump, rates, device)
+    model = build(args.dump, rates, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     optimizer = optimizer_of(model, rates)
     if args.compile:
         model.vision, model.llm = torch.compile(model.vision), torch.compile(model.llm)

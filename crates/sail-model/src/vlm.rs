@@ -291,7 +291,11 @@ impl Vlm {
     }
 
     /// Whether a parameter of one of [`MODULES`] requires a gradient.
+    ///
+    /// # Panics
+    /// For another name.
     pub fn trains(&self, module: &str) -> bool {
+        assert!(MODULES.contains(&module), "`{module}` is none of {MODULES:?}");
         let is_of = |name: &str| name.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
         self.params.iter().any(|(name, param)| is_of(name) && param.requires_grad())
     }

@@ -10,8 +10,8 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
-#include <map>
 #include <memory>
+#include <optional>
 #ifdef SAIL_WITH_NCCL
 #include <cuda_runtime_api.h>
 
@@ -77,19 +77,18 @@ sail_error* sail_upload(int device, const at::Tensor* host, at::Tensor** out) {
     at::globalContext().lazyInitDevice(at::kCUDA);
     const auto* guard = c10::impl::getDeviceGuardImpl(at::kCUDA);
     const at::Device on(at::kCUDA, static_cast<c10::DeviceIndex>(device));
-    // Of this thread for good: streams of the pool are never given back.
-    static thread_local std::map<int, c10::Stream> streams;
-    auto own = streams.find(device);
-    if (own == streams.end()) own = streams.emplace(device, guard->getStreamFromGlobalPool(on)).first;
+    // Of this thread for good, which works on one device: streams of the pool are never given back.
+    static thread_local std::optional<c10::Stream> own;
+    if (!own || own->device() != on) own = guard->getStreamFromGlobalPool(on);
     const auto pinned = host->pin_memory();
     const auto current = guard->getStream(on);
     at::Tensor copy;
     {
-      c10::StreamGuard in(own->second);
+      c10::StreamGuard in(*own);
       copy = pinned.to(on, /*non_blocking=*/true);
     }
     c10::Event done(at::kCUDA);
-    done.record(own->second);
+    done.record(*own);
     done.block(current);
     // Its memory is of the other stream: not to be used again before this one is done with it.
     copy.record_stream(current);

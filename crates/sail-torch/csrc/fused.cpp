@@ -45,16 +45,18 @@ at::Tensor as_rows(const at::Tensor& x) {
   return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
 }
 
+int64_t rows_of_piece(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)); }
+
 // Calls `body(begin, end)` for pieces of `0..rows` on libtorch's threads.
 template <typename F>
 void each_piece(int64_t rows, int64_t width, const F& body) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)), body);
+  at::parallel_for(0, rows, rows_of_piece(width), body);
 }
 
-// The same in pieces that threads take as they come to it: none waits for another that wakes up later.
+// The same in pieces that threads take as they come to it: one that wakes up late takes fewer.
 template <typename F>
 void each_piece_in_turn(int64_t rows, int64_t width, const F& body) {
-  const int64_t some = std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)), pieces = (rows + some - 1) / some;
+  const int64_t some = rows_of_piece(width), pieces = (rows + some - 1) / some;
   std::atomic<int64_t> next = 0;
   at::parallel_for(0, std::min<int64_t>(pieces, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     for (int64_t piece = next++; piece < pieces; piece = next++) {
@@ -363,7 +365,7 @@ bool is_one_row(at::TensorList tensors, int64_t count) {
     return has_kernels(x) && x.is_contiguous() && !(at::GradMode::is_enabled() && x.requires_grad());
   };
   const auto& x = tensors[0];
-  return x.numel() > 0 && x.numel() == x.size(-1) && static_cast<int64_t>(tensors.size()) > count &&
+  return count > 0 && x.numel() > 0 && x.numel() == x.size(-1) &&
          std::all_of(tensors.begin(), tensors.end(), is_plain);
 }
 
@@ -373,10 +375,12 @@ tensor_list one_row(at::TensorList tensors, int64_t count) {
   tensor_list results;
   // Where the outputs of each map begin among those of all.
   std::vector<int64_t> begins = {0};
+  std::vector<float*> outputs;
   for (int64_t i = 1; i <= count; ++i) {
     auto sizes = x.sizes().vec();
     sizes.back() = tensors[i].size(0);
     results.push_back(at::empty(sizes, x.options()));
+    outputs.push_back(results.back().mutable_data_ptr<float>());
     begins.push_back(begins.back() + tensors[i].size(0));
   }
   const auto* x_p = x.const_data_ptr<float>();
@@ -384,8 +388,7 @@ tensor_list one_row(at::TensorList tensors, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t from = std::max(begin, begins[i]) - begins[i], to = std::min(end, begins[i + 1]) - begins[i];
       if (from >= to) continue;
-      auto* y = results[i].mutable_data_ptr<float>();
-      times_row(x_p, tensors[1 + i].const_data_ptr<float>() + from * d, y + from, to - from, d);
+      times_row(x_p, tensors[1 + i].const_data_ptr<float>() + from * d, outputs[i] + from, to - from, d);
     }
   });
   if (static_cast<int64_t>(tensors.size()) > 1 + count) {

@@ -26,6 +26,7 @@ pub(crate) fn check(table: &mut Table, device: Device) {
             table.row(&what, || attention(device, visibility, head_dim));
         }
     }
+    table.row("uploads, read as soon as they are queued", || uploads(device));
     table.row("device selection and memory figures", || {
         sail_torch::set_device(device)?;
         let peak = sail_torch::memory_peak(device)?;
@@ -100,6 +101,27 @@ fn block(device: Device, kind: Kind, limit: f64) -> Figure {
     let (found, expected) = (made(device, kind)?, made(Device::Cpu, Kind::Float)?);
     let differences = found.iter().zip(&expected).map(|(found, expected)| difference(found, expected));
     within("", worst(differences), limit)
+}
+
+/// The device has nothing else to do, so that an operation that does not wait for a copy reads what was there before; memory is
+/// used again and again, so that a copy that does not wait for its last reader is seen as well.
+fn uploads(device: Device) -> Figure {
+    const VALUES: usize = 16 << 20;
+    let means = (0..8u8).map(|i| -> sail_torch::Result<Tensor> {
+        let x = upload(&vec![f32::from(i); VALUES], &[VALUES as i64], device)?;
+        let before = x.mean(Kind::Double);
+        // Its last reader is queued behind much work when its memory is given back.
+        let busy =
+            (0..20).fold(x.narrow(0, 0, 1 << 20).view([1024, 1024]), |y, _| y.matmul(&y).clamp(0.0, 1.0));
+        Ok(Tensor::stack(&[before, x.mean(Kind::Double), busy.mean(Kind::Double)], 0))
+    });
+    for (i, means) in means.collect::<sail_torch::Result<Vec<Tensor>>>()?.iter().enumerate() {
+        let means = Vec::<f64>::try_from(means)?;
+        if means[..2] != [i as f64; 2] {
+            return Err(format!("of {i} everywhere the means are {:?}", &means[..2]).into());
+        }
+    }
+    Ok(format!("8 of {} MiB have their values", VALUES >> 18))
 }
 
 /// A few steps of what the optimizer does with gradients, on both.

@@ -66,7 +66,9 @@ impl Features {
             return Err(Error::BatchShape { field: "images", found, expected });
         }
         let mut rest = &self.grids[..];
-        let grids = images.iter().map(|images| rest.split_off(..*images).unwrap_or_default().to_vec());
+        let mut next =
+            |images: &usize| rest.split_off(..*images).expect("invariant: as many as all").to_vec();
+        let grids = images.iter().map(&mut next);
         let grids: Vec<Vec<(i64, i64)>> = grids.collect();
         let rows: Vec<i64> = grids.iter().map(|grids| grids.iter().map(|(h, w)| h * w).sum()).collect();
         let parts = self.x_td.f_split_with_sizes(rows, 0)?;

@@ -178,7 +178,7 @@ pub(super) struct RawBatch {
     /// Packs whose gradients make up one optimizer step. Required.
     pub(super) packs_per_step: Option<usize>,
     /// Most images (tiles) that a vision encoder which is not trained encodes in one forward pass: those of one pack at
-    /// least, and of the packs of a step that follow it while they have no more together. Losses are the same; it helps
+    /// least, and of the packs of a step that follow it while they have no more together. Losses are the same up to rounding, in fp32 on the CPU to the last bit; it helps
     /// where a pack has too few images to keep a device busy, and their features stay until their packs have had their
     /// turn. Default: 32.
     pub(super) vision_images: usize,

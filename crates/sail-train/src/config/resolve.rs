@@ -301,7 +301,7 @@ fn batch(checker: &mut Checker<'_>, raw: &RawBatch) -> Option<BatchPlan> {
     let (tokens, packs) = (plan.tokens_per_pack, plan.packs_per_step);
     checker.expect(tokens >= 2, "batch.tokens_per_pack", "must be at least 2", tokens);
     checker.expect(packs >= 1, "batch.packs_per_step", "must be at least 1", packs);
-    let at_least = "must be at least 1, which is one pack at a time";
+    let at_least = "must be at least 1";
     checker.expect(vision_images >= 1, "batch.vision_images", at_least, vision_images);
     Some(plan)
 }

@@ -55,8 +55,8 @@ pub struct Phase {
 }
 
 impl Course {
-    /// Of a stage, and a step of its last phase.
-    pub(super) fn of(stage: &Steps<'_>, guess: &PackGuess) -> Result<(Self, StepModel)> {
+    /// Of a stage, and a step of each of its phases, those included that it does not come to for want of data.
+    pub(super) fn of(stage: &Steps<'_>, guess: &PackGuess) -> Result<(Self, Vec<StepModel>)> {
         let plan = stage.plan;
         let packs = plan.batch.packs_per_step as f64;
         let tokens = packs * stage.pack.tokens() as f64;
@@ -71,12 +71,13 @@ impl Course {
             .collect();
         points.sort_unstable();
         let mut passed = Vec::new();
-        let mut model = stage.after(&passed)?;
-        let mut phases = vec![phase(0, &model, plan)];
+        let mut models = vec![stage.after(&passed)?];
+        let mut phases = vec![phase(0, &models[0], plan)];
         for of_step in points.chunk_by(|a, b| a.0 == b.0) {
             passed.extend(of_step.iter().map(|(_, index)| index));
-            model = stage.after(&passed)?;
+            let model = stage.after(&passed)?;
             phases.push(phase(of_step[0].0, &model, plan));
+            models.push(model);
         }
         let flops = phases.last().map_or(0.0, |last| last.flops);
         // The data may end before a point.
@@ -97,7 +98,7 @@ impl Course {
         };
         let (steps, epochs) = (made.ceil() as u64, plan.data.epochs);
         let stops_early = plan.schedule.early_stop.is_some();
-        Ok((Self { sample_tokens, steps, step, stage, secs, epochs, stops_early, phases }, model))
+        Ok((Self { sample_tokens, steps, step, stage, secs, epochs, stops_early, phases }, models))
     }
 }
 
@@ -136,6 +137,10 @@ mod tests {
 
     /// Of a stage of the tiny models: 12 steps of 2 packs of 256 tokens, on 2 ranks.
     fn course(file: &str, sets: &[&str], sample_tokens: Option<u64>) -> Course {
+        estimate(file, sets, sample_tokens).course
+    }
+
+    fn estimate(file: &str, sets: &[&str], sample_tokens: Option<u64>) -> StageEstimate {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/tiny").join(file);
         let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
         let Config::Stage(plan) = load(&path, &sets).unwrap() else { panic!("a stage") };
@@ -148,7 +153,7 @@ mod tests {
             mfu: 0.4,
         };
         let guess = PackGuess { sample_tokens, ..PackGuess::default() };
-        StageEstimate::of_plan(&plan, cluster, &guess).unwrap().course
+        StageEstimate::of_plan(&plan, cluster, &guess).unwrap()
     }
 
     fn close(a: f64, b: f64) -> bool {
@@ -194,6 +199,20 @@ mod tests {
         assert!(close(course.stage.flops, 4.0 * first.flops + 8.0 * last.flops));
         assert!(close(course.secs, 4.0 * first.secs + 2.0 * second.secs + 6.0 * last.secs));
         assert!(close(course.step.flops, last.flops));
+    }
+
+    /// Images that are encoded together before the encoder is trained may take more than training it.
+    #[test]
+    fn memory_is_that_of_the_phase_with_most() {
+        let memory = |sets: &[&str]| {
+            let sets = [&["batch.packs_per_step=400", "data.streams=2"], sets].concat();
+            estimate("stage1.yaml", &sets, None).strategies[0].memory.activations
+        };
+        let [ahead, one] = [1000, 1].map(|images| format!("batch.vision_images={images}"));
+        let unfreeze = "train.unfreeze=[{at: 4, match: vision, lr: 1e-3}]";
+        let (frozen, trained) = (memory(&[&ahead]), memory(&[&one, unfreeze]));
+        assert!(frozen > trained && memory(&[&one]) < trained, "{frozen} {trained}");
+        assert_eq!(memory(&[&ahead, unfreeze]), frozen);
     }
 
     #[test]

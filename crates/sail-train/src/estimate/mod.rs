@@ -36,6 +36,7 @@ pub use self::course::{Course, Phase, Work};
 pub use self::forward::{PackShape, Pass, pass};
 pub use self::graph::{Backend, Live};
 use self::link::Cluster;
+use self::memory::Memory;
 pub use self::packs::PackFlops;
 use self::step::Steps;
 pub use self::step::StrategyEstimate;
@@ -140,8 +141,14 @@ impl StageEstimate {
         }
         let (model, freeze) = (&model, &freeze);
         let steps = Steps { plan, config, model, freeze, pack: &pack, backend, cluster };
-        let (course, last) = Course::of(&steps, guess)?;
-        let strategies = Strategy::ALL.map(|strategy| last.estimate(strategy));
+        let (course, mut models) = Course::of(&steps, guess)?;
+        let strategies = Strategy::ALL.map(|strategy| {
+            // An encoder that runs ahead until it is trained may take more before that.
+            let memory = models.iter().map(|model| model.estimate(strategy).memory);
+            let memory = memory.max_by_key(Memory::total).unwrap_or_default();
+            StrategyEstimate { memory, ..models[models.len() - 1].estimate(strategy) }
+        });
+        let last = models.pop().expect("invariant: a stage has a phase");
         let mut warnings = refused(plan, cluster.world);
         let built = 4 * modules.values().map(|counts| counts.trained + counts.frozen).sum::<u64>();
         if strategies.iter().any(|row| row.strategy == plan.parallel.strategy && row.memory.total() < built) {

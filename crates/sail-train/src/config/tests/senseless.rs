@@ -14,7 +14,10 @@ fn values_that_make_no_sense() {
              checkpoint: { every: 0, keep_last: 0 }\nlog: { every: 0 }\n\
              eval: { every: 0, samples: 0, max_new_tokens: 0, sources: [] }",
         ),
-        ("tokens_per_pack: 512, packs_per_step: 8", "tokens_per_pack: 1, packs_per_step: 0"),
+        (
+            "tokens_per_pack: 512, packs_per_step: 8",
+            "tokens_per_pack: 1, packs_per_step: 0, vision_images: 0",
+        ),
         (
             "streams: 2",
             "streams: 0\n  threads: 0\n  shuffle_buffer: 0\n  pack_buffer: 0\n  max_error_rate: 5\n  \
@@ -87,6 +90,9 @@ fn values_that_make_no_sense() {
       --> stage.yaml:15
 
     error: `batch.packs_per_step`: must be at least 1, found 0
+      --> stage.yaml:15
+
+    error: `batch.vision_images`: must be at least 1, found 0
       --> stage.yaml:15
 
     error: `data.streams`: must be at least 1, found 0
