@@ -23,6 +23,12 @@ impl RunLock {
     /// # Errors
     /// [`Error::Usage`] when another process has it.
     pub fn take(run_dir: &Path) -> Result<Self> {
+        if run_dir.exists() && !run_dir.is_dir() {
+            return Err(Error::usage(
+                format!("`run.dir` is `{}`, which is no folder", run_dir.display()),
+                "name a folder that is there or can be made",
+            ));
+        }
         fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
         let path = run_dir.join(".lock");
         let file = File::create(&path).map_err(Error::io(&path))?;

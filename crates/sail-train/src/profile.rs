@@ -92,6 +92,7 @@ fn write(profiler: Profiler, path: &Path) -> Result<()> {
     // Not its parents: a run's folder that was removed stays so.
     match fs::create_dir(&folder) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(Error::io(&folder)(error)),
+        _ if !folder.is_dir() => return Err(Error::io(&folder)(ErrorKind::NotADirectory.into())),
         _ => {}
     }
     replace(path, |partial| {
@@ -102,7 +103,12 @@ fn write(profiler: Profiler, path: &Path) -> Result<()> {
 
 /// libtorch does not tell when a disk is full: the end of a trace says that all of it was written.
 fn check_whole(path: &Path) -> std::io::Result<()> {
-    let mut file = File::open(path)?;
+    let mut file = File::open(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => {
+            std::io::Error::other("libtorch has written nothing: the disk is full, or may not be written")
+        }
+        _ => error,
+    })?;
     let length = file.metadata()?.len();
     let mut end = String::new();
     file.seek(SeekFrom::Start(length.saturating_sub(8)))?;

@@ -312,9 +312,9 @@ mod tests {
 
         memory of a rank, GiB
         strategy   parameters     masters   gradients     moments activations      logits       total
-        ddp            0.0125      0.0250      0.0250      0.0501      0.0495     0.00696       0.169
-        zero1*         0.0125      0.0125      0.0250      0.0250      0.0495     0.00696       0.132
-        zero2          0.0125      0.0125      0.0375      0.0250      0.0495     0.00696       0.144
+        ddp            0.0125      0.0250      0.0250      0.0501      0.0499     0.00696       0.170
+        zero1*         0.0125      0.0125      0.0250      0.0250      0.0499     0.00696       0.132
+        zero2          0.0125      0.0125      0.0375      0.0250      0.0499     0.00696       0.144
 
         a step: GB that a rank sends, seconds, tokens of all ranks a second
         strategy       sent   compute   sending  of it latency  without overlap  with overlap       tokens/s
@@ -345,9 +345,9 @@ mod tests {
 
         memory of a rank, GiB
         strategy   parameters     masters   gradients     moments activations      logits       total
-        ddp            0.0286           0      0.0286      0.0571      0.0390     0.00195       0.155
-        zero1          0.0286           0      0.0286    0.000056      0.0390     0.00195      0.0981
-        zero2*         0.0286           0      0.0286    0.000056      0.0390     0.00195      0.0982
+        ddp            0.0286           0      0.0286      0.0571      0.0392     0.00195       0.155
+        zero1          0.0286           0      0.0286    0.000056      0.0392     0.00195      0.0983
+        zero2*         0.0286           0      0.0286    0.000056      0.0392     0.00195      0.0983
 
         a step: GB that a rank sends, seconds, tokens of all ranks a second
         strategy       sent   compute   sending  of it latency  without overlap  with overlap       tokens/s

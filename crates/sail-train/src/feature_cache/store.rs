@@ -69,12 +69,23 @@ impl Store {
     /// With 0 bytes it is only read, and nothing is made.
     ///
     /// # Errors
-    /// [`Error::Io`] when it cannot be made or looked at.
+    /// [`Error::Usage`] when it cannot be made or looked at.
     pub(super) fn open(root: &Path, name: &str, max_bytes: u64) -> Result<Self> {
         let dir = root.join(name);
         let grows = max_bytes > 0;
-        if grows {
-            fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
+        let unusable = |error: io::Error| {
+            Error::usage(
+                format!(
+                    "`data.feature_cache.dir` is `{}`, in which no features can be kept: {error}",
+                    root.display()
+                ),
+                format!(
+                    "name a folder that is there or can be made, and in which `{name}` can be made and written"
+                ),
+            )
+        };
+        if grows && !dir.is_dir() {
+            fs::create_dir_all(&dir).map_err(unusable)?;
         }
         let mut store = Self {
             root: root.to_owned(),
@@ -89,7 +100,7 @@ impl Store {
             damaged: AtomicU64::new(0),
         };
         if grows || store.dir.is_dir() {
-            store.look().map_err(Error::io(&store.dir))?;
+            store.look().map_err(unusable)?;
         }
         Ok(store)
     }
@@ -113,7 +124,8 @@ impl Store {
     pub(super) fn refresh(&mut self) {
         let looked = self.look();
         if let (Err(error), true) = (&looked, self.is_there && self.grows) {
-            warn!("{}: {error}; what other processes add is not found", self.dir.display());
+            let lost = if self.own.is_some() { ", and what this one adds may be lost" } else { "" };
+            warn!("{}: {error}; what other processes add is not found{lost}", self.dir.display());
         }
         self.is_there = looked.is_ok();
     }
@@ -129,7 +141,14 @@ impl Store {
         numbers.sort_unstable();
         numbers.retain(|number| self.own.as_ref().is_none_or(|own| own.number != *number));
         for number in numbers {
-            self.read_index(number)?;
+            if let Err(error) = self.read_index(number) {
+                // As many times as it is tried again, which a broken one is once: its size is not asked for any more.
+                self.seen.insert(number, u64::MAX);
+                warn!(
+                    "{}: {error}; what it lists is computed anew",
+                    path(&self.dir, number, "index").display()
+                );
+            }
         }
         if self.grows {
             self.taken = bytes_below(&self.root)?;
@@ -140,6 +159,9 @@ impl Store {
     fn read_index(&mut self, number: u64) -> io::Result<()> {
         let path = path(&self.dir, number, "index");
         let seen = self.seen.entry(number).or_default();
+        if *seen == u64::MAX {
+            return Ok(());
+        }
         let new = fs::metadata(&path)?.len().saturating_sub(*seen) as usize / ENTRY * ENTRY;
         if new == 0 {
             return Ok(());
@@ -234,18 +256,23 @@ impl Store {
 }
 
 impl Own {
-    /// Files under the first number that nobody has.
+    /// Files under the first number that nobody has: of which there is neither the one nor the other file.
     fn create(dir: &Path) -> io::Result<Self> {
         let new = |path: &Path| OpenOptions::new().write(true).create_new(true).open(path);
+        let pair = |number: u64| -> io::Result<Self> {
+            // The index first: a file of features without one is nobody's, and in no way.
+            let index = new(&path(dir, number, "index"))?;
+            let features = new(&path(dir, number, "features")).inspect_err(|_| {
+                // Empty, and this process's own.
+                drop(fs::remove_file(path(dir, number, "index")));
+            })?;
+            Ok(Self { number, features, index, features_bytes: 0, index_bytes: 0 })
+        };
         let mut number = 1;
         loop {
-            match new(&path(dir, number, "features")) {
-                Ok(features) => {
-                    let index = new(&path(dir, number, "index"))?;
-                    return Ok(Self { number, features, index, features_bytes: 0, index_bytes: 0 });
-                }
+            match pair(number) {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
-                Err(error) => return Err(error),
+                made => return made,
             }
         }
     }
@@ -386,6 +413,39 @@ mod tests {
             let store = open(&dir);
             assert_eq!((store.len(), found(&store, &[1, 2])), (1, vec![2]), "{bit}");
         }
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_one_is_named() {
+        let dir = TempDir::new().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        for root in [file.clone(), file.join("below"), "/proc/none".into()] {
+            let error = Store::open(&root, "a", MUCH).err().unwrap();
+            let start =
+                format!("`data.feature_cache.dir` is `{}`, in which no features can be kept", root.display());
+            assert!(error.to_string().starts_with(&start), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+
+    /// An index that is none is passed over, and one whose features are gone is in nobody's way.
+    #[test]
+    fn odd_files_cost_what_is_in_them() {
+        let dir = TempDir::new().unwrap();
+        added(&dir, &[1]);
+        let inside = open(&dir).dir().to_owned();
+        fs::create_dir(inside.join("000007.index")).unwrap();
+        std::os::unix::fs::symlink("/none", inside.join("000008.index")).unwrap();
+        assert_eq!(found(&open(&dir), &[1]), [1]);
+        fs::remove_file(inside.join("000001.features")).unwrap();
+        let mut store = open(&dir);
+        assert_eq!(found(&store, &[1]), [0u8; 0]);
+        store.add(key(2), &[2; 100]);
+        store.add(key(1), &[1; 100]);
+        store.refresh();
+        assert_eq!(found(&store, &[1, 2]), [1, 2]);
+        assert_eq!(found(&open(&dir), &[1, 2]), [1, 2]);
     }
 
     #[test]
