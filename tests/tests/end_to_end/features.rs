@@ -237,6 +237,6 @@ fn one_that_is_full_is_read_on() {
     fs::write(&file, "").unwrap();
     let job = with_cache(&file, &[TILES]);
     let output = job.alone().output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains(file.to_str().unwrap()), "{}", stderr(&output));
 }

@@ -152,13 +152,9 @@ fn waiting_for_other_ranks_is_a_part_of_its_own() {
         assert_eq!(zeros(&parts), Vec::<&str>::new(), "{strategy}");
         let sent: f64 =
             steps(&job.run_dir()).iter().skip(1).map(|line| line["sent_bytes"].as_f64().unwrap()).sum();
-        let on_the_way = sent / BYTES_PER_SEC;
-        let whole: f64 = parts.iter().flat_map(BTreeMap::values).sum();
-        let waiting = sum(&parts, "communication");
-        assert!(
-            whole > 0.9 * on_the_way && waiting > 0.5 * on_the_way,
-            "{strategy}: {parts:?}, {sent} bytes"
-        );
+        // With `zero1` and `zero2` parameters of the last step travel when no step counts any more.
+        let (waiting, on_the_way) = (sum(&parts, "communication"), sent / BYTES_PER_SEC);
+        assert!(waiting > 0.5 * on_the_way, "{strategy}: {parts:?}, {sent} bytes");
     }
 }
 
