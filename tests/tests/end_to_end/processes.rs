@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -50,8 +51,17 @@ pub(crate) fn signal(name: &str, pid: u32) {
     assert!(status.success());
 }
 
+/// A port that nobody has, and that no connection is given before it is used: below those that Linux gives out by itself
+/// (32768 to 60999, `ip_local_port_range`). Tests of one process get different ones.
 pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const PORTS: u16 = 12_000;
+    // Another process of tests begins elsewhere.
+    let start = (std::process::id() % u32::from(PORTS)) as u16;
+    (0..PORTS)
+        .map(|_| 20_000 + start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % PORTS)
+        .find(|port| TcpListener::bind(("0.0.0.0", *port)).is_ok())
+        .expect("one of 12,000 ports is free")
 }
 
 /// Runs cases side by side, which mostly wait, and names those that fail.
