@@ -81,7 +81,7 @@ impl Segments {
             for length in &self.lengths {
                 ends.push(ends[ends.len() - 1] + *length as i32);
             }
-            sail_torch::upload(&ends, &[ends.len() as i64], device).unwrap_or_else(|error| panic!("{error}"))
+            sail_torch::upload(&ends, device).unwrap_or_else(|error| panic!("{error}"))
         })
     }
 

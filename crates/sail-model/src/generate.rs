@@ -9,6 +9,7 @@
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardUniform};
+use sail_torch::upload;
 use tch::{Kind, Tensor};
 
 use crate::attention::Segments;
@@ -73,8 +74,8 @@ pub fn from_ids(
     options: &GenerateOptions,
     on_token: OnToken,
 ) -> Result<Vec<Vec<i64>>> {
-    let embed = |ids: &&[i64]| llm.embed(&Tensor::from_slice(ids).to_device(llm.device()));
-    let prompts: Vec<Tensor> = tch::no_grad(|| prompts.iter().map(embed).collect());
+    let embed = |ids: &&[i64]| -> Result<Tensor> { Ok(llm.embed(&upload(ids, llm.device())?)) };
+    let prompts = tch::no_grad(|| prompts.iter().map(embed).collect::<Result<Vec<_>>>())?;
     from_embeddings(llm, &prompts, options, on_token)
 }
 
@@ -116,7 +117,7 @@ pub fn from_embeddings(
                 break;
             }
             lengths = vec![1; live.len()];
-            rows_td = llm.embed(&Tensor::from_slice(&next).to_device(llm.device()));
+            rows_td = llm.embed(&upload(&next, llm.device())?);
         }
         Ok(answers)
     })
@@ -131,13 +132,13 @@ fn next_scores(llm: &Llm, rows_td: &Tensor, lengths: &[i64], caches: &mut [KvCac
     let segments = Segments::of_lengths(lengths.to_vec())?;
     let starts = caches.iter().map(KvCache::rows).zip(lengths);
     let positions: Vec<i64> = starts.flat_map(|(start, length)| start..start + length).collect();
-    let positions_t = Tensor::from_slice(&positions).to_device(llm.device());
+    let positions_t = upload(&positions, llm.device())?;
     let x_td = llm.trunk(rows_td, &positions_t, &segments, Some(caches)).x_td;
     let ends = lengths.iter().scan(-1, |end, length| {
         *end += length;
         Some(*end)
     });
-    let ends_b = Tensor::from_slice(&ends.collect::<Vec<i64>>()).to_device(llm.device());
+    let ends_b = upload(&ends.collect::<Vec<i64>>(), llm.device())?;
     Ok(llm.logits(&llm.final_norm(&x_td.index_select(0, &ends_b))).to_kind(Kind::Float))
 }
 

@@ -275,8 +275,8 @@ impl Vlm {
         let _in_llm = span("llm");
         let Trunk { x_td, routing } = self.llm.trunk(&x_td, &batch.positions_t, &segments, None);
         let (rows, (targets, weights)) = rows_with_target(batch);
-        let (rows_r, targets_r) = (self.longs(&rows)?, self.longs(&targets)?);
-        let weights_r = upload(&weights, &[weights.len() as i64], self.device)?;
+        let (rows_r, targets_r) = (upload(&rows, self.device)?, upload(&targets, self.device)?);
+        let weights_r = upload(&weights, self.device)?;
         let CrossEntropy { sum, losses_r } =
             self.llm.cross_entropy(&x_td.index_select(0, &rows_r), &targets_r, &weights_r)?;
         Ok(Loss { sum, losses_r, balance: routing.map(|routing| routing.weighted_balance_loss()) })
@@ -285,7 +285,7 @@ impl Vlm {
     /// Where the language model is frozen, gradients need not go everywhere.
     fn with_grad_rows(&self, segments: Segments, batch: &Batch) -> Result<Segments> {
         match batch.grad_rows() {
-            Some(rows) if !self.trains("llm") => Ok(segments.with_grad_rows(self.longs(&rows)?)),
+            Some(rows) if !self.trains("llm") => Ok(segments.with_grad_rows(upload(&rows, self.device)?)),
             _ => Ok(segments),
         }
     }
@@ -298,11 +298,6 @@ impl Vlm {
         assert!(MODULES.contains(&module), "`{module}` is none of {MODULES:?}");
         let is_of = |name: &str| name.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
         self.params.iter().any(|(name, param)| is_of(name) && param.requires_grad())
-    }
-
-    /// `[n]` int64 on the model's device.
-    fn longs(&self, values: &[i64]) -> Result<Tensor> {
-        Ok(upload(values, &[values.len() as i64], self.device)?)
     }
 
     /// Embeddings `[t, d]` with visual tokens in `image_rows`, which were checked to be as many. Those
@@ -320,7 +315,7 @@ impl Vlm {
         // After the images: backward goes the other way round, so that the table's gradient can travel to other
         // ranks while that of the encoder is computed.
         let x_td = self.llm.embed(ids_t);
-        let rows_v = self.longs(image_rows)?;
+        let rows_v = upload(image_rows, self.device)?;
         Ok(x_td.f_index_copy(0, &rows_v, &x_vd.to_kind(x_td.kind()))?)
     }
 
@@ -335,7 +330,7 @@ impl Vlm {
         on_token: OnToken,
     ) -> Result<Vec<Vec<i64>>> {
         let embed = |(i, prompt): (usize, &Prompt)| -> Result<Tensor> {
-            let ids_t = self.longs(&prompt.ids)?;
+            let ids_t = upload(&prompt.ids, self.device)?;
             let tokens = image_tokens(&self.config, &prompt.images)?.iter().sum();
             check_rows(&format!("prompt {i}"), prompt.image_rows.len() as i64, tokens)?;
             self.embed(&ids_t, &prompt.images, &prompt.image_rows)

@@ -4,7 +4,7 @@ use tch::kind::Element;
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
-use crate::call::{check, outcome};
+use crate::call::outcome;
 use crate::error::Result;
 use crate::ffi;
 
@@ -79,24 +79,20 @@ pub fn device_name(device: Device) -> Result<Option<String>> {
     Ok((!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned()))
 }
 
-/// A tensor of these sizes on a device. To CUDA it travels beside what the device computes, and the host does not wait: a
-/// copy of [`Tensor::to_device`] from memory that is not pinned waits until the device has done all that was queued.
+/// Values `[n]` on a device. To CUDA they travel beside what the device computes, and the host does not wait: a copy of
+/// [`Tensor::to_device`] from memory that is not pinned waits until the device has done all that was queued.
 ///
 /// # Errors
-/// [`Error::Argument`](crate::Error::Argument) when `data` are not as many as the sizes say,
 /// [`Error::Torch`](crate::Error::Torch) when there is no such device or no memory.
-pub fn upload<T: Element>(data: &[T], sizes: &[i64], device: Device) -> Result<Tensor> {
-    const OP: &str = "upload";
-    let fits = sizes.iter().all(|size| *size >= 0) && sizes.iter().product::<i64>() == data.len() as i64;
-    check(OP, fits, || format!("{} values are not of sizes {sizes:?}", data.len()))?;
-    let Device::Cuda(index) = device else { return Ok(Tensor::from_slice(data).view(sizes)) };
-    let strides: Vec<i64> = (1..=sizes.len()).map(|at| sizes[at..].iter().product()).collect();
-    // SAFETY: `data` are as many as `sizes` say, lie one after the other and outlive this view of them.
-    let view = unsafe { Tensor::from_blob(data.as_ptr().cast(), sizes, &strides, T::KIND, Device::Cpu) };
+pub fn upload<T: Element>(data: &[T], device: Device) -> Result<Tensor> {
+    let Device::Cuda(index) = device else { return Ok(Tensor::from_slice(data)) };
+    // SAFETY: `data` are so many, lie one after the other and outlive this view of them.
+    let view =
+        unsafe { Tensor::from_blob(data.as_ptr().cast(), &[data.len() as i64], &[1], T::KIND, Device::Cpu) };
     let mut out: *mut C_tensor = std::ptr::null_mut();
     // SAFETY: a live tensor, read before the call returns, and a valid place for one pointer.
     let error = unsafe { ffi::sail_upload(index as i32, view.as_ptr(), &raw mut out) };
-    outcome(OP, error)?;
+    outcome("upload", error)?;
     // SAFETY: given without an error, and owned by nobody else.
     Ok(unsafe { Tensor::from_ptr(out) })
 }
@@ -147,18 +143,14 @@ mod tests {
     }
 
     #[test]
-    fn uploads_have_the_values_and_sizes_they_were_given() {
+    fn uploads_have_the_values_they_were_given() {
         for device in [Device::Cpu].into_iter().chain(Cuda::is_available().then_some(Device::Cuda(0))) {
-            let x = upload(&[1i64, 2, 3, 4, 5, 6], &[3, 2], device).unwrap();
-            assert_eq!((x.device(), x.kind(), x.size()), (device, Kind::Int64, vec![3, 2]));
-            assert_eq!(Vec::<i64>::try_from(x.flatten(0, 1)).unwrap(), [1, 2, 3, 4, 5, 6]);
-            assert_eq!(upload::<f32>(&[], &[0, 4], device).unwrap().size(), [0, 4]);
-            for sizes in [&[5][..], &[-1, -6], &[]] {
-                let error = upload(&[1.0f32; 6], sizes, device).unwrap_err();
-                assert!(matches!(error, Error::Argument { .. }), "{error:?}");
-            }
+            let x = upload(&[1i64, 2, 3, 4, 5, 6], device).unwrap();
+            assert_eq!((x.device(), x.kind(), x.size()), (device, Kind::Int64, vec![6]));
+            assert_eq!(Vec::<i64>::try_from(x).unwrap(), [1, 2, 3, 4, 5, 6]);
+            assert_eq!(upload::<f32>(&[], device).unwrap().size(), [0]);
         }
-        assert!(upload(&[1.0f32], &[1], Device::Cuda(Cuda::device_count() as usize)).is_err());
+        assert!(upload(&[1.0f32], Device::Cuda(Cuda::device_count() as usize)).is_err());
     }
 
     /// What is queued before is many times longer than the copies, of which the host makes the next while the device has not
@@ -171,13 +163,13 @@ mod tests {
         let device = Device::Cuda(0);
         let x = Tensor::ones([8192, 8192], (Kind::Float, device));
         // What is made once: kernels, pinned memory.
-        let _first = upload(&vec![0f32; 1 << 20], &[1 << 20], device).unwrap().mean(Kind::Float);
+        let _first = upload(&vec![0f32; 1 << 20], device).unwrap().mean(Kind::Float);
         let _first = x.matmul(&x);
         Cuda::synchronize(0);
         let started = std::time::Instant::now();
         let _busy = (0..20).fold(x.shallow_clone(), |y, _| y.matmul(&x) / 8192.0);
         let sums: Vec<Tensor> = (0..20u8)
-            .map(|i| upload(&vec![f32::from(i); 1 << 20], &[1 << 20], device).unwrap().mean(Kind::Float))
+            .map(|i| upload(&vec![f32::from(i); 1 << 20], device).unwrap().mean(Kind::Float))
             .collect();
         let queued = started.elapsed();
         Cuda::synchronize(0);

@@ -23,6 +23,7 @@ use sail_model::params::{Builder, Params, RandomSource, TensorSource};
 use sail_model::vision::{Vision, VisionConfig};
 use sail_model::weights::{FileSource, write_safetensors};
 use sail_train::Error;
+use sail_train::config::Precision;
 use serde::Serialize;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -53,10 +54,11 @@ enum On {
 
 impl On {
     fn kind_and_device(self) -> (Kind, Device) {
-        match self {
-            Self::Cpu => (Kind::Float, Device::Cpu),
-            Self::Cuda => (Kind::BFloat16, Device::Cuda(0)),
-        }
+        let device = match self {
+            Self::Cpu => Device::Cpu,
+            Self::Cuda => Device::Cuda(0),
+        };
+        (Precision::Auto.on(device).kind(), device)
     }
 }
 
@@ -196,7 +198,7 @@ fn vit(
     let block = 2 * rows * d * (4 * d + 3 * intermediate as u64) + 4 * rows * rows * d;
     let patches = 2 * rows * d * (3 * PATCH * PATCH) as u64;
     let flops = Some(images as u64 * (BLOCKS * block + patches));
-    let peak_flops = peak_flops(on.1, on.0)?;
+    let peak_flops = peak_flops(on.1, Precision::Auto.on(on.1))?;
     Ok(Report { times, tokens: images * h * w, ids: Vec::new(), flops, peak_flops, memory })
 }
 
@@ -217,7 +219,7 @@ fn generate(
         ids = from_ids(&llm, &[prompt], &options, &mut |_, _| true)?.concat();
         Ok(())
     })?;
-    let peak_flops = peak_flops(on.1, on.0)?;
+    let peak_flops = peak_flops(on.1, Precision::Auto.on(on.1))?;
     Ok(Report { times, tokens: new_tokens as i64, ids, flops: None, peak_flops, memory })
 }
 

@@ -99,7 +99,7 @@ fn run(args: &Args) -> Result<(), Error> {
     if args.dump_only {
         return Ok(());
     }
-    let peak_flops = peak_flops(session.device, session.precision)?;
+    let peak_flops = peak_flops(session.device, session.plan.run.precision.on(session.device))?;
     let flops = PackFlops::new(session.model.config(), &session.plan.train);
     let flops = steps.iter().map(|step| flops.of(&step.packs).values().sum()).collect();
     let mut report = Report { warmup: args.warmup, flops, peak_flops, ..Report::default() };

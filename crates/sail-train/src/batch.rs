@@ -115,10 +115,9 @@ pub fn to_batch(pack: &Pack, device: Device) -> Result<Batch> {
 
 fn with_images(pack: &Pack, images: Visual, device: Device) -> Result<Batch> {
     let _span = sail_torch::span("to device");
-    let longs = |values: &[i64]| upload(values, &[values.len() as i64], device);
     Ok(Batch {
-        ids_t: longs(&pack.ids)?,
-        positions_t: longs(&pack.positions)?,
+        ids_t: upload(&pack.ids, device)?,
+        positions_t: upload(&pack.positions, device)?,
         cu_seqlens: pack.cu_seqlens.clone(),
         images,
         images_per_sequence: pack.images_per_sample.clone(),
@@ -136,7 +135,7 @@ fn with_images(pack: &Pack, images: Visual, device: Device) -> Result<Batch> {
 pub fn to_images<'a>(images: impl IntoIterator<Item = &'a Images>, device: Device) -> Result<Vec<Tensor>> {
     let _span = sail_torch::span("to device");
     let batch = |(n, (height, width), pixels): (usize, (usize, usize), &[f32])| {
-        Ok(upload(pixels, &[n as i64, 3, height as i64, width as i64], device)?)
+        Ok(upload(pixels, device)?.f_view([n as i64, 3, height as i64, width as i64])?)
     };
     images.into_iter().flat_map(Images::batches).map(batch).collect()
 }

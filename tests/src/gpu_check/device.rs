@@ -81,7 +81,7 @@ fn block(device: Device, kind: Kind, limit: f64) -> Figure {
         let on_device = |x: &Tensor| -> sail_torch::Result<Tensor> {
             let values =
                 Vec::<f32>::try_from(x.to_kind(Kind::Float).flatten(0, -1)).expect("invariant: floats");
-            Ok(upload(&values, &x.size(), device)?.to_kind(kind))
+            Ok(upload(&values, device)?.view(&x.size()[..]).to_kind(kind))
         };
         let inputs = drawn.iter().map(|x| Ok(on_device(x)?.set_requires_grad(true)));
         let inputs = inputs.collect::<sail_torch::Result<Vec<Tensor>>>()?;
@@ -91,8 +91,8 @@ fn block(device: Device, kind: Kind, limit: f64) -> Figure {
         let heads = swiglu(&gate, &up)?.view([ROWS, 4, WIDTH / 4]);
         let turned = rotate(&heads, &on_device(&angles.cos())?, &on_device(&angles.sin())?)?;
         let rows = turned.flatten(1, 2) + x;
-        let targets = upload(&targets, &[ROWS], device)?;
-        let weights = upload(&[0.5f32; ROWS as usize], &[ROWS], device)?;
+        let targets = upload(&targets, device)?;
+        let weights = upload(&[0.5f32; ROWS as usize], device)?;
         let loss = linear_cross_entropy(&rows, head, &targets, &weights)?.sum;
         let mut all = Tensor::run_backward(&[&loss], &inputs, false, false);
         all.extend([loss, rows]);
@@ -108,7 +108,7 @@ fn block(device: Device, kind: Kind, limit: f64) -> Figure {
 fn uploads(device: Device) -> Figure {
     const VALUES: usize = 16 << 20;
     let means = (0..8u8).map(|i| -> sail_torch::Result<Tensor> {
-        let x = upload(&vec![f32::from(i); VALUES], &[VALUES as i64], device)?;
+        let x = upload(&vec![f32::from(i); VALUES], device)?;
         let before = x.mean(Kind::Double);
         // Its last reader is queued behind much work when its memory is given back.
         let busy =

@@ -137,24 +137,28 @@ fn the_parts_of_a_step_are_told_apart() {
     assert_eq!(zeros(&experts), ["communication"]);
 }
 
-/// Over a link that takes many times longer than computation, waiting is told as waiting, whichever way parameters and
-/// gradients go. Computation can hide a part of it, and takes longer where other programs run: half is asked for.
+/// Over a link that takes many times longer than computation most of a step is waiting, whichever way parameters and
+/// gradients go.
 #[test]
 fn waiting_for_other_ranks_is_a_part_of_its_own() {
+    // Slow enough that computation is little beside it on a busy machine as well.
     const BYTES_PER_SEC: f64 = 4e6;
     for strategy in ["ddp", "zero1", "zero2"] {
-        let strategy = format!("parallel.strategy={strategy}");
-        let job = Job::new(&["schedule.steps=3", TRAINED, &strategy]);
+        let set = format!("parallel.strategy={strategy}");
+        let job = Job::new(&["schedule.steps=3", TRAINED, &set]);
         let mut slow = job.launch(2);
         slow.env("SAIL_SIMULATED_LINK_BYTES_PER_SEC", BYTES_PER_SEC.to_string());
         job.run(slow, 0);
         let parts = parts(&job);
         assert_eq!(zeros(&parts), Vec::<&str>::new(), "{strategy}");
-        let sent: f64 =
-            steps(&job.run_dir()).iter().skip(1).map(|line| line["sent_bytes"].as_f64().unwrap()).sum();
-        // With `zero1` and `zero2` parameters of the last step travel when no step counts any more.
-        let (waiting, on_the_way) = (sum(&parts, "communication"), sent / BYTES_PER_SEC);
-        assert!(waiting > 0.5 * on_the_way, "{strategy}: {parts:?}, {sent} bytes");
+        let sent: Vec<f64> =
+            steps(&job.run_dir()).iter().skip(1).map(|line| line["sent_bytes"].as_f64().unwrap()).collect();
+        // Half of what is sent are parameters, which travel in the step after; after the last one there is none.
+        let unseen = if strategy == "ddp" { 0.0 } else { sent[sent.len() - 1] / 2.0 };
+        let on_the_way = (sent.iter().sum::<f64>() - unseen) / BYTES_PER_SEC;
+        let whole: f64 = parts.iter().flat_map(BTreeMap::values).sum();
+        let waiting = sum(&parts, "communication");
+        assert!(whole > 0.9 * on_the_way && waiting > 0.7 * whole, "{strategy}: {parts:?}, {sent:?} bytes");
     }
 }
 

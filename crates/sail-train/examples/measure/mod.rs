@@ -10,7 +10,7 @@ use sail_train::Error;
 use sail_train::config::{Config, Plan, Precision, load};
 use sail_train::estimate::peak::peak_tflops;
 use serde::Serialize;
-use tch::{Device, Kind};
+use tch::Device;
 
 const STATUS: &str = "/proc/self/status";
 const STAT: &str = "/proc/self/stat";
@@ -58,9 +58,8 @@ impl Memory {
     }
 }
 
-/// What a device computes at most in this type, FLOP/s; None where that is not known.
-pub(crate) fn peak_flops(device: Device, kind: Kind) -> Result<Option<f64>, Error> {
-    let precision = if kind == Kind::BFloat16 { Precision::Bf16 } else { Precision::Fp32 };
+/// What a device computes at most, FLOP/s; None where that is not known.
+pub(crate) fn peak_flops(device: Device, precision: Precision) -> Result<Option<f64>, Error> {
     let name = sail_torch::device_name(device)?;
     Ok(name.and_then(|name| peak_tflops(&name, precision)).map(|tflops| 1e12 * tflops))
 }

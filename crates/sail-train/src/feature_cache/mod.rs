@@ -120,7 +120,7 @@ impl FeatureCache {
         let places: Vec<&mut [u8]> = rows.iter().map(place).collect();
         let read = |(key, place): (&Key, &mut [u8])| store.read(key, place);
         let found: Vec<bool> = keys.par_iter().zip(places).map(read).collect();
-        let x_td = upload(&bytes, &[bytes.len() as i64], self.device)?.f_view_dtype(kind)?.f_view(shape)?;
+        let x_td = upload(&bytes, self.device)?.f_view_dtype(kind)?.f_view(shape)?;
 
         let mut used = self.used.get();
         let mut computed: BTreeMap<Key, Tensor> = BTreeMap::new();
@@ -153,7 +153,7 @@ impl FeatureCache {
 
     /// `[t, d]` of one image.
     fn compute(&self, model: &Vlm, ((height, width), pixels): Shown<'_>) -> Result<Tensor> {
-        let pixels_nchw = upload(pixels, &[1, 3, height as i64, width as i64], self.device)?;
+        let pixels_nchw = upload(pixels, self.device)?.f_view([1, 3, height as i64, width as i64])?;
         Ok(no_grad(|| model.encode(&[pixels_nchw]))?.x_td)
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! Bytes are read at offsets, not mapped (docs/decisions/0018).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
@@ -43,6 +43,8 @@ pub(super) struct Store {
     places: HashMap<Key, Vec<Place>>,
     /// Bytes of each index that were looked at.
     seen: BTreeMap<u64, u64>,
+    /// Indexes that could not be looked at, and are not looked at again.
+    unreadable: BTreeSet<u64>,
     /// None until something is added.
     own: Option<Own>,
     /// Whether more is added.
@@ -92,6 +94,7 @@ impl Store {
             dir,
             places: HashMap::new(),
             seen: BTreeMap::new(),
+            unreadable: BTreeSet::new(),
             own: None,
             grows,
             is_there: true,
@@ -139,11 +142,11 @@ impl Store {
             }
         }
         numbers.sort_unstable();
-        numbers.retain(|number| self.own.as_ref().is_none_or(|own| own.number != *number));
+        let own = self.own.as_ref().map(|own| own.number);
+        numbers.retain(|number| Some(*number) != own && !self.unreadable.contains(number));
         for number in numbers {
             if let Err(error) = self.read_index(number) {
-                // As many times as it is tried again, which a broken one is once: its size is not asked for any more.
-                self.seen.insert(number, u64::MAX);
+                self.unreadable.insert(number);
                 warn!(
                     "{}: {error}; what it lists is computed anew",
                     path(&self.dir, number, "index").display()
@@ -159,9 +162,6 @@ impl Store {
     fn read_index(&mut self, number: u64) -> io::Result<()> {
         let path = path(&self.dir, number, "index");
         let seen = self.seen.entry(number).or_default();
-        if *seen == u64::MAX {
-            return Ok(());
-        }
         let new = fs::metadata(&path)?.len().saturating_sub(*seen) as usize / ENTRY * ENTRY;
         if new == 0 {
             return Ok(());
