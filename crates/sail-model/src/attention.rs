@@ -137,7 +137,12 @@ pub fn packed_attention(
             out_bnlh.transpose(1, 2).flatten(0, 1)
         })
         .collect();
-    if let [one] = &outputs[..] { one.shallow_clone() } else { Tensor::cat(&outputs, 0) }
+    concatenated(outputs)
+}
+
+/// Parts `[t, ..]` one after the other, without a copy where there is one only.
+pub(crate) fn concatenated(mut parts: Vec<Tensor>) -> Tensor {
+    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) }
 }
 
 /// Causal attention of the last `t` rows of one sequence to all its `c` rows.
@@ -145,10 +150,15 @@ pub fn packed_attention(
 /// `q_tnh` `[t, n, h]`, `k_1mch` and `v_1mch` `[1, m, c, h]`, c at least t. Gives `[t, n, h]`.
 pub fn cached_attention(q_tnh: &Tensor, k_1mch: &Tensor, v_1mch: &Tensor) -> Tensor {
     let (rows, held) = (q_tnh.size()[0], k_1mch.size()[2]);
+    if rows == 1 {
+        // The queries that share a head of keys are as many rows that see all of them.
+        let q_1mgh = q_tnh.reshape([1, k_1mch.size()[1], -1, q_tnh.size()[2]]);
+        return fused(&q_1mgh, k_1mch, v_1mch, None, false).reshape_as(q_tnh);
+    }
     let q_1nth = q_tnh.transpose(0, 1).unsqueeze(0);
     // libtorch's own causal flag aligns the first rows of q and k, not the last.
-    let visible = (rows > 1 && rows < held)
-        .then(|| Tensor::ones([rows, held], (Kind::Bool, q_tnh.device())).tril(held - rows));
+    let visible =
+        (rows < held).then(|| Tensor::ones([rows, held], (Kind::Bool, q_tnh.device())).tril(held - rows));
     let out = fused(&q_1nth, k_1mch, v_1mch, visible.as_ref(), rows == held);
     out.squeeze_dim(0).transpose(0, 1)
 }

@@ -18,9 +18,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::tensor_list;
 
-// Functions whose loops are compiled for the vectors of several processors, of which the best is taken at start.
+// Functions whose loops are compiled for the vectors of several processors, of which the best is taken at start. Named by
+// features: a name of a processor, `arch=`, is for that one alone and for none that came after it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SAIL_KERNEL __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define SAIL_KERNEL __attribute__((target_clones("avx512f", "fma", "default")))
 #else
 #define SAIL_KERNEL
 #endif

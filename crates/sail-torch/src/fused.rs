@@ -403,4 +403,22 @@ mod tests {
             assert!(matches!(error, Error::Argument { .. }), "{error}");
         }
     }
+
+    /// Loops compiled for a processor by its name were not taken on those that came after it.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn loops_are_those_for_the_vectors_of_this_processor() {
+        // (1 + e)^2 - 1, of which a product that is rounded by itself loses e^2.
+        let e = 2f32.powi(-12);
+        let (x, weight) = (Tensor::from_slice(&[1.0, 1.0 + e]), Tensor::from_slice(&[-1.0, 1.0 + e]));
+        let [found] =
+            tch::no_grad(|| linears(&x.view([1, 2]), [(&weight.view([1, 2]), None)], None)).unwrap();
+        let lost = if is_x86_feature_detected!("fma") { 0.0 } else { e * e };
+        let found = f32::try_from(found.view([])).unwrap();
+        assert_eq!(
+            found,
+            2.0 * e + e * e - lost,
+            "or the compiler is not GCC, which alone makes such versions"
+        );
+    }
 }

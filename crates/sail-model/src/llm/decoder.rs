@@ -13,7 +13,7 @@ use super::config::DecoderConfig;
 use super::family::DecoderShape;
 use super::moe::{Routing, SparseMlp};
 use super::rotary::Rotation;
-use crate::attention::{Segments, Visibility, cached_attention, packed_attention};
+use crate::attention::{Segments, Visibility, cached_attention, concatenated, packed_attention};
 use crate::error::Result;
 use crate::nn::{Linear, RmsNorm, swiglu};
 use crate::params::{Builder, Init};
@@ -122,7 +122,7 @@ impl Attention {
                         cached_attention(&q_tnh, &k_1mch, &v_1mch)
                     })
                     .collect();
-                Tensor::cat(&outputs, 0)
+                concatenated(outputs)
             }
         };
         let out_td = out_tnh.reshape([rows, -1]);
