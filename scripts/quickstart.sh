@@ -37,5 +37,7 @@ images=--images
 [ "$size" = demo ] || images= # a minute of random models shows that everything runs, not that it sees
 step python3 scripts/check_learning.py "$runs/stage3" --first "$runs/stage1" $images
 
+step "$train" report "$runs"
+
 printf '\n== summary (also in %s/summary.txt)\n' "$runs"
 cat "$runs/summary.txt"

@@ -2,8 +2,8 @@
 # Sets up and runs every check: formatting, lints, documentation, unit and end-to-end tests, parity
 # with transformers.
 #   ./scripts/test.sh              everything that is quick enough to run before each change
-#   ./scripts/test.sh --extended   also the long fault-injection loops, the C++ code under AddressSanitizer, and all
-#                                  of the check of GPU machines
+#   ./scripts/test.sh --extended   also the long fault-injection loops, the C++ code under AddressSanitizer, all of the
+#                                  check of GPU machines, and pages in headless Chromium
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -49,6 +49,7 @@ PYTHON=.venv/bin/python step "${gpu_check[@]}"
 PYTHON=.venv/bin/python step "$pack/gpu_check.sh" --cpu --bench
 if [ "$extended" = yes ]; then
   step ./scripts/sanitize.sh
+  step ./scripts/check_browser.sh
   step cargo test --release --workspace -- --ignored
 fi
 printf '\nall checks passed\n'

@@ -12,6 +12,7 @@
 //! | `augment` | JPEG compression as an augmentation |
 //! | `resize` | Pillow's resize |
 //! | `render` | tiles and normalisation |
+//! | `strip` | what an encoder sees, as a picture for people |
 
 mod augment;
 mod color;
@@ -22,6 +23,7 @@ mod header;
 mod jpeg;
 mod render;
 mod resize;
+mod strip;
 mod tiff;
 mod webp;
 
@@ -34,6 +36,7 @@ pub(crate) use decode::{Treatment, decode};
 pub(crate) use header::{Header, frame_count};
 pub(crate) use render::{Normaliser, size_of};
 pub(crate) use resize::{Filter, Resized, Size, resize};
+pub use strip::strip;
 
 #[cfg(test)]
 pub(crate) use render::push_tiles;

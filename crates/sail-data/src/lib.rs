@@ -58,7 +58,7 @@ mod tests;
 pub use annotation::{Role, Turn};
 pub use error::{BadSample, Error, Result};
 pub use heldout::{check_sources, for_each_sample, read_samples, shard_paths};
-pub use image::load_image;
+pub use image::{load_image, strip};
 pub use loader::{Loaded, Loader, LoaderOptions};
 pub use preprocess::{Pixels, Preprocessor};
 pub use sample::{IGNORE, Images, Pack, Prompt, Sample, SampleId, SamplePrompt};

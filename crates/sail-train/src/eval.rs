@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use sail_data::{DataSpec, LossWeight, Pack, Role, Sample, TextEncoder, read_samples};
+use sail_data::{DataSpec, ImageSpec, LossWeight, Pack, Role, Sample, TextEncoder, read_samples, strip};
 use sail_model::generate::GenerateOptions;
 use sail_model::vlm::Prompt;
 use serde::{Deserialize, Serialize};
@@ -77,6 +77,7 @@ pub struct Evaluator {
     sources: BTreeMap<String, Vec<Sample>>,
     plan: EvalPlan,
     tokens_per_pack: usize,
+    image: ImageSpec,
 }
 
 /// Sums that become a mean.
@@ -122,12 +123,20 @@ impl Evaluator {
         for sample in read_samples(&spec, encoder, Some(plan.samples))? {
             sources.entry(sample.id.source.clone()).or_default().push(sample);
         }
-        Ok(Self { sources, plan: plan.clone(), tokens_per_pack: spec.tokens_per_pack })
+        Ok(Self { sources, plan: plan.clone(), tokens_per_pack: spec.tokens_per_pack, image: spec.image })
     }
 
     /// The first held-out sample with an image.
     pub fn image_sample(&self) -> Option<&Sample> {
         self.sources.values().flatten().find(|sample| !sample.images.is_empty())
+    }
+
+    /// What the encoder sees of the samples that are answered, as JPEG files by [`Generation::sample`]; of those with images.
+    pub fn pictures(&self) -> BTreeMap<String, Vec<u8>> {
+        let answered = self.sources.values().flat_map(|samples| samples.iter().take(self.plan.generate));
+        answered
+            .filter_map(|sample| Some((sample.id.to_string(), strip(&sample.images, &self.image)?)))
+            .collect()
     }
 
     /// Measures the model, without a graph. The ranks of `world` share the work; every rank makes the same call and

@@ -27,7 +27,8 @@ use crate::freeze::RatesByName;
 use crate::schedule::is_due;
 use crate::step::Packing;
 
-const METRICS: &str = "metrics.jsonl";
+/// One line of JSON for each step, evaluation, unlock point, trial and checkpoint.
+pub(crate) const METRICS: &str = "metrics.jsonl";
 const TRIPS: &str = "trips.jsonl";
 
 /// Standard error, shared by the bar, the plain lines and the log so that none breaks another.

@@ -22,6 +22,7 @@
 //! | the held-out measures | [`eval`] |
 //! | exported folders | [`export`] |
 //! | a trained model in use | [`trained`], [`generate`], [`score`], [`embed`] |
+//! | the page about runs | [`report`] |
 //! | stages in a row | [`curriculum`] |
 //! | what stages take on machines that are not here | [`estimate`] |
 
@@ -50,8 +51,10 @@ pub mod lock;
 pub mod optim;
 mod origin;
 pub mod output;
+mod pictures;
 mod profile;
 pub mod replay;
+pub mod report;
 pub mod resume;
 pub mod schedule;
 pub mod score;

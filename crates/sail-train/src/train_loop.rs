@@ -19,6 +19,7 @@ use crate::events::{Console, Events, StepReport};
 use crate::export;
 use crate::freeze::FreezeTable;
 use crate::guard::Trip;
+use crate::pictures;
 use crate::profile::Profile;
 use crate::resume::{Beginning, Resume, begin};
 use crate::schedule::{Factors, is_due};
@@ -97,7 +98,13 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     };
     let watchdog = Watchdog::start(&plan.watchdog, world, &options.console)?;
     let mut session = Session::build(plan, world, resume.as_deref())?;
-    world.on_main(|| write_in(&plan.run.dir, "data.yaml", &session.data_spec()))?;
+    world.on_main(|| {
+        write_in(&plan.run.dir, "data.yaml", &session.data_spec())?;
+        session
+            .evaluator
+            .as_ref()
+            .map_or(Ok(()), |evaluator| pictures::write(&plan.run.dir, &evaluator.pictures()))
+    })?;
     let mut events = Events::open(options.console.clone(), plan, &session.standing(), world.is_main())?;
     session.remember(world.from_main(|| events.held_out())?);
     let mut saver = saver_for(&session, resume.as_deref())?.with_lock(lock);

@@ -31,6 +31,7 @@ fn three_stages_train_and_export() {
     transformers_loads_the_export(dir.path());
     a_checkpoint_evaluates_and_exports_again(dir.path());
     exports_say_where_they_come_from(dir.path());
+    a_page_shows_the_stages(dir.path());
 
     // What an export is missing is made again; all else is left alone.
     std::fs::remove_dir_all(dir.path().join("runs/tiny/stage3/export")).unwrap();
@@ -41,6 +42,30 @@ fn three_stages_train_and_export() {
     let again = run(&args, 0);
     assert_eq!(String::from_utf8_lossy(&again.stdout), summary);
     assert!(crate::stderr(&again).contains("already finished"));
+}
+
+fn a_page_shows_the_stages(dir: &Path) {
+    let folder = dir.join("runs/tiny");
+    let output = run(&["report", folder.to_str().unwrap()], 0);
+    let path = folder.join("report.html");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), path.to_str().unwrap());
+    let page = std::fs::read_to_string(path).unwrap();
+    let data = page.split_once("id=\"data\">").unwrap().1.split_once("</script>").unwrap().0;
+    let data: Value = serde_json::from_str(data).unwrap();
+    let stages = data["courses"][0]["stages"].as_array().unwrap();
+    let names: Vec<&Value> = stages.iter().map(|stage| &stage["name"]).collect();
+    assert_eq!(names, ["tiny-stage1", "tiny-stage2", "tiny-stage3"]);
+    for (before, stage) in stages.iter().enumerate() {
+        assert_eq!(stage["finished"], true);
+        assert_eq!(stage["lineage"]["stages"].as_array().map_or(0, Vec::len), before);
+        let steps = stage["steps"].as_u64().unwrap() as usize;
+        assert_eq!(stage["curve"]["loss"].as_array().unwrap().len(), steps);
+        let evaluation = stage["evaluations"].as_array().unwrap().last().unwrap();
+        assert_eq!(evaluation["step"], stage["steps"]);
+        let answer = &evaluation["report"]["generations"][0];
+        let picture = stage["pictures"][answer["sample"].as_str().unwrap()].as_str().unwrap();
+        assert!(picture.starts_with("data:image/jpeg;base64,/9j/"), "{picture}");
+    }
 }
 
 /// The newest checkpoint of the stage before was damaged after this one had begun from it; the one before that is

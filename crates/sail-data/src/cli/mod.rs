@@ -8,15 +8,19 @@ mod inspect;
 mod options;
 mod pack;
 mod rebalance;
+pub mod shell;
 mod stats;
 mod terminal;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use tracing_subscriber::EnvFilter;
 
-use crate::tools::error::{Result, with_causes};
+use self::terminal::print;
+use crate::tools::error::{Result, ToolError, with_causes};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -47,6 +51,19 @@ enum Command {
     Stats(Box<stats::Args>),
     Inspect(Box<inspect::Args>),
     Rebalance(Box<rebalance::Args>),
+    /// Prints a script with which a shell completes commands and options
+    #[command(after_help = "Example:\n  source <(sail-data completions bash)")]
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Writes manual pages, one for each command
+    #[command(after_help = "Example:\n  sail-data man --out ~/.local/share/man/man1")]
+    Man {
+        /// The folder to write them into
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
 }
 
 /// Runs the command that the process was started with.
@@ -72,5 +89,13 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Stats(args) => args.run(),
         Command::Inspect(args) => args.run(),
         Command::Rebalance(args) => args.run(),
+        Command::Completions { shell } => {
+            print(&String::from_utf8_lossy(&shell::completions(Args::command(), shell)))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Man { out } => {
+            shell::manual(Args::command(), &out).map_err(ToolError::io("write manual pages into", &out))?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }

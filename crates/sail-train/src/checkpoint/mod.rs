@@ -23,8 +23,9 @@ mod write;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use sail_model::weights::ModelRef;
+use sail_model::weights::{ModelRef, read_json};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::ada_lrs::AdaLrs;
 use crate::config::{Module, Plan, Progress};
@@ -107,6 +108,12 @@ pub(crate) fn is_there(dir: &Path, seal: &str) -> bool {
 /// The checkpoint in `path` itself, or the newest of a run that verifies.
 pub fn open_or_newest(path: &Path) -> Result<Option<Checkpoint>> {
     if path.join(MANIFEST).exists() { Checkpoint::open(path).map(Some) } else { newest(path) }
+}
+
+/// What the newest complete checkpoint of a run says of itself, in its `state.json`; its other files are not looked at.
+pub(crate) fn newest_state(run_dir: &Path) -> Result<Option<Value>> {
+    let newest = list(run_dir)?.into_iter().rev().find(|(_, dir)| dir.join(COMPLETE).is_file());
+    Ok(newest.map(|(_, dir)| read_json(&dir.join(STATE))).transpose()?)
 }
 
 /// What a stage has seen so far.

@@ -14,7 +14,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use sail_data::cli::shell::{completions, manual};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
@@ -71,6 +73,19 @@ enum Command {
     Config(configuration::Options),
     #[command(flatten)]
     Using(using::Command),
+    /// Prints a script with which a shell completes commands and options
+    #[command(after_help = "Example:\n  source <(sail-train completions bash)")]
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Writes manual pages, one for each command
+    #[command(after_help = "Example:\n  sail-train man --out ~/.local/share/man/man1")]
+    Man {
+        /// The folder to write them into
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -192,6 +207,14 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
         Some(Command::Launch(options)) => launch::run(options, console),
         Some(Command::Config(options)) => configuration::run(options),
         Some(Command::Using(command)) => using::run(command, console),
+        Some(Command::Completions { shell }) => {
+            print(String::from_utf8_lossy(&completions(Args::command(), shell)))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Man { out }) => {
+            manual(Args::command(), &out).map_err(Error::io(&out))?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The commands that use what was trained: `eval`, `replay`, `export`, `embed`, `generate`, `score`.
+//! The commands that use what was trained: `eval`, `replay`, `report`, `export`, `embed`, `generate`, `score`.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,6 +17,7 @@ use crate::events::Console;
 use crate::export::{self, MllmLayout};
 use crate::generate::{Question, answer};
 use crate::replay::replay;
+use crate::report::report;
 use crate::score::score;
 use crate::session::Session;
 use crate::trained::{Trained, open_any};
@@ -33,6 +34,10 @@ Examples:
 const EMBED_HELP: &str = "\
 Example:
   sail-train embed --vit runs/demo/stage3/export/vit --image photo.jpg --out features.safetensors";
+const REPORT_HELP: &str = "\
+Examples:
+  sail-train report runs/demo
+  sail-train report runs/first runs/second --out compared.html";
 const SCORE_HELP: &str = "\
 Example:
   sail-train score --model runs/demo/stage3 --data 'data/demo/vqa-heldout-*.tar' --out scores.jsonl";
@@ -60,6 +65,16 @@ pub(super) enum Command {
         /// The checkpoint to begin from
         #[arg(long, value_name = "DIR")]
         checkpoint: Option<PathBuf>,
+    },
+    /// Writes a page about runs, one HTML file: stages, curves, held-out losses, answers, configuration
+    #[command(after_help = REPORT_HELP)]
+    Report {
+        /// A run, or a folder of runs such as the stages of a curriculum; several are compared
+        #[arg(value_name = "RUN_DIR", required = true)]
+        runs: Vec<PathBuf>,
+        /// The file to write [default: report.html in the first folder]
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
     },
     /// Writes a checkpoint's vision encoder, language model or the whole as a folder that others load
     #[command(after_help = EXPORT_HELP)]
@@ -197,6 +212,9 @@ pub(super) fn run(command: Command, console: &Console) -> Result<ExitCode> {
         Command::Eval { checkpoint, json } => eval(&checkpoint, json.as_deref())?,
         Command::Replay { run, step, checkpoint } => {
             print(replay(&run, step, checkpoint.as_deref(), console)?)?;
+        }
+        Command::Report { runs, out } => {
+            print(format_args!("{}\n", report(&runs, out.as_deref())?.display()))?;
         }
         Command::Export { checkpoint, what, layout, dtype, out } => {
             let kind = match dtype {

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Trains the tiny curriculum, writes its page, and reads it in headless Chromium as a person does.
+#   ./scripts/check_browser.sh [SCREENSHOT.png]
+# Needs node and npm from 20 on, and Chromium: `chromium`, or what CHROMIUM names.
+set -euo pipefail
+screenshot=${1:+$(realpath "$1")}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export CHROMIUM="${CHROMIUM:-$(command -v chromium || true)}"
+for program in node npm "${CHROMIUM:-chromium}"; do
+  command -v "$program" >/dev/null || {
+    printf 'error: there is no `%s`\n\nhint: install it (Debian: apt-get install nodejs npm chromium), or set CHROMIUM\n' "$program" >&2
+    exit 2
+  }
+done
+cargo build --release --bin sail-train
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+target/release/sail-train --config configs/tiny/curriculum.yaml --set "run.root=$work" >/dev/null
+target/release/sail-train report "$work/runs/tiny" --out "$work/report.html"
+# Versions are exact in package.json; a lock file would name this machine's registry.
+npm install --prefix tests/browser --no-package-lock --no-audit --no-fund --silent
+node tests/browser/report.mjs "$work/report.html" ${screenshot:+"$screenshot"}
