@@ -67,7 +67,7 @@ async function curves(page) {
   await page.mouse.up();
   assert(!(await isWhole()), "dragging did not zoom");
   await page.mouse.move(0, 0);
-  await picture.focus();
+  await picture.evaluate((element) => element.focus());
   await page.keyboard.press("Escape");
   assert(await isWhole(), "Escape did not show all");
   await page.keyboard.press("ArrowRight");
