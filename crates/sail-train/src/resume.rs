@@ -17,6 +17,9 @@ use crate::origin::check_lineage;
 use crate::train_loop::{RunOptions, SUMMARY, StageSummary};
 use crate::world::World;
 
+/// The resolved plan in a run's folder.
+pub(crate) const PLAN: &str = "plan.yaml";
+
 /// Fields that may differ on resume: they change what is told and kept, not what is trained.
 const HARMLESS: [&str; 18] = [
     "run.name",
@@ -88,7 +91,7 @@ pub(crate) fn begin(plan: &Plan, world: &World, options: &RunOptions) -> Result<
         if let Some(summary) = finished(plan, opened.as_ref().filter(|_| !changed))? {
             return Ok(Found::Finished(Box::new(summary)));
         }
-        let path = plan.run.dir.join("plan.yaml");
+        let path = plan.run.dir.join(PLAN);
         fs::write(&path, plan.to_yaml()).map_err(Error::io(&path))?;
         Ok(Found::From(opened.as_ref().map(|checkpoint| checkpoint.dir().to_owned())))
     })?;

@@ -100,10 +100,10 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| {
         write_in(&plan.run.dir, "data.yaml", &session.data_spec())?;
-        session
-            .evaluator
-            .as_ref()
-            .map_or(Ok(()), |evaluator| pictures::write(&plan.run.dir, &evaluator.pictures()))
+        match &session.evaluator {
+            Some(evaluator) => pictures::write(&plan.run.dir, &evaluator.pictures()),
+            None => Ok(()),
+        }
     })?;
     let mut events = Events::open(options.console.clone(), plan, &session.standing(), world.is_main())?;
     session.remember(world.from_main(|| events.held_out())?);

@@ -90,7 +90,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Inspect(args) => args.run(),
         Command::Rebalance(args) => args.run(),
         Command::Completions { shell } => {
-            print(&String::from_utf8_lossy(&shell::completions(Args::command(), shell)))?;
+            print(&shell::completions(Args::command(), shell))?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Man { out } => {

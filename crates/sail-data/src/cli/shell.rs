@@ -7,10 +7,10 @@ use clap::Command;
 use clap_complete::Shell;
 
 /// A script with which `shell` completes the commands and options of `program`.
-pub fn completions(mut program: Command, shell: Shell) -> Vec<u8> {
+pub fn completions(mut program: Command, shell: Shell) -> String {
     let (name, mut script) = (program.get_name().to_owned(), Vec::new());
     clap_complete::generate(shell, &mut program, name, &mut script);
-    script
+    String::from_utf8(script).expect("invariant: made of text")
 }
 
 /// Writes the manual pages of `program` and of each of its commands into `dir`, which is made where it is not there.
@@ -32,7 +32,7 @@ mod tests {
     #[test]
     fn every_shell_and_every_command_is_written() {
         for shell in [Shell::Bash, Shell::Elvish, Shell::Fish, Shell::PowerShell, Shell::Zsh] {
-            let script = String::from_utf8(completions(Args::command(), shell)).unwrap();
+            let script = completions(Args::command(), shell);
             assert!(script.contains("rebalance") && script.contains("max-tiles"), "{shell}");
         }
         let dir = tempfile::tempdir().unwrap();

@@ -208,7 +208,7 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
         Some(Command::Config(options)) => configuration::run(options),
         Some(Command::Using(command)) => using::run(command, console),
         Some(Command::Completions { shell }) => {
-            print(String::from_utf8_lossy(&completions(Args::command(), shell)))?;
+            print(completions(Args::command(), shell))?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Man { out }) => {

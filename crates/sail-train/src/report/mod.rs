@@ -9,7 +9,7 @@ mod curve;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -22,13 +22,14 @@ use crate::checkpoint::{self, Totals};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::events::{METRICS, trips};
+use crate::freeze::FreezeTable;
 use crate::output;
+use crate::resume::PLAN;
 use crate::train_loop::{SUMMARY, StageSummary};
 
 const PAGE: &str = include_str!("page.html");
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
-const PLAN: &str = "plan.yaml";
 
 /// What the page is made from.
 #[derive(Debug, Serialize)]
@@ -58,8 +59,8 @@ struct Stage {
     seconds: f64,
     plan: Value,
     plan_text: String,
-    /// Of the summary, which is there once the run is finished.
-    modules: Option<Value>,
+    /// What follows is of the summary, which is written once the run is finished.
+    modules: Option<FreezeTable>,
     totals: Option<Totals>,
     train_loss: Option<f64>,
     export: Option<PathBuf>,
@@ -92,8 +93,8 @@ struct Saves {
 /// that is no run itself all runs below it are shown, each after those that it goes on from.
 ///
 /// # Errors
-/// [`Error::Usage`] for a folder without a run and for an `out` that cannot be written; [`Error::Io`] for a file that is
-/// not what a run writes, with its line.
+/// [`Error::Usage`] for a folder without a run, for an `out` that cannot be written, and for a file that is not what a run
+/// writes, with its line; [`Error::Io`] for one that cannot be read.
 pub fn report(dirs: &[PathBuf], out: Option<&Path>) -> Result<PathBuf> {
     let courses = dirs.iter().map(|dir| Course::read(dir)).collect::<Result<Vec<_>>>()?;
     let made_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -149,23 +150,23 @@ impl Stage {
         let plan_path = dir.join(PLAN);
         let plan_text = fs::read_to_string(&plan_path).map_err(Error::io(&plan_path))?;
         let plan: Value = serde_yaml::from_str(&plan_text).map_err(|error| broken(&plan_path, 0, &error))?;
-        let summary_path = dir.join(SUMMARY);
-        let summary: Option<StageSummary> = match fs::read(&summary_path) {
-            Ok(text) => {
-                Some(serde_json::from_slice(&text).map_err(|error| broken(&summary_path, 0, &error))?)
-            }
-            Err(_) => None,
-        };
         let state = checkpoint::newest_state(&dir)?;
         let mut recorded = Recorded::default();
         recorded.read(&dir.join(METRICS))?;
         let steps: Vec<StepLine> = recorded.steps.into_values().collect();
+        let last = steps.last().map_or(0, |last| last.step);
+        // One that went on since then has not finished yet.
+        let summary = summary_of(&dir)?.filter(|summary| summary.steps >= last);
+        let finished = summary.is_some();
+        let (modules, totals, train_loss, export) = summary.map_or((None, None, None, None), |summary| {
+            (Some(summary.modules), Some(summary.totals), summary.train_loss, summary.export)
+        });
         let mut trips = trips(&dir)?;
         trips.reverse();
         Ok(Self {
             name: plan["run"]["name"].as_str().unwrap_or_default().to_owned(),
-            finished: summary.is_some(),
-            steps: steps.last().map_or(0, |last| last.step),
+            finished,
+            steps: last,
             seconds: steps.iter().map(|step| step.step_secs).sum(),
             plan,
             plan_text,
@@ -177,12 +178,10 @@ impl Stage {
             trips,
             saves: recorded.saves,
             pictures: pictures(&dir)?,
-            modules: summary
-                .as_ref()
-                .map(|summary| serde_json::to_value(&summary.modules).unwrap_or_default()),
-            totals: summary.as_ref().map(|summary| summary.totals),
-            train_loss: summary.as_ref().and_then(|summary| summary.train_loss),
-            export: summary.and_then(|summary| summary.export),
+            modules,
+            totals,
+            train_loss,
+            export,
             dir,
         })
     }
@@ -190,6 +189,15 @@ impl Stage {
     /// How many stages came before it.
     fn ancestors(&self) -> usize {
         self.lineage.as_ref().and_then(|lineage| lineage["stages"].as_array()).map_or(0, Vec::len)
+    }
+}
+
+fn summary_of(run_dir: &Path) -> Result<Option<StageSummary>> {
+    let path = run_dir.join(SUMMARY);
+    match fs::read(&path) {
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| broken(&path, 0, &error)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(&path)(error)),
     }
 }
 
@@ -324,5 +332,30 @@ mod tests {
         fs::write(run.join(METRICS), "").unwrap();
         assert!(report(slice::from_ref(&run), Some(&run.join("none/report.html"))).is_err());
         report(&[run.clone(), run], Some(&dir.path().join("two.html"))).unwrap();
+    }
+
+    /// A run that went on after it had finished was shown as finished, with the figures of then.
+    #[test]
+    fn a_summary_counts_while_it_is_of_the_newest_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        run_in(&run, &format!("{STEP}\n"));
+        let stage = || {
+            let page = fs::read_to_string(report(slice::from_ref(&run), None).unwrap()).unwrap();
+            data_of(&page)["courses"][0]["stages"][0].clone()
+        };
+        for (steps, finished) in [(0, false), (1, true), (2, true)] {
+            let totals = r#"{"samples":1,"tokens":2,"answer_tokens":1}"#;
+            let summary = format!(
+                r#"{{"name":"a-run","plan_hash":"x","modules":[],"steps":{steps},"totals":{totals},"coverage":{{}}}}"#
+            );
+            fs::write(run.join(SUMMARY), summary).unwrap();
+            let stage = stage();
+            assert_eq!((&stage["finished"], stage["totals"].is_object()), (&Value::Bool(finished), finished));
+        }
+        fs::remove_file(run.join(SUMMARY)).unwrap();
+        assert_eq!(stage()["finished"], false);
+        fs::create_dir(run.join(SUMMARY)).unwrap();
+        assert!(report(&[run], None).unwrap_err().to_string().contains("summary.json"));
     }
 }
