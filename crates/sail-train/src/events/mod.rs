@@ -3,95 +3,34 @@
 //! The only place that prints while training. `metrics.jsonl` has one object a line with a `kind`
 //! of `train`, `eval` or `checkpoint`; after a resume it holds the line of each training step once.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Write};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+mod console;
+mod lines;
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::path::Path;
+
 use sail_data::Tally;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tracing::warn;
-use tracing_subscriber::fmt::MakeWriter;
 
+pub use self::console::Console;
+use self::console::Shown;
+use self::lines::{Lines, is_at_most};
 use crate::ada_lrs::{Finding, Trial};
 use crate::checkpoint::{Save, Totals};
 use crate::clock::Parts;
-use crate::config::{Amount, Module, Plan, Progress, UnlockPlan};
+use crate::config::{Module, Plan, Progress, UnlockPlan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::feature_cache::CacheUse;
 use crate::freeze::RatesByName;
-use crate::schedule::is_due;
 use crate::step::Packing;
 
 /// One line of JSON for each step, evaluation, unlock point, trial and checkpoint.
 pub(crate) const METRICS: &str = "metrics.jsonl";
 const TRIPS: &str = "trips.jsonl";
-
-/// Standard error, shared by the bar, the plain lines and the log so that none breaks another.
-#[derive(Clone, Debug)]
-pub struct Console {
-    bars: MultiProgress,
-    /// Whether it shows more than errors: among ranks only one does.
-    talks: bool,
-}
-
-impl Default for Console {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl Console {
-    /// Draws bars only when standard error is a terminal.
-    pub fn new() -> Self {
-        Self { bars: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()), talks: true }
-    }
-
-    /// The same where it `talks`; otherwise only alarms and the log are shown.
-    #[must_use]
-    pub fn talking(self, talks: bool) -> Self {
-        Self { talks, ..self }
-    }
-
-    /// Prints lines above the bar, where this console talks.
-    pub fn line(&self, text: impl std::fmt::Display) {
-        if self.talks {
-            self.alarm(text);
-        }
-    }
-
-    /// Prints lines above the bar. A closed or full standard error is no reason to stop training, and
-    /// there is nowhere to report it.
-    pub fn alarm(&self, text: impl std::fmt::Display) {
-        self.bars.suspend(|| drop(writeln!(io::stderr(), "{text}")));
-    }
-
-    fn shows_bars(&self) -> bool {
-        self.talks && io::stderr().is_terminal()
-    }
-}
-
-impl Write for Console {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.bars.suspend(|| io::stderr().write(bytes))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
-    }
-}
-
-impl MakeWriter<'_> for Console {
-    type Writer = Self;
-
-    fn make_writer(&self) -> Self {
-        self.clone()
-    }
-}
 
 /// What one optimizer step gave.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -130,6 +69,13 @@ pub struct StepReport {
     pub coverage: BTreeMap<String, Tally>,
 }
 
+impl StepReport {
+    /// Tokens of all ranks.
+    pub fn tokens_per_sec(&self) -> f64 {
+        self.size.tokens as f64 / self.step_secs
+    }
+}
+
 /// Where a run stands when it begins or resumes; what was recorded later is not of its course.
 #[derive(Clone, Debug, Default)]
 pub struct Standing {
@@ -160,15 +106,10 @@ impl Standing {
 
 /// The voice of one run.
 pub struct Events {
-    console: Console,
-    bar: Option<ProgressBar>,
+    shown: Shown,
     /// Where this rank is the one that writes.
     files: Option<Files>,
     plan: Plan,
-    started: Instant,
-    /// How far the stage had come when this process began, and how far it is now.
-    began: Progress,
-    at: Progress,
     /// How the images of all steps of this process were come by, where features are kept.
     cache_use: Option<CacheUse>,
     /// Lines of steps that may yet be undone, while a trial runs.
@@ -180,11 +121,9 @@ impl Events {
     /// one that resumes there; and `trips.jsonl` without what was written later. `writes` says whether this rank is
     /// the one that does.
     pub fn open(console: Console, plan: &Plan, standing: &Standing, writes: bool) -> Result<Self> {
-        let at = standing.progress;
-        let step = at.steps;
         let open = || {
             let [metrics, trips] = [METRICS, TRIPS].map(|name| plan.run.dir.join(name));
-            if step == 0 {
+            if standing.progress.steps == 0 {
                 File::create(&metrics).map_err(Error::io(&metrics))?;
             }
             // A step that the run has left by going back is no later one.
@@ -192,42 +131,22 @@ impl Events {
             Ok::<_, Error>(Files { metrics: Lines::open(metrics, |line| standing.knows(line))?, trips })
         };
         let files = writes.then(open).transpose()?;
-        let bar = console.shows_bars().then(|| {
-            let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} eta {eta}");
-            let bar = ProgressBar::new(plan.schedule.length.count())
-                .with_style(style.expect("invariant: the template is well formed"))
-                .with_prefix(plan.run.name.clone())
-                .with_position(plan.schedule.length.of(at));
-            bar.reset_eta();
-            console.bars.add(bar)
-        });
-        let started = Instant::now();
-        Ok(Self {
-            console,
-            bar,
-            files,
-            plan: plan.clone(),
-            started,
-            began: at,
-            at,
-            cache_use: None,
-            trial: None,
-        })
+        let shown = Shown::new(console, plan, standing.progress);
+        Ok(Self { shown, files, plan: plan.clone(), cache_use: None, trial: None })
     }
 
     /// Prints a message.
     pub fn note(&self, text: impl std::fmt::Display) {
-        self.console.line(text);
+        self.shown.note(text);
     }
 
     /// Records a step; shows it when it is due.
     pub fn step(&mut self, report: &StepReport) {
-        let tokens_per_sec = report.size.tokens as f64 / report.step_secs;
         let line = json!({
             "kind": "train", "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
             "samples": report.size.samples, "tokens": report.size.tokens,
             "answer_tokens": report.size.answer_tokens, "step_secs": report.step_secs,
-            "data_wait_secs": report.data_wait_secs, "parts_secs": report.parts, "tokens_per_sec": tokens_per_sec,
+            "data_wait_secs": report.data_wait_secs, "parts_secs": report.parts, "tokens_per_sec": report.tokens_per_sec(),
             "flops": report.flops, "mfu": report.mfu, "sent_bytes": report.sent_bytes, "packing": report.packing,
             "peak_memory_bytes": report.peak_memory_bytes, "coverage": report.coverage,
             "feature_cache": report.feature_cache,
@@ -239,29 +158,7 @@ impl Events {
             Some(lines) => lines.push(line),
             None => self.write(&line),
         }
-        self.at = Progress { steps: report.step, tokens: self.at.tokens + report.size.tokens };
-        let (schedule, wait) = (&self.plan.schedule, 100.0 * report.data_wait_secs / report.step_secs);
-        let done = schedule.length.of(self.at);
-        let mfu = report.mfu.map_or_else(String::new, |mfu| format!(" mfu {:.1}%", 100.0 * mfu));
-        let figures = format!(
-            "loss {:.4} grad {:.2} lr x{:.2} {tokens_per_sec:.0} tok/s{mfu} wait {wait:.0}%",
-            report.loss, report.grad_norm, report.lr_factor
-        );
-        match &self.bar {
-            Some(bar) => {
-                bar.set_position(done);
-                bar.set_message(figures);
-            }
-            None if is_due(Some(self.plan.log.every), report.step) || schedule.length.is_reached(self.at) => {
-                let place = match schedule.length {
-                    Amount::Steps(steps) => format!("{}/{steps}", report.step),
-                    Amount::Tokens(tokens) => format!("{} tokens {done}/{tokens}", report.step),
-                };
-                let (name, eta) = (&self.plan.run.name, self.eta().as_secs());
-                self.console.line(format!("{name} step {place} {figures} eta {eta}s"));
-            }
-            None => {}
-        }
+        self.shown.step(report);
     }
 
     /// Records and shows an evaluation.
@@ -282,23 +179,23 @@ impl Events {
 
     /// Steps after `start` are made once more; they are recorded when they are kept.
     pub fn begin_trial(&mut self, start: Progress) {
-        self.at = start;
+        self.shown.at = start;
         self.trial = Some(Vec::new());
     }
 
     /// Records the steps of the trial in place of those that were made before it since `start`.
     pub fn keep_trial(&mut self, start: Progress) {
-        let at = self.at;
+        let at = self.shown.at;
         self.back_to(start);
         for line in self.trial.take().unwrap_or_default() {
             self.write(&line);
         }
-        self.at = at;
+        self.shown.at = at;
     }
 
     /// Forgets the steps of the trial; the run goes on from `to`.
     pub fn drop_trial(&mut self, to: Progress) {
-        self.at = to;
+        self.shown.at = to;
         self.trial = None;
     }
 
@@ -371,21 +268,18 @@ impl Events {
         if let Some(files) = &mut self.files {
             files.trips.write(trip);
         }
-        self.console.line(said);
+        self.shown.note(said);
     }
 
     /// Forgets the steps after `step`, to which the run was put back.
     pub fn back_to(&mut self, to: Progress) {
-        self.at = to;
         let step = to.steps;
         if let Some(Files { metrics, .. }) = &mut self.files
             && let Err(error) = metrics.keep_if(|line| is_at_most(line, "step", step))
         {
             warn!("{error}; the steps after {step} stay in it beside those that are made instead");
         }
-        if let Some(bar) = &self.bar {
-            bar.set_position(self.plan.schedule.length.of(to));
-        }
+        self.shown.back_to(to);
     }
 
     /// Forgets the steps that were not made after so many were judged: the run judges them anew.
@@ -399,9 +293,7 @@ impl Events {
 
     /// Removes the bar, and tells what a cache was good for. What could not be written until now is not written any more.
     pub fn close(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
+        self.shown.close();
         if let Some(cache_use) = self.cache_use.take() {
             self.note(format!("{}: {cache_use}", self.plan.run.name));
         }
@@ -411,13 +303,6 @@ impl Events {
                 warn!("{error}; its last lines are lost");
             }
         }
-    }
-
-    fn eta(&self) -> Duration {
-        let length = self.plan.schedule.length;
-        let done = length.of(self.at).saturating_sub(length.of(self.began)).max(1) as f64;
-        let left = length.count().saturating_sub(length.of(self.at)) as f64;
-        self.started.elapsed().mul_f64(left / done)
     }
 
     fn write(&mut self, line: &Value) {
@@ -431,63 +316,6 @@ impl Events {
 struct Files {
     metrics: Lines,
     trips: Lines,
-}
-
-/// A file of JSON lines.
-struct Lines {
-    path: PathBuf,
-    file: File,
-    /// What could not be written to it yet.
-    unwritten: Vec<u8>,
-}
-
-impl Lines {
-    /// Opened to write to, with the lines to `keep`.
-    fn open(path: PathBuf, keep: impl Fn(&Value) -> bool) -> Result<Self> {
-        keep_if(&path, keep)?;
-        let file = Self::append_to(&path)?;
-        Ok(Self { path, file, unwritten: Vec::new() })
-    }
-
-    fn append_to(path: &Path) -> Result<File> {
-        OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))
-    }
-
-    /// Takes away all but the lines to `keep`.
-    fn keep_if(&mut self, keep: impl Fn(&Value) -> bool) -> Result<()> {
-        self.catch_up()?;
-        keep_if(&self.path, keep)?;
-        self.file = Self::append_to(&self.path)?;
-        Ok(())
-    }
-
-    /// A disk that is full now may not be so later: the run goes on, and its lines are kept until then.
-    fn write(&mut self, line: &Value) {
-        let was_behind = !self.unwritten.is_empty();
-        self.unwritten.extend(format!("{line}\n").bytes());
-        if let Err(error) = self.catch_up()
-            && !was_behind
-        {
-            warn!("{error}; its lines are kept in memory until they can be written");
-        }
-    }
-
-    fn catch_up(&mut self) -> Result<()> {
-        write_what_fits(&mut self.file, &mut self.unwritten).map_err(Error::io(&self.path))
-    }
-}
-
-/// Writes, and takes away, as many bytes as the system takes.
-fn write_what_fits(file: &mut impl Write, bytes: &mut Vec<u8>) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match file.write(bytes) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(written) => drop(bytes.drain(..written)),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// The records in a run's `trips.jsonl`, newest first.
@@ -518,78 +346,4 @@ fn newest_lines(path: &Path) -> Result<Vec<Value>> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     // The last one may be cut off.
     Ok(text.lines().rev().filter_map(|line| serde_json::from_str(line).ok()).collect())
-}
-
-fn is_at_most(line: &Value, field: &str, last: u64) -> bool {
-    line[field].as_u64().is_some_and(|known| known <= last)
-}
-
-/// Rewrites a file of lines with those to `keep`, and without a line cut off in writing.
-fn keep_if(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<()> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Error::io(path)(error)),
-    };
-    let mut kept = Vec::new();
-    // Bytes: a line may be cut within a character.
-    for line in BufReader::new(file).split(b'\n') {
-        let line = line.map_err(Error::io(path))?;
-        if serde_json::from_slice::<Value>(&line).is_ok_and(|line| keep(&line)) {
-            kept.extend(line);
-            kept.push(b'\n');
-        }
-    }
-    let temporary = path.with_extension("tmp");
-    let written = File::create(&temporary).and_then(|mut file| {
-        file.write_all(&kept)?;
-        file.sync_all()
-    });
-    written.and_then(|()| fs::rename(&temporary, path)).map_err(Error::io(path))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn later_steps_and_cut_lines_are_dropped() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(METRICS);
-        fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"st").unwrap();
-        keep_if(&path, |line| is_at_most(line, "step", 2)).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
-        keep_if(&dir.path().join("absent"), |_| true).unwrap();
-
-        // Within a character, as a kill or a full disk cuts it.
-        let whole = "{\"step\":1,\"source\":\"\u{e9}\"}\n";
-        fs::write(&path, [whole.as_bytes(), &whole.as_bytes()[..21]].concat()).unwrap();
-        assert!(fs::read_to_string(&path).is_err(), "it is cut within the letter");
-        keep_if(&path, |line| is_at_most(line, "step", 2)).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), whole);
-    }
-
-    #[test]
-    fn what_a_full_disk_does_not_take_is_written_later() {
-        /// Takes as many bytes as there is room for.
-        struct Disk(Vec<u8>, usize);
-        impl Write for Disk {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                let fits = bytes.len().min(self.1 - self.0.len());
-                self.0.extend(&bytes[..fits]);
-                if fits == 0 { Err(ErrorKind::StorageFull.into()) } else { Ok(fits) }
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        let (mut disk, mut lines) = (Disk(vec![], 5), b"one\ntwo\n".to_vec());
-        assert!(write_what_fits(&mut disk, &mut lines).is_err());
-        assert_eq!(lines, b"wo\n");
-        lines.extend(b"three\n");
-        disk.1 = 100;
-        write_what_fits(&mut disk, &mut lines).unwrap();
-        assert!(lines.is_empty());
-        assert_eq!(disk.0, b"one\ntwo\nthree\n");
-    }
 }
