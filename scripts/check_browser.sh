@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the tiny curriculum, writes its page, and reads it in headless Chromium as a person does.
+# Trains the tiny curriculum, writes its page, and reads it in headless Chromium as a person does; serves one, and lets its run go on.
 #   ./scripts/check_browser.sh [SCREENSHOT.png]
 # Needs node and npm from 20 on, and Chromium: `chromium`, or what CHROMIUM names.
 set -euo pipefail
@@ -21,3 +21,4 @@ target/release/sail-train report "$work/runs/tiny" --out "$work/report.html"
 # Versions are exact in package.json; a lock file would name this machine's registry.
 npm install --prefix tests/browser --no-package-lock --no-audit --no-fund --silent
 node tests/browser/report.mjs "$work/report.html" ${screenshot:+"$screenshot"}
+node tests/browser/live.mjs target/release/sail-train "$work/runs/tiny/stage3"

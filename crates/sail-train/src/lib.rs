@@ -23,6 +23,7 @@
 //! | exported folders | [`export`] |
 //! | a trained model in use | [`trained`], [`generate`], [`score`], [`embed`] |
 //! | the page about runs | [`report`] |
+//! | what a machine lacks | [`doctor`] |
 //! | stages in a row | [`curriculum`] |
 //! | what stages take on machines that are not here | [`estimate`] |
 
@@ -34,6 +35,7 @@ pub mod clock;
 pub mod config;
 pub mod curriculum;
 mod device;
+pub mod doctor;
 pub mod embed;
 pub mod error;
 pub mod estimate;

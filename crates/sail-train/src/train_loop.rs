@@ -15,7 +15,7 @@ use crate::checkpoint::{Checkpoint, Saver, Totals};
 use crate::config::{GuardAction, Module, Plan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
-use crate::events::{Console, Events, StepReport};
+use crate::events::{Console, Events, Phases, StepReport};
 use crate::export;
 use crate::freeze::FreezeTable;
 use crate::guard::Trip;
@@ -96,7 +96,9 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             return Ok(Outcome::Finished(summary));
         }
     };
+    options.console.log_to(&plan.run.dir, world.rank())?;
     let watchdog = Watchdog::start(&plan.watchdog, world, &options.console)?;
+    let _phases = Phases::show(&options.console, plan, world)?;
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| {
         write_in(&plan.run.dir, "data.yaml", &session.data_spec())?;

@@ -3,24 +3,28 @@
 //! 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving, 130 ended at once by a second signal.
 
 mod configuration;
+mod doctor;
 mod launch;
+mod logging;
 mod planning;
 mod using;
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{Arg, Args as _, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use sail_data::cli::shell::{completions, manual};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
-use tracing_subscriber::EnvFilter;
 
+use self::logging::LogArgs;
 use crate::config::{self, Config};
 use crate::curriculum;
 use crate::error::{Error, Result};
@@ -44,25 +48,29 @@ Examples:
   sail-train config check stage2.yaml
   sail-train eval --checkpoint runs/demo/stage3
   sail-train generate --checkpoint runs/demo/stage3 --image photo.jpg --prompt What?
+  sail-train doctor
 
 Ctrl-C, SIGTERM, SIGUSR1, a file `stop` in the run's folder or the end of its time (`run.time_limit_secs`, or
 Slurm's) save after the step and exit with 3; the same command resumes. A second Ctrl-C or SIGTERM, a second or
 more later, ends it at once, with 130.
 Exit codes: 0 done, 1 failed, 2 bad configuration or usage, 3 interrupted after saving, 130 ended at once.
-SAIL_LOG=debug shows more of the log, SAIL_LOG=error less.";
+NO_COLOR=1 keeps colours out of the log; SAIL_LOG=LEVEL, or TARGET=LEVEL,..., overrides `-v` and `-q`.";
 
 /// Trains the vision encoder of a multimodal LLM stage by stage.
 #[derive(Debug, Parser)]
 #[command(
     name = "sail-train",
     version,
-    args_conflicts_with_subcommands = true,
+    override_usage = "sail-train [OPTIONS] --config <FILE>\n       sail-train [OPTIONS] <COMMAND>",
+    subcommand_negates_reqs = true,
     arg_required_else_help = true,
     after_help = AFTER_HELP
 )]
 pub struct Args {
     #[command(flatten)]
     train: TrainArgs,
+    #[command(flatten)]
+    log: LogArgs,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -71,6 +79,7 @@ pub struct Args {
 enum Command {
     Launch(launch::Options),
     Config(configuration::Options),
+    Doctor(doctor::Options),
     #[command(flatten)]
     Using(using::Command),
     /// Prints a script with which a shell completes commands and options
@@ -119,15 +128,8 @@ struct TrainArgs {
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     end_with_launcher();
-    let args = Args::parse();
-    let console = Console::new();
-    // Among ranks one tells what happens, the others what is wrong.
-    let usual = if Place::from_env().is_ok_and(|place| !place.is_main()) { "warn" } else { "info" };
-    let filter = EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
-    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_ansi(colour);
-    // A log that nobody can read any more is no reason to end a run.
-    log.log_internal_errors(false).with_writer(console.clone()).init();
+    let args = parse();
+    let console = args.log.start();
     exit_on_panic(console.clone());
     match run(args, &console) {
         Ok(code) => code,
@@ -139,6 +141,25 @@ pub fn main() -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// The arguments of this process. What is for training goes with no command, while the log's options go with each.
+fn parse() -> Args {
+    let mut command = Args::command();
+    let matches = command.clone().get_matches();
+    if let Some(name) = matches.subcommand_name() {
+        let training = TrainArgs::augment_args(clap::Command::new(""));
+        let given = |arg: &&Arg| {
+            // Defaults count as values, too.
+            matches.try_contains_id(arg.get_id().as_str()).unwrap_or(false)
+                && matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine)
+        };
+        if let Some(arg) = training.get_arguments().find(given) {
+            let message = format!("the subcommand '{name}' cannot be used with '{arg}'");
+            command.error(ErrorKind::ArgumentConflict, message).exit();
+        }
+    }
+    Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
 fn show(error: &Error, console: &Console) {
@@ -206,6 +227,7 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
         None => train(args.train, console),
         Some(Command::Launch(options)) => launch::run(options, console),
         Some(Command::Config(options)) => configuration::run(options),
+        Some(Command::Doctor(options)) => doctor::run(&options),
         Some(Command::Using(command)) => using::run(command, console),
         Some(Command::Completions { shell }) => {
             print(completions(Args::command(), shell))?;

@@ -18,6 +18,7 @@ use crate::export::{self, MllmLayout};
 use crate::generate::{Question, answer};
 use crate::replay::replay;
 use crate::report::report;
+use crate::report::serve::{Address, Serving};
 use crate::score::score;
 use crate::session::Session;
 use crate::trained::{Trained, open_any};
@@ -37,7 +38,11 @@ Example:
 const REPORT_HELP: &str = "\
 Examples:
   sail-train report runs/demo
-  sail-train report runs/first runs/second --out compared.html";
+  sail-train report runs/first runs/second --out compared.html
+  sail-train report runs/demo --serve
+
+`--serve` answers until Ctrl-C; an open page follows the run. Beyond this machine, as with `--serve=0.0.0.0:8265`, it asks for
+the token in the address that it prints; it is plain HTTP, so better tunnel it: `ssh -L 8265:localhost:8265 HOST`.";
 const SCORE_HELP: &str = "\
 Example:
   sail-train score --model runs/demo/stage3 --data 'data/demo/vqa-heldout-*.tar' --out scores.jsonl";
@@ -73,8 +78,11 @@ pub(super) enum Command {
         #[arg(value_name = "RUN_DIR", required = true)]
         runs: Vec<PathBuf>,
         /// The file to write [default: report.html in the first folder]
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", conflicts_with = "serve")]
         out: Option<PathBuf>,
+        /// Serves the page instead of writing it: PORT of 127.0.0.1, or HOST:PORT [default: 8265]
+        #[arg(long, value_name = "ADDRESS", num_args = 0..=1, require_equals = true, default_missing_value = "8265")]
+        serve: Option<Address>,
     },
     /// Writes a checkpoint's vision encoder, language model or the whole as a folder that others load
     #[command(after_help = EXPORT_HELP)]
@@ -213,7 +221,13 @@ pub(super) fn run(command: Command, console: &Console) -> Result<ExitCode> {
         Command::Replay { run, step, checkpoint } => {
             print(replay(&run, step, checkpoint.as_deref(), console)?)?;
         }
-        Command::Report { runs, out } => {
+        Command::Report { runs, serve: Some(address), .. } => {
+            print(format_args!("{}\n", Serving::begin(&runs, &address)?.url()))?;
+            loop {
+                std::thread::park();
+            }
+        }
+        Command::Report { runs, out, serve: None } => {
             print(format_args!("{}\n", report(&runs, out.as_deref())?.display()))?;
         }
         Command::Export { checkpoint, what, layout, dtype, out } => {

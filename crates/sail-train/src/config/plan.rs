@@ -420,6 +420,8 @@ impl GuardPlan {
 pub struct LogPlan {
     /// Steps between reports, at least 1.
     pub every: u64,
+    /// The longest time between two plain lines, at least 1.
+    pub line_secs: u64,
     /// What a device computes at most, TFLOP/s, where that is said and not looked up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_tflops: Option<f64>,

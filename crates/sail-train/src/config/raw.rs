@@ -316,6 +316,9 @@ impl Default for RawGuard {
 pub(super) struct RawLog {
     /// Steps between reports. Default: 10.
     pub(super) every: u64,
+    /// Where standard error is no terminal: a step is also reported when none was for so many seconds, and what is no step,
+    /// such as an evaluation, when it takes longer. Default: 60.
+    pub(super) line_secs: u64,
     /// What a device computes at most in the run's type, without sparsity, TFLOP/s: what model FLOPs utilisation (`mfu`,
     /// docs/profiling.md) is measured against. Default: that of its maker, for GPUs that are known; else there is no `mfu`.
     pub(super) peak_tflops: Option<f64>,
@@ -323,7 +326,7 @@ pub(super) struct RawLog {
 
 impl Default for RawLog {
     fn default() -> Self {
-        Self { every: 10, peak_tflops: None }
+        Self { every: 10, line_secs: 60, peak_tflops: None }
     }
 }
 

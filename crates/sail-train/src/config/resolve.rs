@@ -338,10 +338,11 @@ fn guard(checker: &mut Checker<'_>, raw: &RawGuard) -> GuardPlan {
 
 fn log(checker: &mut Checker<'_>, raw: &RawLog) -> LogPlan {
     checker.expect(raw.every >= 1, "log.every", "must be at least 1", raw.every);
+    checker.expect(raw.line_secs >= 1, "log.line_secs", "must be at least 1", raw.line_secs);
     if let Some(peak) = raw.peak_tflops {
         checker.expect((1e-3..=1e9).contains(&peak), "log.peak_tflops", "must be from 0.001 to 1e9", peak);
     }
-    LogPlan { every: raw.every, peak_tflops: raw.peak_tflops }
+    LogPlan { every: raw.every, line_secs: raw.line_secs, peak_tflops: raw.peak_tflops }
 }
 
 fn watchdog(checker: &mut Checker<'_>, raw: &RawWatchdog) -> WatchdogPlan {

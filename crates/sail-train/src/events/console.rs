@@ -1,23 +1,36 @@
 //! What a run shows: a progress bar on a terminal, plain lines elsewhere, on standard error.
 //!
 //! [`Console`] is shared by all that prints; [`Shown`] is how far one run has come, as [`super::Events`] tells it.
+//! What is printed is in the log file of the run's rank as well.
 
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tracing::{error, info};
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::StepReport;
 use crate::config::{Amount, Plan, Progress};
+use crate::error::{Error, Result};
 use crate::schedule::is_due;
+use crate::threads::lock;
 
-/// Standard error, shared by the bar, the plain lines and the log so that none breaks another.
+/// The target of log events that repeat what is printed: for files, and where all that is printed is a log.
+pub(crate) const SAID: &str = "sail_train::said";
+
+/// Standard error, shared by the bar, the plain lines and the log so that none breaks another; and the log file of a rank.
 #[derive(Clone, Debug)]
 pub struct Console {
     bars: MultiProgress,
     /// Whether it shows more than errors: among ranks only one does.
     talks: bool,
+    /// Whether all that is printed is a log, for programs that read it.
+    logs_alone: bool,
+    file: LogFile,
 }
 
 impl Default for Console {
@@ -29,30 +42,68 @@ impl Default for Console {
 impl Console {
     /// Draws bars only when standard error is a terminal.
     pub fn new() -> Self {
-        Self { bars: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()), talks: true }
+        let bars = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
+        Self { bars, talks: true, logs_alone: false, file: LogFile::default() }
     }
 
-    /// The same where it `talks`; otherwise only alarms and the log are shown.
+    /// The same where it `talks`; otherwise, and where it did not talk before, only alarms and the log are shown.
     #[must_use]
     pub fn talking(self, talks: bool) -> Self {
-        Self { talks, ..self }
+        Self { talks: talks && self.talks, ..self }
+    }
+
+    /// The same where the log alone is printed, with what else would be as events in it.
+    #[must_use]
+    pub fn logging_alone(self, logs_alone: bool) -> Self {
+        Self { logs_alone, ..self }
+    }
+
+    /// From here on the log is appended to `log/rank-R.log` in a run's folder as well.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the file cannot be made.
+    pub fn log_to(&self, run_dir: &Path, rank: usize) -> Result<()> {
+        let folder = run_dir.join("log");
+        fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        let path = folder.join(format!("rank-{rank}.log"));
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
+        *lock(&self.file.0) = Some(file);
+        Ok(())
+    }
+
+    /// Where log events are written as well.
+    pub(crate) fn file(&self) -> LogFile {
+        self.file.clone()
     }
 
     /// Prints lines above the bar, where this console talks.
     pub fn line(&self, text: impl std::fmt::Display) {
         if self.talks {
-            self.alarm(text);
+            info!(target: SAID, "{}", text.to_string().trim());
+            self.print(&text);
         }
     }
 
-    /// Prints lines above the bar. A closed or full standard error is no reason to stop training, and
-    /// there is nowhere to report it.
+    /// Prints lines above the bar, whether this console talks or not.
     pub fn alarm(&self, text: impl std::fmt::Display) {
-        self.bars.suspend(|| drop(writeln!(io::stderr(), "{text}")));
+        error!(target: SAID, "{}", text.to_string().trim());
+        self.print(&text);
     }
 
-    fn shows_bars(&self) -> bool {
-        self.talks && io::stderr().is_terminal()
+    /// A closed or full standard error is no reason to stop training, and there is nowhere to report it.
+    fn print(&self, text: &impl std::fmt::Display) {
+        if !self.logs_alone {
+            self.bars.suspend(|| drop(writeln!(io::stderr(), "{text}")));
+        }
+    }
+
+    pub(super) fn shows_bars(&self) -> bool {
+        self.talks && !self.logs_alone && io::stderr().is_terminal()
+    }
+
+    /// Puts a bar below the others, for as long as it is not cleared.
+    pub(super) fn add(&self, bar: ProgressBar) -> ProgressBar {
+        self.bars.add(bar)
     }
 }
 
@@ -74,15 +125,41 @@ impl MakeWriter<'_> for Console {
     }
 }
 
+/// The file of a rank's log, once there is a run to have one. What cannot be written to it, on a disk that is full, is not
+/// in it: that is no reason to stop training.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LogFile(Arc<Mutex<Option<File>>>);
+
+impl Write for LogFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        lock(&self.0).as_mut().map_or(Ok(bytes.len()), |file| file.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for LogFile {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
 /// How far a run has come, as it is shown.
 pub(super) struct Shown {
     console: Console,
     bar: Option<ProgressBar>,
     name: String,
     length: Amount,
-    /// Steps between plain lines.
+    /// Steps between plain lines, and the longest time between two.
     every: u64,
+    patience: Duration,
     started: Instant,
+    /// When the last line was written.
+    told: Instant,
     /// How far the stage had come when this process began, and how far it is now.
     began: Progress,
     pub(super) at: Progress,
@@ -98,15 +175,18 @@ impl Shown {
                 .with_prefix(plan.run.name.clone())
                 .with_position(plan.schedule.length.of(at));
             bar.reset_eta();
-            console.bars.add(bar)
+            console.add(bar)
         });
+        let now = Instant::now();
         Self {
             console,
             bar,
             name: plan.run.name.clone(),
             length: plan.schedule.length,
             every: plan.log.every,
-            started: Instant::now(),
+            patience: Duration::from_secs(plan.log.line_secs),
+            started: now,
+            told: now,
             began: at,
             at,
         }
@@ -135,7 +215,8 @@ impl Shown {
                 bar.set_position(done);
                 bar.set_message(figures);
             }
-            None if is_due(Some(self.every), report.step) || length.is_reached(self.at) => {
+            None if self.is_line_due(report.step) => {
+                self.told = Instant::now();
                 let place = match length {
                     Amount::Steps(steps) => format!("{}/{steps}", report.step),
                     Amount::Tokens(tokens) => format!("{} tokens {done}/{tokens}", report.step),
@@ -145,6 +226,12 @@ impl Shown {
             }
             None => {}
         }
+    }
+
+    fn is_line_due(&self, step: u64) -> bool {
+        is_due(Some(self.every), step)
+            || self.length.is_reached(self.at)
+            || self.told.elapsed() >= self.patience
     }
 
     /// The run was put back.

@@ -5,6 +5,7 @@
 
 mod console;
 mod lines;
+mod phases;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -16,8 +17,10 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 pub use self::console::Console;
+pub(crate) use self::console::SAID;
 use self::console::Shown;
 use self::lines::{Lines, is_at_most};
+pub(crate) use self::phases::Phases;
 use crate::ada_lrs::{Finding, Trial};
 use crate::checkpoint::{Save, Totals};
 use crate::clock::Parts;

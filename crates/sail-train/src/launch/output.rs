@@ -1,8 +1,11 @@
 //! What the ranks print, line by line, each with its rank in front.
 //!
 //! Bytes are passed on as they are. A line is written in one piece, so that lines of different ranks do not
-//! mix; one that is longer than [`LINE_BYTES`] becomes several.
+//! mix; one that is longer than [`LINE_BYTES`] becomes several. A warning that many ranks have is shown for one of them,
+//! and that another has it too; the ranks' own log files have every one.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::{Arc, Mutex};
 
@@ -19,22 +22,66 @@ pub(super) type Sink = Arc<Mutex<dyn Write + Send>>;
 pub(super) struct Outputs {
     pub(super) out: Sink,
     pub(super) err: Sink,
+    pub(super) warnings: Arc<Warnings>,
 }
 
 impl Outputs {
     /// The launcher's own.
     pub(super) fn standard() -> Self {
-        Self { out: Arc::new(Mutex::new(io::stdout())), err: Arc::new(Mutex::new(io::stderr())) }
+        Self::to(Arc::new(Mutex::new(io::stdout())), Arc::new(Mutex::new(io::stderr())))
+    }
+
+    pub(super) fn to(out: Sink, err: Sink) -> Self {
+        Self { out, err, warnings: Arc::default() }
     }
 }
 
+/// Warnings that ranks have printed, without their times, each with its ranks in the order in which they did.
+#[derive(Default)]
+pub(super) struct Warnings(Mutex<BTreeMap<Vec<u8>, Vec<usize>>>);
+
+/// Warnings that are kept: beyond them each is shown.
+const MOST_WARNINGS: usize = 1000;
+
+impl Warnings {
+    /// What is shown of a rank's line; None where enough ranks have said it.
+    fn shown<'a>(&self, rank: usize, line: &'a [u8]) -> Option<Cow<'a, [u8]>> {
+        let Some(warning) = without_time(line) else { return Some(line.into()) };
+        let mut known = lock(&self.0);
+        if known.len() >= MOST_WARNINGS && !known.contains_key(warning) {
+            return Some(line.into());
+        }
+        let ranks = known.entry(warning.to_vec()).or_default();
+        let is_new = !ranks.contains(&rank);
+        if is_new {
+            ranks.push(rank);
+        }
+        match ranks[..] {
+            // One that a rank has again, it has again.
+            [first, ..] if first == rank => Some(line.into()),
+            [first, second] if second == rank && is_new => {
+                let more = "as further ranks may, for which it is not shown";
+                Some(format!("has the same warning as rank {first}, {more}\n").into_bytes().into())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What a line of the log says from its level on, if it is a warning.
+fn without_time(line: &[u8]) -> Option<&[u8]> {
+    const LEVEL: &[u8] = b" WARN ";
+    let at = line.windows(LEVEL.len()).take(40).position(|part| part == LEVEL)?;
+    Some(&line[at..])
+}
+
 /// Passes on lines until the last process that can write them has ended.
-pub(super) fn pass_on(input: impl Read, rank: usize, sink: &Sink) {
+pub(super) fn pass_on(input: impl Read, rank: usize, warnings: &Warnings, sink: &Sink) {
     let prefix = format!("[rank {rank}] ").into_bytes();
     let mut input = BufReader::new(input);
     let mut open = true;
     loop {
-        let mut line = prefix.clone();
+        let mut line = Vec::new();
         match input.by_ref().take(LINE_BYTES).read_until(b'\n', &mut line) {
             // A pipe that cannot be read has nothing to pass on.
             Ok(0) | Err(_) => return,
@@ -44,7 +91,8 @@ pub(super) fn pass_on(input: impl Read, rank: usize, sink: &Sink) {
             line.push(b'\n');
         }
         // A reader that has gone is no reason to stop training: what comes is read, and dropped.
-        if open {
+        if let Some(line) = warnings.shown(rank, &line).filter(|_| open) {
+            let line = [&prefix[..], &line].concat();
             let mut sink = lock(sink);
             open = sink.write_all(&line).and_then(|()| sink.flush()).is_ok();
         }
@@ -58,7 +106,7 @@ mod tests {
     fn passed_on(input: &[u8]) -> Vec<u8> {
         let lines = Arc::new(Mutex::new(Vec::new()));
         let sink: Sink = lines.clone();
-        pass_on(input, 3, &sink);
+        pass_on(input, 3, &Warnings::default(), &sink);
         lines.lock().unwrap().clone()
     }
 
@@ -68,6 +116,33 @@ mod tests {
         assert_eq!(passed_on(b"one\n\ntwo\r\n"), b"[rank 3] one\n[rank 3] \n[rank 3] two\r\n");
         assert_eq!(passed_on(b"not \xff\xfe UTF-8\0\n"), b"[rank 3] not \xff\xfe UTF-8\0\n");
         assert_eq!(passed_on(b"whole\nwithout an end"), b"[rank 3] whole\n[rank 3] without an end\n");
+    }
+
+    #[test]
+    fn a_warning_of_many_ranks_is_shown_once() {
+        let warnings = Warnings::default();
+        let said = |rank: usize, time: u32, text: &str| {
+            let lines = Arc::new(Mutex::new(Vec::new()));
+            let sink: Sink = lines.clone();
+            let line = format!("2026-01-01T00:00:{time:02}.000000Z  {text}\n");
+            pass_on(line.as_bytes(), rank, &warnings, &sink);
+            String::from_utf8(lines.lock().unwrap().clone()).unwrap()
+        };
+        let line = |rank: usize, time: u32, text: &str| {
+            format!("[rank {rank}] 2026-01-01T00:00:{time:02}.000000Z  {text}\n")
+        };
+        let (slow, other) = ("WARN the disk is slow", "WARN the disk is full");
+        assert_eq!(said(5, 1, slow), line(5, 1, slow));
+        let too =
+            "[rank 2] has the same warning as rank 5, as further ranks may, for which it is not shown\n";
+        assert_eq!(said(2, 2, slow), too);
+        assert_eq!(said(7, 3, slow) + &said(2, 4, slow), "");
+        assert_eq!(said(5, 5, slow), line(5, 5, slow));
+        assert_eq!(said(7, 6, other), line(7, 6, other));
+        // What is no warning belongs to its rank.
+        for rank in [1, 2, 3] {
+            assert_eq!(said(rank, 7, "INFO begins"), line(rank, 7, "INFO begins"));
+        }
     }
 
     #[test]
@@ -91,7 +166,7 @@ mod tests {
         }
         let sink: Sink = Arc::new(Mutex::new(Gone));
         let mut input: &[u8] = b"one\ntwo\n";
-        pass_on(&mut input, 0, &sink);
+        pass_on(&mut input, 0, &Warnings::default(), &sink);
         assert!(input.is_empty());
     }
 }

@@ -84,9 +84,10 @@ impl Ranks {
             let pid = Pid::from_child(&child);
             ranks.0.push(Rank { number: rank, child, status: None, killed: false, drained: false });
             let (to_out, to_err) = (Arc::clone(&outputs.out), Arc::clone(&outputs.err));
+            let [of_out, of_err] = [(); 2].map(|()| Arc::clone(&outputs.warnings));
             let pumps = [
-                thread::spawn(move || pass_on(out, rank, &to_out)),
-                thread::spawn(move || pass_on(err, rank, &to_err)),
+                thread::spawn(move || pass_on(out, rank, &of_out, &to_out)),
+                thread::spawn(move || pass_on(err, rank, &of_err, &to_err)),
             ];
             let events = events.clone();
             thread::spawn(move || {
@@ -284,7 +285,7 @@ mod tests {
         let started = Instant::now();
         let (events, received) = mpsc::channel();
         let out = Arc::new(Mutex::new(Vec::new()));
-        let outputs = Outputs { out: out.clone(), err: Arc::new(Mutex::new(std::io::sink())) };
+        let outputs = Outputs::to(out.clone(), Arc::new(Mutex::new(std::io::sink())));
         let environments = (0..n).map(|rank| (rank, vec![("RANK", rank.to_string())])).collect();
         let args = ["-c".into(), script.into()];
         let ranks = Ranks::start(Path::new("/bin/sh"), &args, environments, &outputs, &events).unwrap();

@@ -1,11 +1,12 @@
 //! A page about runs: what was trained when, how losses and rates went, what came of it. One HTML file that needs nothing
 //! else, neither another file nor a network.
 //!
-//! Called by `sail-train report`. Reads a run's folder as any other program can: `plan.yaml`, `metrics.jsonl`,
+//! Called by `sail-train report`, and by [`serve`] for each answer. Reads a run's folder as any other program can: `plan.yaml`, `metrics.jsonl`,
 //! `trips.jsonl`, `summary.json`, and of the newest checkpoint what it says of itself. A run that still trains may be
 //! read. `page.js` draws the page in the browser from the JSON that is put into it here.
 
 mod curve;
+pub mod serve;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -37,7 +38,17 @@ struct Report {
     version: &'static str,
     /// Seconds since 1970.
     made_at: u64,
+    /// Seconds between questions for newer figures, of a page that is served.
+    refresh_secs: Option<u64>,
     courses: Vec<Course>,
+}
+
+impl Report {
+    fn of(dirs: &[PathBuf]) -> Result<Self> {
+        let courses = dirs.iter().map(|dir| Course::read(dir)).collect::<Result<Vec<_>>>()?;
+        let made_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Ok(Self { version: env!("CARGO_PKG_VERSION"), made_at, refresh_secs: None, courses })
+    }
 }
 
 /// A folder that was asked for: a run, or several of which one goes on from the other.
@@ -96,9 +107,7 @@ struct Saves {
 /// [`Error::Usage`] for a folder without a run, for an `out` that cannot be written, and for a file that is not what a run
 /// writes, with its line; [`Error::Io`] for one that cannot be read.
 pub fn report(dirs: &[PathBuf], out: Option<&Path>) -> Result<PathBuf> {
-    let courses = dirs.iter().map(|dir| Course::read(dir)).collect::<Result<Vec<_>>>()?;
-    let made_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let page = page(&Report { version: env!("CARGO_PKG_VERSION"), made_at, courses });
+    let page = page(&Report::of(dirs)?);
     let out = out.map_or_else(|| dirs[0].join("report.html"), Path::to_owned);
     output::replace(&out, |path| fs::write(path, &page).map_err(Error::io(path)))?;
     Ok(out)
@@ -273,7 +282,7 @@ mod tests {
 
     use super::*;
 
-    fn run_in(dir: &Path, metrics: &str) {
+    pub(super) fn run_in(dir: &Path, metrics: &str) {
         fs::create_dir_all(dir).unwrap();
         fs::write(
             dir.join(PLAN),
@@ -288,7 +297,7 @@ mod tests {
         serde_json::from_str(rest.split_once("</script>").unwrap().0).unwrap()
     }
 
-    const STEP: &str = r#"{"kind":"train","step":1,"loss":2.5,"grad_norm":1.0,"lr":{"projector":0.001},"tokens":100,"step_secs":2.0,"data_wait_secs":0.5,"parts_secs":{"llm":1.0},"mfu":null,"peak_memory_bytes":null}"#;
+    pub(super) const STEP: &str = r#"{"kind":"train","step":1,"loss":2.5,"grad_norm":1.0,"lr":{"projector":0.001},"tokens":100,"step_secs":2.0,"data_wait_secs":0.5,"parts_secs":{"llm":1.0},"mfu":null,"peak_memory_bytes":null}"#;
 
     #[test]
     fn what_a_run_wrote_is_in_the_page_and_ends_no_element() {

@@ -1,5 +1,15 @@
-// What crates/sail-train/src/report/mod.rs wrote. Texts of data sets and models become text nodes, never markup.
-const report = JSON.parse(document.getElementById("data").textContent);
+// Draws what crates/sail-train/src/report/mod.rs wrote. Texts of data sets and models become text nodes, never markup.
+
+/** What the page is about, and what follows from it; `show` sets them. */
+let report, several, stages, marks;
+
+/** What the reader has chosen, by figure, so that it stays as it is when a page that is served is drawn anew. */
+const choices = new Map();
+
+function remembered(name, usual) {
+  if (!choices.has(name)) choices.set(name, usual);
+  return choices.get(name);
+}
 
 // ---- Elements ----
 
@@ -66,11 +76,13 @@ const HIGH = 240, LEFT = 58, RIGHT = 10, TOP = 8, BOTTOM = 28;
  * point that the arrow keys move; Escape or a double click shows all again.
  */
 function chart({ title, unit, series, marks = [] }) {
-  series = series.map((line, index) => ({ ...line, colour: `var(--c${index % 8})`, on: true }));
+  // `view` null is all of it, however far that reaches.
+  const kept = remembered(title, { view: null, off: new Set() });
+  series = series.map((line, index) => ({ ...line, colour: `var(--c${index % 8})`, on: !kept.off.has(line.name) }));
   const all = [Math.min(...series.flatMap((s) => s.x)), Math.max(...series.flatMap((s) => s.x))];
   if (all[0] === all[1]) all[1] += 1;
-  let view = all.slice(), at = null, dragged = null, wide = 600;
-  const picture = drawn("svg", { tabindex: "0", role: "img" });
+  let view = (kept.view ?? all).slice(), at = null, dragged = null, wide = 600;
+  const picture = drawn("svg", { id: `figure-${slug(title)}`, tabindex: "0", role: "img" });
   const readout = el("output", { "aria-live": "polite" });
   const toX = (x) => LEFT + ((x - view[0]) / (view[1] - view[0])) * (wide - LEFT - RIGHT);
   const fromX = (pixel) => view[0] + ((pixel - LEFT) / (wide - LEFT - RIGHT)) * (view[1] - view[0]);
@@ -148,6 +160,7 @@ function chart({ title, unit, series, marks = [] }) {
   function zoom(to) {
     const [a, b] = [Math.max(all[0], to[0]), Math.min(all[1], to[1])];
     if (b - a >= (all[1] - all[0]) * 1e-3) view = [a, b];
+    kept.view = view[0] === all[0] && view[1] === all[1] ? null : view;
     draw();
   }
 
@@ -169,23 +182,25 @@ function chart({ title, unit, series, marks = [] }) {
 
   const whole = el("button", { type: "button", onclick: () => zoom(all) }, "Show all");
   const names = series.map((line) => el("button", {
-    type: "button", "aria-pressed": "true",
+    type: "button", "aria-pressed": String(line.on),
     onclick(event) {
       line.on = !line.on;
+      kept.off[line.on ? "delete" : "add"](line.name);
       event.currentTarget.setAttribute("aria-pressed", String(line.on));
       draw();
     },
   }, el("span", { class: "swatch", style: `background:${line.colour}` }), line.name));
   picture.addEventListener("keydown", key);
-  picture.addEventListener("pointerdown", (event) => { dragged = [place(event), place(event)]; });
+  picture.addEventListener("pointerdown", (event) => { dragged = [place(event), place(event)]; busy = true; });
   picture.addEventListener("pointermove", (event) => {
     if (dragged) dragged[1] = place(event);
     look(fromX(place(event)));
   });
-  picture.addEventListener("pointerleave", () => { at = null; dragged = null; readout.value = ""; draw(); });
+  picture.addEventListener("pointerleave", () => { at = null; dragged = null; busy = false; readout.value = ""; draw(); });
   picture.addEventListener("pointerup", () => {
     const drag = dragged;
     dragged = null;
+    busy = false;
     if (drag && Math.abs(drag[1] - drag[0]) > 3) zoom(drag.map(fromX).sort((a, b) => a - b));
     else draw();
   });
@@ -206,17 +221,17 @@ function short(value) {
 
 // ---- What there is to show ----
 
-const several = report.courses.length > 1;
-
 /** Every stage with its course, and how many steps of the course come before it. */
-const stages = report.courses.flatMap((course) => {
-  let before = 0;
-  return course.stages.map((stage) => {
-    const placed = { ...stage, course: course.name, before };
-    before += stage.steps;
-    return placed;
+function placed(courses) {
+  return courses.flatMap((course) => {
+    let before = 0;
+    return course.stages.map((stage) => {
+      const here = { ...stage, course: course.name, before };
+      before += stage.steps;
+      return here;
+    });
   });
-});
+}
 
 function named(stage) {
   return several ? `${stage.course}: ${stage.name}` : stage.name;
@@ -238,8 +253,6 @@ function joined(parts) {
   const band = parts.length && parts.every(({ low }) => low) ? { low: all("low"), high: all("high") } : {};
   return { x: all("x"), y: all("y"), ...band };
 }
-
-const marks = several ? [] : stages.slice(1).map((stage) => ({ x: stage.before, name: `${stage.name} begins` }));
 
 function curve(title, unit, key, factor = 1) {
   const of = ({ curve }) => ({ x: curve.step, y: curve[key]?.map((value) => (value === null ? null : value * factor)) });
@@ -333,13 +346,19 @@ function gallery() {
   const when = el("select", { id: "gallery-when", onchange: draw }, times.map((time) => option(time)));
   const source = el("select", { id: "gallery-source", onchange: draw }, option("", "all"), sources.map((name) => option(name)));
   const text = el("input", { id: "gallery-text", type: "search", oninput: draw });
-  when.value = times[times.length - 1];
+  const kept = remembered("gallery", { when: null, source: "", text: "" });
+  when.value = times.includes(kept.when) ? kept.when : times[times.length - 1];
+  source.value = sources.includes(kept.source) ? kept.source : "";
+  text.value = kept.text;
   function draw() {
+    // The newest one stays the newest one.
+    kept.when = when.value === times[times.length - 1] ? null : when.value;
+    [kept.source, kept.text] = [source.value, text.value];
     const wanted = text.value.toLowerCase();
-    const kept = answers.filter((a) => a.when === when.value && (!source.value || a.source === source.value) &&
+    const found = answers.filter((a) => a.when === when.value && (!source.value || a.source === source.value) &&
       [a.sample, a.question, a.truth, a.answer].some((part) => part.toLowerCase().includes(wanted)));
-    count.value = `${kept.length} of ${answers.filter((a) => a.when === when.value).length} answers`;
-    cards.replaceChildren(...kept.map((a) => el("article", { class: "card" },
+    count.value = `${found.length} of ${answers.filter((a) => a.when === when.value).length} answers`;
+    cards.replaceChildren(...found.map((a) => el("article", { class: "card" },
       a.picture ? el("img", { src: a.picture, alt: `What the encoder sees of ${a.sample}` }) : [],
       el("p", { class: "quiet" }, a.sample), el("p", {}, el("strong", {}, "Question "), a.question),
       el("p", {}, el("strong", {}, "Truth "), a.truth), el("p", {}, el("strong", {}, "Answer "), a.answer || "(nothing)"))));
@@ -377,9 +396,21 @@ function lineage(stage) {
 function section(title, ...content) {
   const shownParts = content.flat(2).filter(Boolean);
   if (!shownParts.length) return;
-  const id = title.toLowerCase().replace(/[^a-z]+/g, "-");
+  const id = slug(title);
   document.getElementById("main").append(el("section", { "aria-labelledby": id }, el("h2", { id }, title), shownParts));
   document.getElementById("sections").append(el("a", { href: `#${id}` }, title), " ");
+}
+
+function slug(title) {
+  return title.toLowerCase().replace(/[^a-z]+/g, "-");
+}
+
+function configuration(stage) {
+  const kept = remembered(`plan of ${stage.dir}`, { open: false });
+  const whole = el("details", { ontoggle: (event) => { kept.open = event.currentTarget.open; } },
+    el("summary", {}, `${named(stage)}: ${stage.dir}/plan.yaml`), el("pre", { tabindex: "0" }, stage.plan_text));
+  whole.open = kept.open;
+  return whole;
 }
 
 function charts(...specs) {
@@ -405,28 +436,67 @@ function themes() {
   show();
 }
 
+/** Draws the page about `next`; the reader finds what was chosen and where the focus was as before. */
+function show(next) {
+  report = next;
+  several = report.courses.length > 1;
+  stages = placed(report.courses);
+  marks = several ? [] : stages.slice(1).map((stage) => ({ x: stage.before, name: `${stage.name} begins` }));
+  const focus = document.activeElement?.id;
+  const top = scrollY;
+  document.getElementById("main").replaceChildren();
+  document.getElementById("sections").replaceChildren();
+  const title = `SAIL report: ${report.courses.map((course) => course.name).join(", ")}`;
+  document.title = title;
+  document.getElementById("title").textContent = title;
+  const made = new Date(report.made_at * 1000).toISOString().slice(0, 19).replace("T", " ");
+  document.getElementById("made").textContent = `Written by sail-train ${report.version} on ${made} UTC.`;
+  section("Stages", report.courses.map(timeline));
+  section("Losses", charts(
+    { title: "Training loss", unit: "", series: lines(({ curve }) => ({ x: curve.step, y: curve.loss, low: curve.loss_low, high: curve.loss_high })), marks },
+    heldOut(),
+  ));
+  section("Rates and norms", charts(curves("Learning rate", "", "lr"), curve("Gradient norm before clipping", "", "grad_norm")));
+  section("Speed and memory", charts(
+    curve("Throughput", "tokens a second", "tokens_per_sec"), curves("Time of a step", "seconds", "parts_secs"),
+    curve("Waiting for data", "% of a step", "data_wait", 100), curve("Model FLOPs utilisation", "%", "mfu", 100),
+    curve("Peak memory", "GB", "peak_memory_bytes", 1e-9),
+  ));
+  section("Held-out evaluations", stages.filter((stage) => stage.evaluations.length).map(evaluations));
+  section("Answers", gallery());
+  section("What was trained", stages.map(freezeTable));
+  section("What happened on the way", stages.map(happenings));
+  section("Totals", table("Of each stage", ["stage", "steps", "samples", "tokens", "answer tokens", "loss, last tenth of the steps", "time in steps", "checkpoints", "steps waited for them", "exported to"], stages.map(figures)));
+  const descent = stages.map(lineage).filter(Boolean);
+  section("Lineage", descent.length ? el("ul", {}, descent) : null);
+  section("Configuration", stages.map(configuration));
+  if (focus) document.getElementById(focus)?.focus({ preventScroll: true });
+  scrollTo({ top, behavior: "instant" });
+}
+
+// ---- A page that is served ----
+
+/** While the reader drags, nothing is drawn anew under the pointer. */
+let busy = false;
+
+/** Asks for newer figures every `seconds`, and says when there is nobody who answers. */
+function follow(seconds) {
+  const made = document.getElementById("made");
+  let known = null;
+  setInterval(async () => {
+    if (busy || ["INPUT", "SELECT"].includes(document.activeElement?.tagName)) return;
+    try {
+      const answer = await fetch(`data.json${location.search}`, { headers: known ? { "If-None-Match": known } : {} });
+      if (answer.status === 304) return;
+      if (!answer.ok) throw new Error(await answer.text());
+      known = answer.headers.get("ETag");
+      show(await answer.json());
+    } catch (error) {
+      made.textContent = `No newer figures: ${error.message}. These were made on ${new Date(report.made_at * 1000).toLocaleString()}.`;
+    }
+  }, seconds * 1000);
+}
+
 themes();
-const title = `SAIL report: ${report.courses.map((course) => course.name).join(", ")}`;
-document.title = title;
-document.getElementById("title").textContent = title;
-document.getElementById("made").textContent = `Written by sail-train ${report.version} on ${new Date(report.made_at * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC.`;
-section("Stages", report.courses.map(timeline));
-section("Losses", charts(
-  { title: "Training loss", unit: "", series: lines(({ curve }) => ({ x: curve.step, y: curve.loss, low: curve.loss_low, high: curve.loss_high })), marks },
-  heldOut(),
-));
-section("Rates and norms", charts(curves("Learning rate", "", "lr"), curve("Gradient norm before clipping", "", "grad_norm")));
-section("Speed and memory", charts(
-  curve("Throughput", "tokens a second", "tokens_per_sec"), curves("Time of a step", "seconds", "parts_secs"),
-  curve("Waiting for data", "% of a step", "data_wait", 100), curve("Model FLOPs utilisation", "%", "mfu", 100),
-  curve("Peak memory", "GB", "peak_memory_bytes", 1e-9),
-));
-section("Held-out evaluations", stages.filter((stage) => stage.evaluations.length).map(evaluations));
-section("Answers", gallery());
-section("What was trained", stages.map(freezeTable));
-section("What happened on the way", stages.map(happenings));
-section("Totals", table("Of each stage", ["stage", "steps", "samples", "tokens", "answer tokens", "loss, last tenth of the steps", "time in steps", "checkpoints", "steps waited for them", "exported to"], stages.map(figures)));
-const descent = stages.map(lineage).filter(Boolean);
-section("Lineage", descent.length ? el("ul", {}, descent) : null);
-section("Configuration", stages.map((stage) => el("details", {}, el("summary", {}, `${named(stage)}: ${stage.dir}/plan.yaml`),
-  el("pre", { tabindex: "0" }, stage.plan_text))));
+show(JSON.parse(document.getElementById("data").textContent));
+if (report.refresh_secs) follow(report.refresh_secs);

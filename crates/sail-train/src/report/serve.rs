@@ -1,0 +1,275 @@
+//! The page about runs from a server of its own, drawn anew in the browser while they train.
+//!
+//! Called by `sail-train report --serve`. Whoever reaches the address reads the page: on the loopback interface the users
+//! of this machine, elsewhere those who know a token. What it answers with is made from the runs' folders each time.
+
+use std::io::Cursor;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use rand::random;
+use sha2::{Digest, Sha256};
+use tiny_http::{Header, Method, Request, Response, Server};
+use tracing::warn;
+
+use super::{Report, page};
+use crate::error::{Error, Result};
+use crate::threads::spawn;
+
+/// Seconds from one question of an open page for newer figures to the next.
+const REFRESH_SECS: u64 = 5;
+/// Readers that are answered at once; one that is slow keeps no other waiting.
+const THREADS: usize = 4;
+
+/// Where a page is served: `PORT` of 127.0.0.1, or `HOST:PORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address(SocketAddr);
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let full = if text.contains(':') { text.to_owned() } else { format!("127.0.0.1:{text}") };
+        let mut found = full
+            .to_socket_addrs()
+            .map_err(|error| format!("{error}; write PORT, or HOST:PORT as in `0.0.0.0:8265`"))?;
+        found.next().map(Self).ok_or_else(|| format!("`{text}` has no address"))
+    }
+}
+
+/// A server of the page about some folders, which answers from when it is made until the process ends.
+pub struct Serving {
+    address: SocketAddr,
+    /// Asked for where others than the users of this machine may come.
+    token: Option<String>,
+}
+
+impl Serving {
+    /// Reads `dirs` once, so that what is wrong with them is told at the start, and begins to answer.
+    ///
+    /// # Errors
+    /// Those of [`super::report`] for the folders; [`Error::Usage`] for an address that is in use or not of this machine.
+    pub fn begin(dirs: &[PathBuf], at: &Address) -> Result<Self> {
+        Report::of(dirs)?;
+        let server = Server::http(at.0).map_err(|error| {
+            Error::usage(
+                format!("cannot serve at {}: {error}", at.0),
+                "name another port, as in `--serve=8266`, or an address of this machine",
+            )
+        })?;
+        let address = server.server_addr().to_ip().unwrap_or(at.0);
+        let token = (!address.ip().is_loopback()).then(|| format!("{:032x}", random::<u128>()));
+        let server = std::sync::Arc::new(server);
+        for thread in 0..THREADS {
+            let (server, dirs, token) = (server.clone(), dirs.to_vec(), token.clone());
+            spawn(&format!("sail-report-{thread}"), move || {
+                for request in server.incoming_requests() {
+                    let answer = answer(&request, &dirs, token.as_deref());
+                    // One who has gone needs no answer.
+                    drop(request.respond(answer));
+                }
+            })?;
+        }
+        Ok(Self { address, token })
+    }
+
+    /// What to open in a browser.
+    pub fn url(&self) -> String {
+        let token = self.token.as_ref().map_or_else(String::new, |token| format!("?token={token}"));
+        format!("http://{}/{token}", self.address)
+    }
+}
+
+type Answer = Response<Cursor<Vec<u8>>>;
+
+fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>) -> Answer {
+    let (path, query) = request.url().split_once('?').unwrap_or((request.url(), ""));
+    if !matches!(request.method(), Method::Get | Method::Head) {
+        return text(405, "this page is read with GET");
+    }
+    let allowed = match token {
+        Some(token) => {
+            query.split('&').any(|part| part.strip_prefix("token=").is_some_and(|given| same(given, token)))
+        }
+        // A site elsewhere may give its name this machine's address, and read in a reader's browser what is served here.
+        None => header(request, "Host").is_some_and(is_local_name),
+    };
+    match path {
+        _ if !allowed && token.is_some() => {
+            text(401, "open the address that `sail-train report --serve` has printed, with its token")
+        }
+        _ if !allowed => {
+            text(403, "this page is for localhost and 127.0.0.1; `--serve=HOST:PORT` serves it to others")
+        }
+        "/" | "/data.json" => match Report::of(dirs) {
+            Ok(mut report) => {
+                report.refresh_secs = Some(REFRESH_SECS);
+                if path == "/" { html(&report) } else { data(&mut report, header(request, "If-None-Match")) }
+            }
+            Err(error) => {
+                warn!("{error}");
+                text(500, &error.to_string())
+            }
+        },
+        _ => text(404, "there is one page here, `/`"),
+    }
+}
+
+fn html(report: &Report) -> Answer {
+    // It fetches from here alone, and what texts of data sets it holds cannot run.
+    let policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'";
+    whole(200, "text/html; charset=utf-8", page(report)).with_header(field("Content-Security-Policy", policy))
+}
+
+/// The figures, unless the reader has them.
+fn data(report: &mut Report, known: Option<&str>) -> Answer {
+    // The time is not one of them.
+    let made_at = std::mem::take(&mut report.made_at);
+    let figures = serde_json::to_vec(&report).expect("invariant: text, numbers and lists");
+    let tag = format!("\"{:08x}-{}\"", crc32fast::hash(&figures), figures.len());
+    if known == Some(&tag) {
+        return text(304, "");
+    }
+    report.made_at = made_at;
+    let body = serde_json::to_string(&report).expect("invariant: text, numbers and lists");
+    whole(200, "application/json", body).with_header(field("ETag", &tag))
+}
+
+fn text(status: u16, body: &str) -> Answer {
+    whole(status, "text/plain; charset=utf-8", format!("{body}\n"))
+}
+
+fn whole(status: u16, kind: &str, body: String) -> Answer {
+    Response::from_data(body)
+        .with_status_code(status)
+        .with_header(field("Content-Type", kind))
+        .with_header(field("Cache-Control", "no-store"))
+        .with_header(field("X-Content-Type-Options", "nosniff"))
+        .with_header(field("Referrer-Policy", "no-referrer"))
+}
+
+fn field(name: &str, value: &str) -> Header {
+    Header::from_bytes(name, value).expect("invariant: names and values are ASCII")
+}
+
+fn header<'a>(request: &'a Request, name: &'static str) -> Option<&'a str> {
+    request.headers().iter().find(|header| header.field.equiv(name)).map(|header| header.value.as_str())
+}
+
+/// Compared by digest, so that how long it takes says nothing of the token.
+fn same(a: &str, b: &str) -> bool {
+    Sha256::digest(a) == Sha256::digest(b)
+}
+
+/// Whether a `Host` names this machine's loopback interface.
+fn is_local_name(host: &str) -> bool {
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let bare = name.trim_start_matches('[').trim_end_matches(']');
+    name.eq_ignore_ascii_case("localhost")
+        || bare.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+
+    use super::super::tests::{STEP, run_in};
+    use super::*;
+
+    #[test]
+    fn addresses_are_ports_or_hosts_with_ports() {
+        let parsed = |text: &str| text.parse::<Address>().map(|Address(address)| address.to_string());
+        assert_eq!(parsed("8265").unwrap(), "127.0.0.1:8265");
+        assert_eq!(parsed("0.0.0.0:80").unwrap(), "0.0.0.0:80");
+        assert_eq!(parsed("[::1]:80").unwrap(), "[::1]:80");
+        for wrong in ["", "host", "127.0.0.1:", "70000", "127.0.0.1:port"] {
+            assert!(parsed(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn names_of_this_machine_alone_are_local() {
+        for local in ["localhost", "LocalHost:8265", "127.0.0.1", "127.1.2.3:80", "[::1]:80", "[::1]"] {
+            assert!(is_local_name(local), "{local}");
+        }
+        for other in ["", "example.org", "localhost.example.org:80", "10.0.0.1:80", "127.0.0.1.example.org"] {
+            assert!(!is_local_name(other), "{other}");
+        }
+    }
+
+    fn asked(serving: &Serving, request: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(("127.0.0.1", serving.address.port())).unwrap();
+        write!(stream, "{request}Connection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, answer)
+    }
+
+    #[test]
+    fn a_page_follows_its_run() {
+        let dir = tempfile::tempdir().unwrap();
+        run_in(dir.path(), &format!("{STEP}\n"));
+        let dirs = [dir.path().to_owned()];
+        let serving = Serving::begin(&dirs, &"0".parse().unwrap()).unwrap();
+        assert!(serving.url().starts_with("http://127.0.0.1:") && !serving.url().contains("token"));
+        let local = |path: &str, more: &str| {
+            asked(&serving, &format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{more}"))
+        };
+        let (status, page) = local("/", "");
+        assert!(
+            status == 200 && page.contains("\"refresh_secs\":5") && page.contains("Content-Security-Policy"),
+            "{page}"
+        );
+        let (status, first) = local("/data.json", "");
+        let tag = first.lines().find_map(|line| line.strip_prefix("ETag: ")).unwrap().to_owned();
+        assert_eq!(status, 200);
+        let again = || local("/data.json", &format!("If-None-Match: {tag}\r\n"));
+        assert_eq!(again().0, 304);
+        let more = STEP.replace("\"step\":1", "\"step\":2");
+        fs::write(dir.path().join("metrics.jsonl"), format!("{STEP}\n{more}\n")).unwrap();
+        let (status, later) = again();
+        assert!(status == 200 && later.contains("\"steps\":2"), "{later}");
+
+        // A name that somebody else has given this machine's address.
+        assert_eq!(asked(&serving, "GET / HTTP/1.1\r\nHost: example.org\r\n").0, 403);
+        assert_eq!(asked(&serving, "POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n").0, 405);
+        assert_eq!(local("/../Cargo.toml", "").0, 404);
+        // What is wrong with a run by now is told, and the next question answered.
+        fs::write(dir.path().join("metrics.jsonl"), "nonsense\n").unwrap();
+        let (status, wrong) = local("/data.json", "");
+        assert!(status == 500 && wrong.contains("metrics.jsonl:1"), "{wrong}");
+        let taken = Serving::begin(&dirs, &serving.address.port().to_string().parse().unwrap());
+        assert!(taken.is_err());
+        fs::write(dir.path().join("metrics.jsonl"), "").unwrap();
+        assert_eq!(local("/", "").0, 200);
+        let taken = Serving::begin(&dirs, &serving.address.port().to_string().parse().unwrap());
+        let message = taken.err().unwrap().to_string();
+        assert!(
+            message.contains("cannot serve at 127.0.0.1") && message.contains("--serve=8266"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn others_need_the_token() {
+        let dir = tempfile::tempdir().unwrap();
+        run_in(dir.path(), "");
+        let serving = Serving::begin(&[dir.path().to_owned()], &"0.0.0.0:0".parse().unwrap()).unwrap();
+        let url = serving.url();
+        let (_, token) = url.split_once("?token=").unwrap();
+        assert_eq!(token.len(), 32);
+        let status = |path: &str| asked(&serving, &format!("GET {path} HTTP/1.1\r\nHost: node01\r\n")).0;
+        assert_eq!(status(&format!("/?token={token}")), 200);
+        assert_eq!(status(&format!("/data.json?token={token}")), 200);
+        for wrong in ["/", "/?token=", "/?token=0", "/data.json", "/none"] {
+            assert_eq!(status(wrong), 401, "{wrong}");
+        }
+    }
+}

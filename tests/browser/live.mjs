@@ -1,0 +1,64 @@
+// Reads a page of `sail-train report --serve` while its run goes on, in headless Chromium.
+//
+//     node tests/browser/live.mjs PROGRAM RUN_DIR
+//
+// RUN_DIR is one run and gets a step more. The page shows it by itself, keeps zoom, lines and words that were asked for, and
+// says so when nobody answers any more. CHROMIUM names the browser.
+
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { appendFileSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import puppeteer from "puppeteer-core";
+
+const [program, run] = process.argv.slice(2);
+if (!run) {
+  console.error("usage: node tests/browser/live.mjs PROGRAM RUN_DIR");
+  process.exit(2);
+}
+const server = spawn(program, ["report", run, "--serve=0"], { stdio: ["ignore", "pipe", "inherit"] });
+const address = String((await once(server.stdout, "data"))[0]).trim();
+const browser = await puppeteer.launch({
+  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+  // Inside a container Chromium's own sandbox has no user to be.
+  args: process.getuid() === 0 ? ["--no-sandbox"] : [],
+});
+
+try {
+  const page = await browser.newPage();
+  const said = [];
+  page.on("console", (message) => said.push(message.text()));
+  page.on("pageerror", (error) => said.push(String(error)));
+  await page.setViewport({ width: 1280, height: 900 });
+  await page.goto(address);
+  const steps = () => page.$eval("table.timeline th .quiet", (element) => Number.parseInt(element.textContent, 10));
+  const before = await steps();
+
+  // Chosen by the reader.
+  const lines = () => page.$$eval("#figure-held-out-loss polyline", (all) => all.length);
+  const all = await lines();
+  await page.$eval("figure:has(#figure-held-out-loss) .legend button", (button) => button.click());
+  await page.focus("#figure-training-loss");
+  for (const key of ["ArrowRight", "ArrowRight", "+"]) await page.keyboard.press(key);
+  await page.$eval("#gallery-text", (input) => { input.value = "no text has these words"; input.dispatchEvent(new Event("input")); });
+
+  const metrics = join(run, "metrics.jsonl");
+  const train = readFileSync(metrics, "utf8").split("\n").filter((line) => line.includes('"kind":"train"')).at(-1);
+  appendFileSync(metrics, `${JSON.stringify({ ...JSON.parse(train), step: before + 1 })}\n`);
+  await page.waitForFunction((known) => Number.parseInt(document.querySelector("table.timeline th .quiet").textContent, 10) > known, { timeout: 30_000 }, before);
+
+  assert.equal(await steps(), before + 1);
+  assert.equal(await lines(), all - 1, "a line that was switched off came back");
+  assert(!(await page.$eval("figure:has(#figure-training-loss) .top button", (button) => button.hidden)), "the zoom is gone");
+  assert.equal(await page.evaluate(() => document.activeElement.id), "figure-training-loss");
+  assert.equal(await page.$$eval(".card", (cards) => cards.length), 0, "the words that were asked for are forgotten");
+  assert.deepEqual(said, []);
+
+  server.kill();
+  await page.waitForFunction(() => document.getElementById("made").textContent.startsWith("No newer figures"), { timeout: 30_000 });
+  console.log(`${address}: followed its run`);
+} finally {
+  server.kill();
+  await browser.close();
+}
