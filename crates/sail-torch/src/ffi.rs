@@ -58,6 +58,9 @@ pub(crate) type ComputationDrop = extern "C" fn(data: *mut c_void);
 pub(crate) type Give = extern "C" fn(out: *mut c_void, tensor: *mut C_tensor);
 
 unsafe extern "C" {
+    /// Of libtorch's own C interface (`torch/csrc/inductor/aoti_torch/c/shim.h`).
+    pub(crate) safe fn aoti_torch_abi_version() -> u64;
+
     pub(crate) fn sail_error_free(error: *mut RawError);
     pub(crate) fn sail_error_new(message: *const c_char) -> *mut RawError;
 

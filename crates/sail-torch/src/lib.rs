@@ -17,6 +17,7 @@
 //! | [`Moment`] | when a device comes to what was queued |
 //! | [`Profiler`], [`span`] | a trace of operations, and names of parts of it |
 //! | [`thread_stacks`] | what every thread of this process is in |
+//! | [`version`] | of the libtorch that was found when the process started |
 //! | [`Store`], [`ProcessGroup`] | rendezvous and collectives (c10d with Gloo or NCCL) |
 
 mod attention;
@@ -35,6 +36,7 @@ mod profiler;
 mod recompute;
 mod stacks;
 mod store;
+mod version;
 
 pub use attention::{has_varlen_attention, varlen_attention};
 pub use autograd::{GradSink, SinkResult, on_gradient, set_grad_sink, take_grad};
@@ -49,3 +51,4 @@ pub use profiler::{Profiler, Span, span};
 pub use recompute::recompute;
 pub use stacks::{ThreadStack, thread_stacks};
 pub use store::Store;
+pub use version::version;

@@ -55,6 +55,7 @@ mod origin;
 pub mod output;
 mod pictures;
 mod profile;
+mod program;
 pub mod replay;
 pub mod report;
 pub mod resume;

@@ -78,6 +78,8 @@ fn a_stage_fetches_its_language_model() {
     let manifest = dir.path().join("first/step-00000001/manifest.json");
     let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(manifest).unwrap()).unwrap();
     assert_eq!(manifest["untouched"]["llm"]["from"], "hf:org/name");
+    assert_eq!(manifest["sail_version"], concat!(env!("CARGO_PKG_VERSION"), " (under test)"));
+    assert_eq!(manifest["torch_version"], sail_torch::version());
 
     let warm = train("http://127.0.0.1:1", "1", "warm");
     assert_eq!(warm.status.code(), Some(3), "{}", stderr(&warm));

@@ -27,6 +27,14 @@ fn a_log_that_nobody_reads_ends_no_run() {
 }
 
 #[test]
+fn the_version_names_the_commit_and_torch() {
+    let said = |flag: &str| String::from_utf8(run(&[flag], 0).stdout).unwrap();
+    let release = concat!("sail-train ", env!("CARGO_PKG_VERSION"), " (under test)\n");
+    assert_eq!(said("-V"), release);
+    assert_eq!(said("--version"), format!("{release}torch {}\n", sail_torch::version()));
+}
+
+#[test]
 fn all_configuration_errors_are_listed_with_their_lines() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("stage.yaml");

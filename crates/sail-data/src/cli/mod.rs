@@ -11,11 +11,12 @@ mod rebalance;
 pub mod shell;
 mod stats;
 mod terminal;
+pub mod version;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing_subscriber::EnvFilter;
 
@@ -66,13 +67,16 @@ enum Command {
     },
 }
 
-/// Runs the command that the process was started with.
-pub fn main() -> ExitCode {
-    let args = Args::parse();
+/// Runs the command that the process was started with; `commit` is what the program is built from.
+pub fn main(commit: &str) -> ExitCode {
+    // clap wants text that is there for good.
+    let program = Args::command().version(&*version::version(commit).leak());
+    let matches = program.clone().get_matches();
+    let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let filter = EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).without_time();
     log.with_ansi(terminal::colour_on_stderr()).with_writer(std::io::stderr).init();
-    match run(args.command) {
+    match run(args.command, program) {
         Ok(code) => code,
         Err(error) => {
             terminal::warn(&format!("error: {}", with_causes(&error)));
@@ -81,7 +85,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<ExitCode> {
+fn run(command: Command, program: clap::Command) -> Result<ExitCode> {
     match command {
         Command::Pack(args) => args.run(),
         Command::Index(args) => args.run(),
@@ -90,11 +94,11 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Inspect(args) => args.run(),
         Command::Rebalance(args) => args.run(),
         Command::Completions { shell } => {
-            print(&shell::completions(Args::command(), shell))?;
+            print(&shell::completions(program, shell))?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Man { out } => {
-            shell::manual(Args::command(), &out).map_err(ToolError::io("write manual pages into", &out))?;
+            shell::manual(program, &out).map_err(ToolError::io("write manual pages into", &out))?;
             Ok(ExitCode::SUCCESS)
         }
     }

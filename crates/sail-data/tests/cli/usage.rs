@@ -1,5 +1,7 @@
 //! Help and mistakes in the arguments.
 
+use std::process::Command;
+
 use crate::support::{Folder, demo, run, sail_data, succeed};
 
 #[test]
@@ -11,6 +13,19 @@ fn help_has_examples() {
         let name = if command.is_empty() { "help" } else { command };
         insta::assert_snapshot!(name, help);
     }
+}
+
+/// Eight digits of the commit that is checked out where this is compiled, or that there is none.
+#[test]
+fn the_version_names_the_commit() {
+    let said = succeed(&["--version"]);
+    let commit = said.strip_prefix(concat!("sail-data ", env!("CARGO_PKG_VERSION"), " ("));
+    let commit = commit.and_then(|rest| rest.strip_suffix(")\n")).expect(&said);
+    let digits = commit.strip_suffix("-dirty").unwrap_or(commit);
+    let known = digits.len() >= 8 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let in_git =
+        Command::new("git").args(["rev-parse", "HEAD"]).output().is_ok_and(|git| git.status.success());
+    assert!(if in_git { known } else { commit == "built outside of git" }, "{said}");
 }
 
 #[test]

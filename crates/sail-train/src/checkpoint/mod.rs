@@ -139,7 +139,11 @@ pub struct Untouched {
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
     format: u32,
+    /// With the commit, where the program knows it.
     sail_version: String,
+    /// Of the libtorch that it ran with; earlier checkpoints do not say.
+    #[serde(default)]
+    torch_version: String,
     plan_hash: String,
     world_size: u32,
     untouched: BTreeMap<Module, Untouched>,

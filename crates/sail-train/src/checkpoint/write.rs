@@ -19,6 +19,7 @@ use super::snapshot::Piece;
 use super::{COMPLETE, FORMAT, FileRecord, MANIFEST, Manifest, PieceRecord, RunState, STATE, Untouched};
 use crate::config::Module;
 use crate::error::{Error, Result};
+use crate::program;
 
 /// How the names of folders begin that are no checkpoints yet.
 const PARTIAL: &str = ".tmp-step-";
@@ -127,9 +128,18 @@ pub(super) fn seal(
         files.insert(rank.file, rank.record);
         pieces.extend(rank.pieces);
     }
-    let sail_version = env!("CARGO_PKG_VERSION").to_owned();
+    let (sail_version, torch_version) = (program::version(), sail_torch::version());
     let plan_hash = state.plan.hash();
-    let manifest = Manifest { format: FORMAT, sail_version, plan_hash, world_size, untouched, files, pieces };
+    let manifest = Manifest {
+        format: FORMAT,
+        sail_version,
+        torch_version,
+        plan_hash,
+        world_size,
+        untouched,
+        files,
+        pieces,
+    };
     let sealed = write_json(&dir.join(MANIFEST), &manifest)?;
     write_bytes(&dir.join(COMPLETE), format!("{:08x}\n", sealed.crc32).as_bytes())?;
     sync(&dir)?;

@@ -30,6 +30,7 @@ use crate::curriculum;
 use crate::error::{Error, Result};
 use crate::events::Console;
 use crate::launch::end_with_launcher;
+use crate::program;
 use crate::resume::Resume;
 use crate::stopping::Stopping;
 use crate::threads::spawn;
@@ -125,13 +126,17 @@ struct TrainArgs {
     planning: planning::Options,
 }
 
-/// Runs the command that the process was started with.
-pub fn main() -> ExitCode {
+/// Runs the command that the process was started with; `commit` is what the program is built from.
+pub fn main(commit: &'static str) -> ExitCode {
     end_with_launcher();
-    let args = parse();
+    program::built_from(commit);
+    // clap wants text that is there for good.
+    let (short, long) = (program::version().leak(), program::with_torch().leak());
+    let command = Args::command().version(&*short).long_version(&*long);
+    let args = parse(command.clone());
     let console = args.log.start();
     exit_on_panic(console.clone());
-    match run(args, &console) {
+    match run(args, command, &console) {
         Ok(code) => code,
         Err(error) => {
             show(&error, &console);
@@ -144,8 +149,7 @@ pub fn main() -> ExitCode {
 }
 
 /// The arguments of this process. What is for training goes with no command, while the log's options go with each.
-fn parse() -> Args {
-    let mut command = Args::command();
+fn parse(mut command: clap::Command) -> Args {
     let matches = command.clone().get_matches();
     if let Some(name) = matches.subcommand_name() {
         let training = TrainArgs::augment_args(clap::Command::new(""));
@@ -222,7 +226,7 @@ fn end(code: u8) -> ! {
     signal_hook::low_level::exit(code.into())
 }
 
-fn run(args: Args, console: &Console) -> Result<ExitCode> {
+fn run(args: Args, program: clap::Command, console: &Console) -> Result<ExitCode> {
     match args.command {
         None => train(args.train, console),
         Some(Command::Launch(options)) => launch::run(options, console),
@@ -230,11 +234,11 @@ fn run(args: Args, console: &Console) -> Result<ExitCode> {
         Some(Command::Doctor(options)) => doctor::run(&options),
         Some(Command::Using(command)) => using::run(command, console),
         Some(Command::Completions { shell }) => {
-            print(completions(Args::command(), shell))?;
+            print(completions(program, shell))?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Man { out }) => {
-            manual(Args::command(), &out).map_err(Error::io(&out))?;
+            manual(program, &out).map_err(Error::io(&out))?;
             Ok(ExitCode::SUCCESS)
         }
     }

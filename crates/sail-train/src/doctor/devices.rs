@@ -42,7 +42,7 @@ fn libtorch() -> Finding {
         "for CPUs alone".to_owned()
     };
     let place = loaded_from().map_or_else(String::new, |path| format!(", {path}"));
-    Finding::good("libtorch", format!("{cuda}{place}"))
+    Finding::good("libtorch", format!("{}, {cuda}{place}", sail_torch::version()))
 }
 
 /// The file that libtorch was loaded from.

@@ -25,6 +25,7 @@ use crate::eval::EvalReport;
 use crate::events::{METRICS, trips};
 use crate::freeze::FreezeTable;
 use crate::output;
+use crate::program;
 use crate::resume::PLAN;
 use crate::train_loop::{SUMMARY, StageSummary};
 
@@ -35,7 +36,7 @@ const SCRIPT: &str = include_str!("page.js");
 /// What the page is made from.
 #[derive(Debug, Serialize)]
 struct Report {
-    version: &'static str,
+    version: String,
     /// Seconds since 1970.
     made_at: u64,
     /// Seconds between questions for newer figures, of a page that is served.
@@ -47,7 +48,7 @@ impl Report {
     fn of(dirs: &[PathBuf]) -> Result<Self> {
         let courses = dirs.iter().map(|dir| Course::read(dir)).collect::<Result<Vec<_>>>()?;
         let made_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Ok(Self { version: env!("CARGO_PKG_VERSION"), made_at, refresh_secs: None, courses })
+        Ok(Self { version: program::version(), made_at, refresh_secs: None, courses })
     }
 }
 

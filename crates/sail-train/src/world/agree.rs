@@ -15,6 +15,7 @@ use super::beats::listed;
 use super::place::{Place, Starter};
 use crate::checkpoint::checksum;
 use crate::error::{Error, Result};
+use crate::program;
 
 /// What a rank has, by name.
 pub type Fields = BTreeMap<String, String>;
@@ -203,7 +204,7 @@ pub(super) fn agree(store: &Store, place: &Place, number: u64, fields: &Fields) 
 /// When its own file cannot be read.
 pub(super) fn program() -> Result<String> {
     let path = std::env::current_exe().map_err(Error::io("the running executable".as_ref()))?;
-    Ok(format!("{} build {:08x}", env!("CARGO_PKG_VERSION"), checksum(&path)?.crc32))
+    Ok(format!("{} build {:08x}", program::version(), checksum(&path)?.crc32))
 }
 
 /// The first fields in which two ranks differ.
