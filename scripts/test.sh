@@ -3,7 +3,7 @@
 # with transformers.
 #   ./scripts/test.sh              everything that is quick enough to run before each change
 #   ./scripts/test.sh --extended   also the long fault-injection loops, the C++ code under AddressSanitizer, all of the
-#                                  check of GPU machines, and pages in headless Chromium
+#                                  check of GPU machines, pages in headless Chromium, and the archive of package.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -50,6 +50,7 @@ PYTHON=.venv/bin/python step "$pack/gpu_check.sh" --cpu --bench
 if [ "$extended" = yes ]; then
   step ./scripts/sanitize.sh
   step ./scripts/check_browser.sh
+  step ./scripts/check_package.sh
   step cargo test --release --workspace -- --ignored
 fi
 printf '\nall checks passed\n'
