@@ -3,7 +3,8 @@
 # with transformers.
 #   ./scripts/test.sh              everything that is quick enough to run before each change
 #   ./scripts/test.sh --extended   also the long fault-injection loops, the C++ code under AddressSanitizer, all of the
-#                                  check of GPU machines, pages in headless Chromium, and the archive of package.sh
+#                                  check of GPU machines, pages in headless Chromium, the archive of package.sh, and the
+#                                  larger corpus, for which 520 MB are downloaded once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +12,7 @@ extended=no
 for arg in "$@"; do
   case "$arg" in
     --extended) extended=yes ;;
-    -h|--help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown argument \`$arg\`; see $0 --help" >&2; exit 2 ;;
   esac
 done
@@ -38,6 +39,7 @@ step cargo test --release --workspace
 step cargo test --release --workspace --benches
 step .venv/bin/python tests/reference/test_remote_code.py
 step .venv/bin/python tests/reference/check_webdataset.py
+step .venv/bin/python tests/reference/test_corpus.py
 # The check of GPU machines as it is carried to one, but on the CPU; libtorch is that of a Python there.
 pack=$(mktemp -d)
 trap 'rm -rf "$pack"' EXIT
@@ -51,6 +53,12 @@ if [ "$extended" = yes ]; then
   step ./scripts/sanitize.sh
   step ./scripts/check_browser.sh
   step ./scripts/check_package.sh
+  step .venv/bin/python scripts/fetch_corpus.py --out target/corpus
+  step .venv/bin/python scripts/fetch_corpus.py --check target/corpus
+  step target/release/sail-data check 'target/corpus/*.tar' --tokenizer configs/tiny/tokenizer.json --max-tiles 1
+  # The same inputs and seed give the same bytes.
+  for out in once again; do step .venv/bin/python scripts/fetch_corpus.py --limit 100 --out "target/corpus-$out"; done
+  step diff -r target/corpus-once target/corpus-again
   step cargo test --release --workspace -- --ignored
 fi
 printf '\nall checks passed\n'
