@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether AdaLRS finds the rate that a sweep of fixed rates finds, on the tiny model.
 
-    python3 scripts/sweep_ada_lrs.py [--json FILE] [--seeds 1 2 3] [--steps 150] [--window 10] [--jobs 2]
+    python3 scripts/sweep_ada_lrs.py [--data DIR] [--json FILE] [--seeds 1 2 3] [--steps 150] [--window 10] [--jobs 2]
 
 Trains the connector and the language model of configs/tiny/stage1.yaml at one rate, constant and without a warm-up, with
 images of 56 pixels, the samples of all four kinds and 1,024 tokens a step: at each rate of the sweep, and by AdaLRS from
@@ -10,6 +10,8 @@ which is what a search sees; runs of a seed have the same samples there. The bes
 the seeds. With fewer tokens a step, or more steps over these few samples, all rates come to much the same loss.
 Prints all runs, with held-out losses; exit status 1 if a search ends at less than half or more than twice the best
 rate, or at a loss more than 2 % above that of the best rate with the same seed.
+
+DIR is `data/demo` or a folder made by fetch_corpus.py, whose samples last for more steps.
 
 Runs that FILE holds already are not made again. Needs `target/release/sail-train`, or the program named by --program.
 """
@@ -26,24 +28,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HELD_OUT = [f'{{name: {name}, shards: "data/demo/{name}-heldout-*.tar"}}' for name in ["caption", "ocr"]]
 WEIGHTS = {"caption": 2, "ocr": 1, "vqa": 1, "text": 1}
-SOURCES = [f'{{name: {name}, shards: "data/demo/{name}-train-*.tar", weight: {w}}}' for name, w in WEIGHTS.items()]
-TEST_BED = {
-    "model.vision.image_px": 56,
-    "model.vision.random.image_size": 56,
-    "batch": "{tokens_per_pack: 256, packs_per_step: 4}",
-    "data.sources": f"[{', '.join(SOURCES)}]",
-    "eval": f"{{samples: 1000, generate: 0, sources: [{', '.join(HELD_OUT)}]}}",
-}
 AWAY, RATE_LIMIT, LOSS_LIMIT = 10.0, 2.0, 1.02
+
+
+def test_bed(data: str) -> dict[str, str]:
+    """What is set for every run."""
+    held_out = [f'{{name: {name}, shards: "{data}/{name}-heldout-*.tar"}}' for name in ["caption", "ocr"]]
+    sources = [f'{{name: {name}, shards: "{data}/{name}-train-*.tar", weight: {weight}}}' for name, weight in WEIGHTS.items()]
+    return {
+        "model.vision.image_px": 56,
+        "model.vision.random.image_size": 56,
+        "batch": "{tokens_per_pack: 256, packs_per_step: 4}",
+        "data.too_long": "truncate_text",
+        "data.sources": f"[{', '.join(sources)}]",
+        "eval": f"{{samples: 1000, generate: 0, sources: [{', '.join(held_out)}]}}",
+    }
 
 
 class Runs:
     """Runs of the trainer, each made once."""
 
-    def __init__(self, program: Path, steps: int, file: Path | None, jobs: int):
-        self.program, self.steps, self.file = program, steps, file
+    def __init__(self, program: Path, data: str, steps: int, file: Path | None, jobs: int):
+        self.program, self.data, self.steps, self.file = program, data, steps, file
         self.pool, self.lock = ThreadPoolExecutor(jobs), threading.Lock()
         self.known = json.loads(file.read_text())["runs"] if file and file.exists() else {}
 
@@ -56,7 +63,7 @@ class Runs:
         """Final losses, and of a search its trials and the rate that it ended at."""
         kind = f"kind: constant, warmup: 0, steps: {self.steps}"
         schedule = f"{{{kind}}}" if search is None else f"{{{kind}, ada_lrs: {search}}}"
-        sets = TEST_BED | {"run.seed": seed, "schedule": schedule, "checkpoint.every": self.steps}
+        sets = test_bed(self.data) | {"run.seed": seed, "schedule": schedule, "checkpoint.every": self.steps}
         sets |= {f"train.{module}": f"{{lr: {rate:g}}}" for module in ["projector", "llm"]}
         # Whatever decides a run is in its name; another program asks for another file.
         name = ", ".join(f"{path}={value}" for path, value in sets.items())
@@ -147,6 +154,7 @@ def search(runs: Runs, best: float, seeds: list[int], plan: str) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", type=Path, default=ROOT / "target/release/sail-train")
+    parser.add_argument("--data", default="data/demo", metavar="DIR", help="shards of the four kinds, from the repository's root")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures; runs that it holds are not made again")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rates", type=float, nargs="+", default=[2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3])
@@ -157,7 +165,7 @@ def main() -> int:
     parser.add_argument("--beta", type=int, default=3)
     parser.add_argument("--lambda", type=float, default=0.9, dest="decay")
     args = parser.parse_args()
-    runs = Runs(args.program, args.steps, args.json, args.jobs)
+    runs = Runs(args.program, args.data.rstrip("/"), args.steps, args.json, args.jobs)
     best = sweep(runs, sorted(args.rates), args.seeds)
     plan = f"{{window: {args.window}, alpha: {args.alpha}, beta: {args.beta}, lambda: {args.decay:g}}}"
     rows = search(runs, best, args.seeds, plan)
