@@ -21,6 +21,42 @@
 //! A stream is a pure function of the data, the specification and its own [`StreamState`], so the order
 //! of packs does not depend on the number of threads, and a run resumes from a state without replaying
 //! anything. A bad sample ([`BadSample`]) is skipped, counted and logged; a broken shard stops the run.
+//!
+//! Streaming shards, and going on from a position (`examples/stream.rs` is the same with packs that are shuffled and cut
+//! to a budget):
+//!
+//! ```
+//! use std::{path::Path, sync::Arc};
+//!
+//! use sail_data::{
+//!     DataSpec, ImageSpec, ImageTokens, Loader, LoaderOptions, LossWeight, SourceSpec, Template, TextEncoder, TextSpec,
+//! };
+//!
+//! # fn main() -> Result<(), sail_data::Error> {
+//! let [start, context, end] = ["<img>", "<IMG_CONTEXT>", "</img>"].map(String::from);
+//! let text = TextSpec {
+//!     template: Template::Chatml,
+//!     template_file: None,
+//!     system: None,
+//!     image_tokens: ImageTokens { start, context, end },
+//!     loss_weight: LossWeight::Token,
+//! };
+//! let encoder = Arc::new(TextEncoder::new(Path::new("../../configs/tiny/tokenizer.json"), &text)?);
+//! let captions = SourceSpec::new("caption", vec!["../../data/demo/caption-heldout-*.tar".into()]);
+//! // Every sample once, in the order of the shards; an image is one tile of 112 pixels, or 16 tokens.
+//! let spec = DataSpec { tokens_per_pack: 256, ..DataSpec::in_order(vec![captions], text, ImageSpec::square(112, 16)) };
+//!
+//! let mut loader = Loader::new(&spec, Arc::clone(&encoder), LoaderOptions::alone(2), None)?;
+//! let first = loader.next_pack()?.pack.expect("there are samples");
+//! assert!(first.ids.len() <= 256 && first.samples.len() == first.images.len());
+//!
+//! let position = loader.position();
+//! let second = loader.next_pack()?;
+//! let mut resumed = Loader::new(&spec, encoder, LoaderOptions::alone(1), Some(position))?;
+//! assert_eq!(resumed.next_pack()?, second);
+//! # Ok(())
+//! # }
+//! ```
 
 mod annotation;
 pub mod cli;

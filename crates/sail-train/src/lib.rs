@@ -26,6 +26,32 @@
 //! | what a machine lacks | [`doctor`] |
 //! | stages in a row | [`curriculum`] |
 //! | what stages take on machines that are not here | [`estimate`] |
+//!
+//! A step of a stage, as the train loop makes it (`examples/train_steps.rs` makes some, and looks at what the guard says):
+//!
+//! ```no_run
+//! use std::{path::Path, sync::Arc};
+//!
+//! use sail_train::config::{Config, load};
+//! use sail_train::session::Session;
+//! use sail_train::world::World;
+//!
+//! # fn main() -> Result<(), sail_train::Error> {
+//! let Config::Stage(plan) = load(Path::new("configs/tiny/stage1.yaml"), &["schedule.steps=5".into()])? else {
+//!     panic!("a stage, and no curriculum");
+//! };
+//! let mut session = Session::build(&plan, &Arc::new(World::alone()), None)?;
+//! while let Some(step) = session.next_step()?.filter(|_| !session.is_done()) {
+//!     let loss = session.accumulate(&step)?;
+//!     let verdict = session.agree(&loss, false, true)?;
+//!     let factors = session.factors(&step);
+//!     session.update(&step, &factors)?;
+//!     session.advance(&step)?;
+//!     println!("step {}: loss {}", session.step, verdict.loss);
+//! }
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod ada_lrs;
 pub mod batch;
