@@ -36,6 +36,11 @@ def place(section: str, fields: list[str]) -> int:
     return -1 if section.startswith("\n## A stage\n") else len(fields)
 
 
+def linked(text: str) -> str:
+    """Other pages that a comment names become links."""
+    return re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", text)
+
+
 def page() -> str:
     out, comment, inside = [], [], False
     for line in (line for source in SOURCES for line in source.read_text().splitlines()):
@@ -45,11 +50,11 @@ def page() -> str:
         elif STRUCT.match(line):
             title, _, rest = " ".join(comment).partition(". ")
             heading = title.rstrip(".")
-            body = rest if rest else ""
+            body = linked(rest)
             out.append(f"\n## {heading}\n" + (f"\n{body}\n" if body else "") + "\n| field | meaning |\n|---|---|")
             comment, inside = [], True
         elif inside and (field := FIELD.match(line)):
-            meaning = " ".join(comment).replace("|", "\\|")
+            meaning = linked(" ".join(comment).replace("|", "\\|"))
             out.append(f"| `{field[1]}` | {meaning} |")
             comment = []
         elif text.startswith(("#[", "//!")):

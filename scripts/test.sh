@@ -3,8 +3,8 @@
 # with transformers.
 #   ./scripts/test.sh              everything that is quick enough to run before each change
 #   ./scripts/test.sh --extended   also the long fault-injection loops, the C++ code under AddressSanitizer, all of the
-#                                  check of GPU machines, pages in headless Chromium, the archive of package.sh, and the
-#                                  larger corpus, for which 520 MB are downloaded once
+#                                  check of GPU machines, pages in headless Chromium, the archive of package.sh, the
+#                                  documentation as a book, and the larger corpus, for which 520 MB are downloaded once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,6 +31,9 @@ step cargo fmt --all --check
 step python3 scripts/build_configuration_docs.py --check
 # One profile throughout, so that libtorch's bindings are compiled once.
 step cargo build --release --workspace --bins
+# Links, commands and configurations of the documentation.
+step python3 scripts/check_docs.py
+step python3 tests/reference/test_check_docs.py
 step cargo clippy --release --workspace --all-targets -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --release --workspace --no-deps --quiet
 step .venv/bin/python scripts/fetch_demo_weights.py
@@ -59,6 +62,7 @@ if [ "$extended" = yes ]; then
   # The same inputs and seed give the same bytes.
   for out in once again; do step .venv/bin/python scripts/fetch_corpus.py --limit 100 --out "target/corpus-$out"; done
   step diff -r target/corpus-once target/corpus-again
+  step ./scripts/check_docs.sh
   step cargo test --release --workspace -- --ignored
 fi
 printf '\nall checks passed\n'
