@@ -5,6 +5,7 @@
 use std::env;
 use std::error::Error;
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use sail_data::{
@@ -12,8 +13,18 @@ use sail_data::{
     TextEncoder, TextSpec,
 };
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let [shards, tokenizer] = &env::args().skip(1).collect::<Vec<_>>()[..] else {
+fn main() -> ExitCode {
+    match run(&env::args().skip(1).collect::<Vec<_>>()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[String]) -> Result<(), Box<dyn Error>> {
+    let [shards, tokenizer] = args else {
         return Err("two arguments are needed\n\nhint: stream SHARDS TOKENIZER.json".into());
     };
     let [start, context, end] = ["<img>", "<IMG_CONTEXT>", "</img>"].map(str::to_owned);

@@ -5,6 +5,7 @@
 use std::env;
 use std::error::Error;
 use std::path::Path;
+use std::process::ExitCode;
 use std::rc::Rc;
 
 use sail_data::Preprocessor;
@@ -13,8 +14,18 @@ use sail_model::vision::{Vision, VisionConfig};
 use sail_model::weights::FileSource;
 use tch::{Device, Kind, Tensor, no_grad};
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let [folder, image] = &env::args().skip(1).collect::<Vec<_>>()[..] else {
+fn main() -> ExitCode {
+    match run(&env::args().skip(1).collect::<Vec<_>>()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[String]) -> Result<(), Box<dyn Error>> {
+    let [folder, image] = args else {
         return Err("two arguments are needed\n\nhint: embed_image VIT_FOLDER IMAGE".into());
     };
     let (folder, image) = (Path::new(folder), Path::new(image));
