@@ -84,6 +84,12 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
     ) -> *mut RawError;
 
+    pub(crate) fn sail_squared_norms(
+        tensors: *const *mut C_tensor,
+        n: usize,
+        out: *mut *mut C_tensor,
+    ) -> *mut RawError;
+
     pub(crate) fn sail_foreach_mul(
         tensors: *const *mut C_tensor,
         n: usize,

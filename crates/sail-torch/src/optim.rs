@@ -105,6 +105,23 @@ pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
+/// The squared 2-norm of each tensor, in one pass over all of them: a 1-dimensional fp64 tensor on their device, in their
+/// order.
+///
+/// # Errors
+/// [`Error::Argument`](crate::Error::Argument) for an empty list or tensors on several devices.
+pub fn squared_norms(tensors: &[Tensor]) -> Result<Tensor> {
+    const OP: &str = "squared_norms";
+    one_device(OP, tensors)?;
+    let list = pointers(tensors);
+    let mut out: *mut C_tensor = std::ptr::null_mut();
+    // SAFETY: `list` holds `tensors.len()` live tensors, and `out` is a valid place for one pointer.
+    let message = unsafe { ffi::sail_squared_norms(list.as_ptr(), list.len(), &raw mut out) };
+    outcome(OP, message)?;
+    // SAFETY: without a message `out` is a new tensor that nobody else owns.
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
 /// Multiplies every tensor in place by `factor`, a 0-dimensional tensor on their device.
 ///
 /// # Errors
@@ -187,13 +204,15 @@ mod tests {
         wrong.param = wrong.param.reshape([2, 2]).transpose(0, 1);
         let error = fused_adamw(&[wrong], options).unwrap_err().to_string();
         assert!(error.contains("contiguous"), "{error}");
-        assert!(global_norm(&[]).is_err());
+        assert!(global_norm(&[]).is_err() && squared_norms(&[]).is_err());
     }
 
     #[test]
     fn norm_and_scale_cover_all_tensors() {
         let tensors = [Tensor::from_slice(&[3f32, 0.0]), Tensor::from_slice(&[[0f32], [4.0]].concat())];
         assert!((global_norm(&tensors).unwrap().double_value(&[]) - 5.0).abs() < 1e-6);
+        let each = Vec::<f64>::try_from(squared_norms(&tensors).unwrap()).unwrap();
+        assert!((each[0] - 9.0).abs() < 1e-6 && (each[1] - 16.0).abs() < 1e-6, "{each:?}");
         foreach_mul(&tensors, &Tensor::from(0.5f32)).unwrap();
         assert!((global_norm(&tensors).unwrap().double_value(&[]) - 2.5).abs() < 1e-6);
     }
@@ -205,6 +224,10 @@ mod tests {
         let expected = table.to_kind(Kind::Double).norm().double_value(&[]);
         let found = global_norm(&[table.view([1 << 12, 1 << 12]), table.narrow(0, 0, 1)]).unwrap();
         assert!((found.double_value(&[]) / expected - 1.0).abs() < 1e-6, "{found} {expected}");
+        let each = squared_norms(&[table.narrow(0, 0, 2), table.view([1 << 12, 1 << 12])]).unwrap();
+        assert_eq!((each.size(), each.kind()), (vec![2], Kind::Double));
+        let found = each.double_value(&[1]).sqrt();
+        assert!((found / expected - 1.0).abs() < 1e-6, "{found} {expected}");
     }
 
     #[test]

@@ -375,29 +375,44 @@ impl Session {
         let CacheUse { hits, misses } = self.cache_use;
         let own = [
             loss,
-            &self.optimizer.squared_norm()?,
             &number(f64::from(stop))?,
             &number(f64::from(saved))?,
             &number(hits as f64)?,
             &number(misses as f64)?,
         ];
-        let sums = Tensor::stack(&own.map(|value| value.to_kind(Kind::Double)), 0);
+        let own = Tensor::stack(&own.map(|value| value.to_kind(Kind::Double)), 0);
+        let numbers = own.size()[0];
+        let sums = Tensor::cat(&[own, self.optimizer.squared_norms()?], 0);
         if let Some(group) = self.world.group() {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
         }
+        let squared = sums.narrow(0, numbers, sums.size()[0] - numbers).sum(Kind::Double);
         let in_optimizer = span("optimizer");
-        self.optimizer.clip(&sums.get(1).sqrt())?;
+        self.optimizer.clip(&squared.sqrt())?;
         drop(in_optimizer);
         self.clock.enter(Part::Other);
-        let read = Vec::<f64>::try_from(&sums)?;
+        let read = Vec::<f64>::try_from(Tensor::cat(&[sums, squared.unsqueeze(0)], 0))?;
         self.clock.settle()?;
+        let [loss, stop, saved, hits, misses, ref squared_norms @ .., squared] = read[..] else {
+            unreachable!("five numbers and the sum were put there");
+        };
         Ok(Verdict {
-            loss: read[0],
-            grad_norm: read[1].sqrt(),
-            stop: read[2] > 0.0,
-            saved: read[3] as usize == self.world.size(),
-            cache_use: CacheUse { hits: read[4] as u64, misses: read[5] as u64 },
+            loss,
+            grad_norm: squared.sqrt(),
+            grad_norms: squared_norms.iter().map(|squared| squared.sqrt()).collect(),
+            stop: stop > 0.0,
+            saved: saved as usize == self.world.size(),
+            cache_use: CacheUse { hits: hits as u64, misses: misses as u64 },
         })
+    }
+
+    /// The norms of the gradients of a step before clipping, of each trained parameter, by its module.
+    pub fn grad_norms(&self, verdict: &Verdict) -> BTreeMap<Module, Vec<f64>> {
+        let mut norms: BTreeMap<Module, Vec<f64>> = BTreeMap::new();
+        for (module, norm) in self.optimizer.modules().zip(&verdict.grad_norms) {
+            norms.entry(module).or_default().push(*norm);
+        }
+        norms
     }
 
     /// What is wrong with the step that the verdict is of, if anything. All ranks find the same.
@@ -452,6 +467,11 @@ impl Session {
         self.clock.enter(Part::Other);
         drop(in_optimizer);
         before.map_or(Ok(()), |before| before.check(self, step, factors))
+    }
+
+    /// Where its weights come from.
+    pub(crate) fn lineage(&self) -> &Lineage {
+        &self.lineage
     }
 
     /// What was measured of the weights as they are, if it was.
@@ -526,12 +546,14 @@ impl Session {
 }
 
 /// What all ranks decide by after a step's gradients.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Verdict {
     /// Mean loss of the step.
     pub loss: f64,
     /// Global norm of its gradients before clipping.
     pub grad_norm: f64,
+    /// The same of each trained parameter, in the optimizer's order.
+    pub grad_norms: Vec<f64>,
     /// Whether a rank was asked to stop.
     pub stop: bool,
     /// Whether all ranks have done their part of the save under way.

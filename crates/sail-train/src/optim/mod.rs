@@ -28,7 +28,7 @@ use self::reducer::{Reducer, Reduction, narrow};
 pub(crate) use self::reducer::{UNDER_WAY, UNDER_WAY_ELEMENTS};
 pub use self::state::{HeldBytes, StateKind, StatePiece};
 use crate::checkpoint::Updates;
-use crate::config::{OptimizerPlan, ParallelPlan};
+use crate::config::{Module, OptimizerPlan, ParallelPlan};
 use crate::error::Result;
 use crate::freeze::RatesByName;
 use crate::schedule::Factors;
@@ -46,6 +46,9 @@ pub struct Optimizer {
     plan: OptimizerPlan,
     precision: Kind,
     updates: Updates,
+    /// Which of all trained parameters this rank has a part of the gradient of, by their order in [`Optimizer::names`];
+    /// on the device.
+    own_params: Option<Tensor>,
 }
 
 impl Optimizer {
@@ -75,6 +78,7 @@ impl Optimizer {
             plan,
             precision,
             updates: Updates::default(),
+            own_params: None,
         };
         for trained in trained {
             optimizer.take_over(params, &Params::new(), trained)?;
@@ -107,7 +111,23 @@ impl Optimizer {
         }
         self.buckets.sort_by(|a, b| a.layout.cmp_forward(&b.layout));
         self.reducer.set_order(self.buckets.iter().rev().map(|bucket| bucket.id).collect());
+        self.own_params = self.find_own_params()?;
         Ok(())
+    }
+
+    /// None where nothing is trained.
+    fn find_own_params(&self) -> Result<Option<Tensor>> {
+        let Some(device) = self.buckets.first().map(|bucket| bucket.compute.device()) else {
+            return Ok(None);
+        };
+        let (rank, world) = self.reduction.place();
+        let mut own: Vec<i64> = Vec::new();
+        let mut first = 0;
+        for Bucket { layout, .. } in &self.buckets {
+            own.extend(layout.pieces(&layout.shard(rank, world)).map(|(index, _)| first + index as i64));
+            first += layout.entries.len() as i64;
+        }
+        Ok(Some(Tensor::f_from_slice(&own)?.f_to_device(device)?))
     }
 
     fn bucket(
@@ -195,17 +215,21 @@ impl Optimizer {
         self.reducer.end()
     }
 
-    /// Squared 2-norm of the summed gradients, of this rank's part of them: its sum over all ranks is that of
-    /// the whole. A 0-dimensional fp32 tensor.
-    pub fn squared_norm(&self) -> Result<Tensor> {
-        let mut parts = Vec::new();
-        let (rank, world) = self.reduction.place();
-        for bucket in &self.buckets {
-            let gradients = self.reducer.gradients(bucket.id)?;
-            let shard = bucket.layout.shard(rank, world);
-            parts.push(if self.reduction.is_sharded() { gradients } else { narrow(&gradients, &shard)? });
+    /// Squared 2-norms of the summed gradients of each trained parameter, of this rank's part of them: their sums over
+    /// all ranks are those of the whole. A 1-dimensional fp64 tensor in the order of [`Optimizer::names`], of the same
+    /// length on every rank.
+    ///
+    /// # Errors
+    /// Those of libtorch.
+    pub fn squared_norms(&self) -> Result<Tensor> {
+        let own = self.own_params.as_ref().expect("invariant: something is trained");
+        let all = Tensor::f_zeros([self.names().count() as i64], (Kind::Double, own.device()))?;
+        let parts: Vec<Tensor> = self.gradients()?.into_iter().map(|(_, _, values)| values).collect();
+        // A rank of many may have nothing of a few small parameters.
+        if parts.is_empty() {
+            return Ok(all);
         }
-        Ok(sail_torch::global_norm(&parts)?.square())
+        Ok(all.f_index_copy(0, own, &sail_torch::squared_norms(&parts)?)?)
     }
 
     /// Scales the summed gradients so that their norm, which is `norm` now, is at most `clip_norm`, where the
@@ -318,6 +342,11 @@ impl Optimizer {
     /// How often parameters were updated so far.
     pub fn updates(&self) -> &Updates {
         &self.updates
+    }
+
+    /// The modules of the trained parameters, in the order of their names.
+    pub fn modules(&self) -> impl Iterator<Item = Module> {
+        self.buckets.iter().flat_map(|bucket| bucket.layout.entries.iter().map(|_| bucket.layout.module()))
     }
 
     /// Names of the trained parameters, in the order of the buckets.
