@@ -65,7 +65,12 @@ pub fn origin(source: &ModelSource, folder: &Path) -> Result<Value> {
 /// What exports say of a checkpoint's model: `{ "weights": { MODULE: ORIGIN }, "stages": [..] }`, the oldest stage first,
 /// the checkpoint itself the last one; without folders of this machine.
 pub fn of_checkpoint(checkpoint: &Checkpoint) -> Value {
-    let Lineage { weights, stages } = checkpoint.lineage();
+    told(&checkpoint.lineage())
+}
+
+/// The same of any weights.
+pub(crate) fn told(lineage: &Lineage) -> Value {
+    let Lineage { weights, stages } = lineage;
     json!({ "weights": weights, "stages": stages.iter().map(stage).collect::<Vec<Value>>() })
 }
 

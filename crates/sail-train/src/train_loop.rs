@@ -15,7 +15,7 @@ use crate::checkpoint::{Checkpoint, Saver, Totals};
 use crate::config::{GuardAction, Module, Plan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
-use crate::events::{Console, Events, Phases, StepReport};
+use crate::events::{About, Console, Ending, Events, Phases, StepReport};
 use crate::export;
 use crate::freeze::FreezeTable;
 use crate::guard::Trip;
@@ -107,7 +107,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
             None => Ok(()),
         }
     })?;
-    let mut events = Events::open(options.console.clone(), plan, &session.standing(), world.is_main())?;
+    let mut events = open_events(&session, options)?;
     session.remember(world.from_main(|| events.held_out())?);
     let mut saver = saver_for(&session, resume.as_deref())?.with_lock(lock);
     announce(&session, &events, resume.as_deref());
@@ -124,6 +124,18 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
         Some(step) => Ok(Outcome::Interrupted { step }),
         None => finish(&mut session, &saver, &mut events).map(|summary| Outcome::Finished(Box::new(summary))),
     }
+}
+
+/// Where what happens is told. A fault of the main rank there is one of all.
+fn open_events(session: &Session, options: &RunOptions) -> Result<Events> {
+    let about = About { plan: &session.plan, table: session.freeze.table(), lineage: session.lineage() };
+    let open = |writes| Events::open(options.console.clone(), about, &session.standing(), writes);
+    let mut opened = None;
+    session.world.from_main(|| {
+        opened = Some(open(true)?);
+        Ok(())
+    })?;
+    opened.map_or_else(|| open(false), Ok)
 }
 
 /// Makes the steps that are left; where the run was asked to stop, the step after which it did. All are saved.
@@ -353,7 +365,7 @@ fn save_and_stop(saver: &mut Saver, session: &Session, events: &mut Events) -> R
 }
 
 fn stopped(session: &Session, step: u64, events: &mut Events, asked: Option<&Reason>) {
-    events.close();
+    events.close(Ending::Stopped);
     let reason = asked.map_or("another rank was asked to".to_owned(), ToString::to_string);
     let name = &session.plan.run.name;
     events
@@ -396,7 +408,7 @@ fn tripped(
                 saver.save_last(session.step, |old| session.give_back(session.snapshot(old)?))?;
             }
             events.saves(&saver.made());
-            events.close();
+            events.close(Ending::Failed);
             let samples = session.world.gather(&step.samples())?.concat().join(" ");
             Err(Error::Tripped { what, samples, replay })
         }
@@ -428,10 +440,12 @@ fn report(
     started: Instant,
 ) -> Result<StepReport> {
     let step_secs = started.elapsed().as_secs_f64();
+    let shows_norms = is_due(Some(session.plan.log.every), session.step);
     Ok(StepReport {
         step: session.step,
         loss: verdict.loss,
         grad_norm: verdict.grad_norm,
+        grad_norms: if shows_norms { session.grad_norms(verdict) } else { BTreeMap::new() },
         lr_factor: factors.all,
         lr: session.freeze.lrs(factors),
         size: step.all.size,
@@ -537,7 +551,7 @@ fn finish(session: &mut Session, saver: &Saver, events: &mut Events) -> Result<S
         write_summary(&plan.run.dir.join(SUMMARY), &summary)?;
         Ok(summary)
     })?;
-    events.close();
+    events.close(Ending::Finished);
     Ok(summary)
 }
 

@@ -21,7 +21,7 @@ fn images(dir: &Path) -> Vec<String> {
     images
 }
 
-fn python(script: &str, args: &[&str]) {
+pub(crate) fn python(script: &str, args: &[&str]) {
     let output = Command::new(root().join(".venv/bin/python"))
         .arg(root().join(script))
         .args(args)

@@ -18,11 +18,11 @@ const SAMPLES: usize = 120;
 /// Steps of a run.
 const STEPS: u64 = 18;
 /// A sample that is not like the others, and its step.
-const GARBAGE: (usize, u64) = (24, 13);
+pub(crate) const GARBAGE: (usize, u64) = (24, 13);
 
 /// A training of the language model on text whose samples say the same, but for those in `garbage`. A pack holds one
 /// sample and a step two packs, each of its own stream: sample n is in step n / 2 + 1.
-fn job(garbage: &[usize], sets: &[&str]) -> Job {
+pub(crate) fn job(garbage: &[usize], sets: &[&str]) -> Job {
     let mut job = Job::new(&[
         "train={vision: frozen, projector: frozen, llm: {lr: 5e-4}}",
         "batch={tokens_per_pack: 50, packs_per_step: 2}",

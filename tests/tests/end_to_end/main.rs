@@ -14,6 +14,7 @@ mod guards;
 mod help;
 mod hub;
 mod launch;
+mod metrics;
 mod mistakes;
 mod networks;
 mod parallel;

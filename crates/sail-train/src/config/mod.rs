@@ -47,14 +47,14 @@ pub(crate) use identity::hex;
 pub use path::{FieldPath, Step};
 pub use plan::{
     AdaLrsPlan, BatchPlan, CheckpointPlan, EarlyStopPlan, EmaPlan, EvalPlan, ExportPlan, GuardPlan, InitPlan,
-    LlmPlan, LogPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RecomputePlan, RulePlan, RunPlan,
-    SchedulePlan, TrainPlan, UnlockPlan, VisionPlan, WatchdogPlan,
+    LlmPlan, LogPlan, MlflowPlan, ModelPlan, OptimizerPlan, ParallelPlan, Plan, RecomputePlan, RulePlan,
+    RunPlan, SchedulePlan, TrainPlan, UnlockPlan, VisionPlan, WatchdogPlan,
 };
 pub use plan_data::{AnyResolutionPlan, DataPlan, FeatureCachePlan, VisualShape};
 pub use schema::schema;
 pub use select::Selector;
 pub use values::{
-    Amount, DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, Progress, Rates,
+    Amount, DeviceChoice, GuardAction, Listen, ModelSource, Module, ModulePlan, Precision, Progress, Rates,
     Recompute, ReduceDtype, ScheduleKind, Strategy, VisualBalance,
 };
 

@@ -16,7 +16,7 @@ use sail_model::vision::VitLayout;
 use super::plan_data::DataPlan;
 use super::select::Selector;
 use super::values::{
-    Amount, DeviceChoice, GuardAction, ModelSource, Module, ModulePlan, Precision, Rates, Recompute,
+    Amount, DeviceChoice, GuardAction, Listen, ModelSource, Module, ModulePlan, Precision, Rates, Recompute,
     ReduceDtype, ScheduleKind, Strategy, amount_as_text,
 };
 
@@ -415,7 +415,7 @@ impl GuardPlan {
     }
 }
 
-/// When a step is reported.
+/// When a step is reported, and where to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LogPlan {
     /// Steps between reports, at least 1.
@@ -425,6 +425,35 @@ pub struct LogPlan {
     /// What a device computes at most, TFLOP/s, where that is said and not looked up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_tflops: Option<f64>,
+    /// Whether there is an event file of TensorBoard.
+    #[serde(default = "LogPlan::by_default")]
+    pub tensorboard: bool,
+    /// Where Prometheus finds the figures, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prometheus: Option<Listen>,
+    /// The MLflow server, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mlflow: Option<MlflowPlan>,
+}
+
+impl LogPlan {
+    /// `tensorboard` where a plan is older than that.
+    fn by_default() -> bool {
+        true
+    }
+}
+
+/// An MLflow server that keeps the run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MlflowPlan {
+    /// Without a slash at its end.
+    pub url: String,
+    /// Name of the experiment, not empty.
+    pub experiment: String,
+    /// How long the run may wait for the server at its end, seconds.
+    pub flush_secs: u64,
+    /// Whether the exported encoder goes there.
+    pub model: bool,
 }
 
 /// When a process says what it is in, and when it ends because nothing goes on.

@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::raw_data::{RawData, RawSource};
 use super::raw_train::{RawOptimizer, RawSchedule, RawTrain};
 use super::schema::{words, words_or_null};
-use super::values::{DeviceChoice, GuardAction, Precision, Recompute, ReduceDtype, Strategy};
+use super::values::{DeviceChoice, GuardAction, Listen, Precision, Recompute, ReduceDtype, Strategy};
 
 /// A stage. Besides these fields a file may say `extends: FILE` (relative to itself): that file's values come first,
 /// mappings are merged key by key, everything else is replaced.
@@ -310,7 +310,7 @@ impl Default for RawGuard {
     }
 }
 
-/// `log`
+/// `log`. Where the figures of a run go besides `metrics.jsonl`: docs/metrics.md.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawLog {
@@ -322,11 +322,47 @@ pub(super) struct RawLog {
     /// What a device computes at most in the run's type, without sparsity, TFLOP/s: what model FLOPs utilisation (`mfu`,
     /// docs/profiling.md) is measured against. Default: that of its maker, for GPUs that are known; else there is no `mfu`.
     pub(super) peak_tflops: Option<f64>,
+    /// Whether an event file of TensorBoard is kept in `tensorboard/` of the run's folder. Default: true.
+    pub(super) tensorboard: bool,
+    /// Where Prometheus finds the figures while the run goes on: `ADDRESS:PORT`, or a port of this machine alone
+    /// (127.0.0.1). Rank 0 answers. Default: nowhere.
+    #[schemars(with = "Option<String>")]
+    pub(super) prometheus: Option<Listen>,
+    /// An MLflow server that keeps the run as well. Default: none.
+    pub(super) mlflow: Option<RawMlflow>,
 }
 
 impl Default for RawLog {
     fn default() -> Self {
-        Self { every: 10, line_secs: 60, peak_tflops: None }
+        Self {
+            every: 10,
+            line_secs: 60,
+            peak_tflops: None,
+            tensorboard: true,
+            prometheus: None,
+            mlflow: None,
+        }
+    }
+}
+
+/// `log.mlflow`. Who the run is to the server say the variables `MLFLOW_TRACKING_TOKEN`, or `MLFLOW_TRACKING_USERNAME` and
+/// `MLFLOW_TRACKING_PASSWORD`. A server that is slow or gone delays no step.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct RawMlflow {
+    /// The server: `http://HOST:PORT` or `https://HOST`, with its path where it has one. Required.
+    pub(super) url: Option<String>,
+    /// The experiment, which is made where there is none of this name. Default: `sail`.
+    pub(super) experiment: String,
+    /// How long the run may wait for the server at its end, seconds; what is not sent by then is told. Default: 60.
+    pub(super) flush_secs: u64,
+    /// Whether the exported encoder goes to the server as well. Default: true.
+    pub(super) model: bool,
+}
+
+impl Default for RawMlflow {
+    fn default() -> Self {
+        Self { url: None, experiment: "sail".to_owned(), flush_secs: 60, model: true }
     }
 }
 

@@ -15,11 +15,11 @@ use super::de;
 use super::error::{ConfigError, Problem};
 use super::path::FieldPath;
 use super::plan::{
-    BatchPlan, CheckpointPlan, EarlyStopPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, ModelPlan,
-    ParallelPlan, Plan, RecomputePlan, RunPlan, VisionPlan, WatchdogPlan,
+    BatchPlan, CheckpointPlan, EarlyStopPlan, ExportPlan, GuardPlan, InitPlan, LlmPlan, LogPlan, MlflowPlan,
+    ModelPlan, ParallelPlan, Plan, RecomputePlan, RunPlan, VisionPlan, WatchdogPlan,
 };
 use super::raw::{
-    RawBatch, RawCheckpoint, RawExport, RawGuard, RawInit, RawLlm, RawLog, RawModel, RawParallel,
+    RawBatch, RawCheckpoint, RawExport, RawGuard, RawInit, RawLlm, RawLog, RawMlflow, RawModel, RawParallel,
     RawProjector, RawRecompute, RawRun, RawRunSection, RawVision, RawWatchdog,
 };
 use super::tree::Node;
@@ -55,7 +55,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
     let parallel = parallel(checker, &raw.parallel);
     let checkpoint = checkpoint(checker, &raw.checkpoint);
     let guard = guard(checker, &raw.guard);
-    let log = log(checker, &raw.log);
+    let log = log(checker, raw.log);
     let watchdog = watchdog(checker, &raw.watchdog);
     let eval = raw.eval.map(|eval| resolve_data::eval(checker, eval));
     let export = raw.export.map(|export| self::export(checker, &export));
@@ -72,7 +72,7 @@ fn sections(checker: &mut Checker<'_>, raw: RawRun) -> Option<Plan> {
         parallel,
         checkpoint,
         guard,
-        log,
+        log: log?,
         watchdog,
         eval: wanted(eval)?,
         export: wanted(export)?,
@@ -336,13 +336,43 @@ fn guard(checker: &mut Checker<'_>, raw: &RawGuard) -> GuardPlan {
     GuardPlan { not_finite, spike, spike_z, window, max_trips, self_check }
 }
 
-fn log(checker: &mut Checker<'_>, raw: &RawLog) -> LogPlan {
-    checker.expect(raw.every >= 1, "log.every", "must be at least 1", raw.every);
-    checker.expect(raw.line_secs >= 1, "log.line_secs", "must be at least 1", raw.line_secs);
-    if let Some(peak) = raw.peak_tflops {
+fn log(checker: &mut Checker<'_>, raw: RawLog) -> Option<LogPlan> {
+    let RawLog { every, line_secs, peak_tflops, tensorboard, prometheus, mlflow } = raw;
+    checker.expect(every >= 1, "log.every", "must be at least 1", every);
+    checker.expect(line_secs >= 1, "log.line_secs", "must be at least 1", line_secs);
+    if let Some(peak) = peak_tflops {
         checker.expect((1e-3..=1e9).contains(&peak), "log.peak_tflops", "must be from 0.001 to 1e9", peak);
     }
-    LogPlan { every: raw.every, line_secs: raw.line_secs, peak_tflops: raw.peak_tflops }
+    let mlflow = wanted(mlflow.map(|mlflow| self::mlflow(checker, mlflow)));
+    Some(LogPlan { every, line_secs, peak_tflops, tensorboard, prometheus, mlflow: mlflow? })
+}
+
+fn mlflow(checker: &mut Checker<'_>, raw: RawMlflow) -> Option<MlflowPlan> {
+    let RawMlflow { url, experiment, flush_secs, model } = raw;
+    let url = checker.required("log.mlflow.url", url)?;
+    if !["http://", "https://"].iter().any(|scheme| url.len() > scheme.len() && url.starts_with(scheme)) {
+        checker.invalid_with_hint(
+            "log.mlflow.url",
+            format!("is no web address, found `{url}`"),
+            "an MLflow server is needed, like `http://127.0.0.1:5000`; `mlflow server` starts one",
+        );
+    } else if url.contains('@') {
+        checker.invalid_with_hint(
+            "log.mlflow.url",
+            "must not hold a user or a password, which would be written to the run's folder",
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
+        );
+    }
+    let is_name = !experiment.trim().is_empty() && experiment.len() <= 500;
+    checker.expect(
+        is_name,
+        "log.mlflow.experiment",
+        "must have from 1 to 500 letters",
+        format!("`{experiment}`"),
+    );
+    let must = "must be from 1 to 604800, a week";
+    checker.expect((1..=604_800).contains(&flush_secs), "log.mlflow.flush_secs", must, flush_secs);
+    Some(MlflowPlan { url: url.trim_end_matches('/').to_owned(), experiment, flush_secs, model })
 }
 
 fn watchdog(checker: &mut Checker<'_>, raw: &RawWatchdog) -> WatchdogPlan {

@@ -4,6 +4,7 @@
 //! Nothing here knows a default.
 
 use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
 use sail_model::weights::ModelRef;
@@ -101,6 +102,40 @@ impl TryFrom<String> for DeviceChoice {
 impl From<DeviceChoice> for String {
     fn from(device: DeviceChoice) -> Self {
         device.to_string()
+    }
+}
+
+/// Where a server listens: `ADDRESS:PORT`, or a port of this machine alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Listen(pub SocketAddr);
+
+impl<'de> Deserialize<'de> for Listen {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Words;
+
+        impl Visitor<'_> for Words {
+            type Value = Listen;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an address and a port like `127.0.0.1:9464`, or a port like `9464`")
+            }
+
+            fn visit_u64<E: Error>(self, port: u64) -> Result<Listen, E> {
+                let known = u16::try_from(port).ok().filter(|port| *port > 0);
+                let port = known.ok_or_else(|| E::invalid_value(Unexpected::Unsigned(port), &self))?;
+                Ok(Listen((Ipv4Addr::LOCALHOST, port).into()))
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<Listen, E> {
+                let on_this_machine = || text.parse().ok().map(|port| (Ipv4Addr::LOCALHOST, port).into());
+                let address: Option<SocketAddr> = text.parse().ok().or_else(on_this_machine);
+                let address = address.filter(|address| address.port() > 0);
+                address.map(Listen).ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
+            }
+        }
+
+        deserializer.deserialize_any(Words)
     }
 }
 

@@ -1,15 +1,23 @@
-//! What a run tells: a progress bar on a terminal, plain lines elsewhere, `metrics.jsonl` always.
+//! What a run tells: a progress bar on a terminal, plain lines elsewhere, `metrics.jsonl` always, and the figures of that to
+//! TensorBoard, Prometheus and MLflow where the plan says so.
 //!
 //! The only place that prints while training. `metrics.jsonl` has one object a line with a `kind`
-//! of `train`, `eval` or `checkpoint`; after a resume it holds the line of each training step once.
+//! of `train`, `eval` or `checkpoint`; after a resume it holds the line of each training step once. The other places are
+//! [`record::Sink`]s: each is told of a record after it is in `metrics.jsonl`, and of going back after that has.
 
+mod appender;
 mod console;
 mod lines;
+mod mlflow;
 mod phases;
+mod prometheus;
+mod record;
+mod tensorboard;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use sail_data::Tally;
 use serde::{Deserialize, Serialize};
@@ -20,7 +28,12 @@ pub use self::console::Console;
 pub(crate) use self::console::SAID;
 use self::console::Shown;
 use self::lines::{Lines, is_at_most};
+use self::mlflow::Mlflow;
 pub(crate) use self::phases::Phases;
+use self::prometheus::Prometheus;
+pub use self::record::Ending;
+use self::record::{Record, Sink};
+use self::tensorboard::TensorBoard;
 use crate::ada_lrs::{Finding, Trial};
 use crate::checkpoint::{Save, Totals};
 use crate::clock::Parts;
@@ -28,7 +41,8 @@ use crate::config::{Module, Plan, Progress, UnlockPlan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
 use crate::feature_cache::CacheUse;
-use crate::freeze::RatesByName;
+use crate::freeze::{FreezeTable, RatesByName};
+use crate::lineage::{self, Lineage};
 use crate::step::Packing;
 
 /// One line of JSON for each step, evaluation, unlock point, trial and checkpoint.
@@ -44,6 +58,8 @@ pub struct StepReport {
     pub loss: f64,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
+    /// The same of every trained parameter, by module, where the step is reported.
+    pub grad_norms: BTreeMap<Module, Vec<f64>>,
     /// The schedule's factor on all peak rates.
     pub lr_factor: f64,
     /// The learning rate of each part of the plan that is trained.
@@ -115,25 +131,31 @@ pub struct Events {
     plan: Plan,
     /// How the images of all steps of this process were come by, where features are kept.
     cache_use: Option<CacheUse>,
-    /// Lines of steps that may yet be undone, while a trial runs.
-    trial: Option<Vec<Value>>,
+    /// What was recorded of steps that may yet be undone, while a trial runs.
+    trial: Option<Vec<Record>>,
+}
+
+/// What a run is, for those that are told of it.
+#[derive(Clone, Copy, Debug)]
+pub struct About<'a> {
+    /// What is run.
+    pub plan: &'a Plan,
+    /// What it trains and freezes.
+    pub table: &'a FreezeTable,
+    /// Where its weights come from.
+    pub lineage: &'a Lineage,
 }
 
 impl Events {
     /// Opens `metrics.jsonl`: anew for a run that starts, without what was written after `step` for
-    /// one that resumes there; and `trips.jsonl` without what was written later. `writes` says whether this rank is
-    /// the one that does.
-    pub fn open(console: Console, plan: &Plan, standing: &Standing, writes: bool) -> Result<Self> {
-        let open = || {
-            let [metrics, trips] = [METRICS, TRIPS].map(|name| plan.run.dir.join(name));
-            if standing.progress.steps == 0 {
-                File::create(&metrics).map_err(Error::io(&metrics))?;
-            }
-            // A step that the run has left by going back is no later one.
-            let trips = Lines::open(trips, |line| is_at_most(line, "judged", standing.judged))?;
-            Ok::<_, Error>(Files { metrics: Lines::open(metrics, |line| standing.knows(line))?, trips })
-        };
-        let files = writes.then(open).transpose()?;
+    /// one that resumes there; and `trips.jsonl` without what was written later; and what else the plan wants to be told.
+    /// `writes` says whether this rank is the one that does.
+    ///
+    /// # Errors
+    /// For a file that cannot be written, and a place where it cannot be listened.
+    pub fn open(console: Console, about: About<'_>, standing: &Standing, writes: bool) -> Result<Self> {
+        let plan = about.plan;
+        let files = writes.then(|| Files::open(about, standing)).transpose()?;
         let shown = Shown::new(console, plan, standing.progress);
         Ok(Self { shown, files, plan: plan.clone(), cache_use: None, trial: None })
     }
@@ -157,25 +179,26 @@ impl Events {
         if let Some(cache_use) = report.feature_cache {
             self.cache_use.get_or_insert_default().add(cache_use);
         }
+        let record = Record { grad_norms: report.grad_norms.clone(), ..timed(line) };
         match &mut self.trial {
-            Some(lines) => lines.push(line),
-            None => self.write(&line),
+            Some(records) => records.push(record),
+            None => self.write(&record),
         }
         self.shown.step(report);
     }
 
     /// Records and shows an evaluation.
     pub fn evaluation(&mut self, step: u64, report: &EvalReport) {
-        self.write(&json!({"kind": "eval", "step": step, "report": report}));
+        self.write(&timed(json!({"kind": "eval", "step": step, "report": report})));
         self.note(format!("\n{} after step {step}\n{report}", self.plan.run.name));
     }
 
     /// Records and tells that the parts of an unlock point are trained after `step`.
     pub fn unlocked(&mut self, step: u64, point: usize, unlock: &UnlockPlan, freed: &RatesByName) {
         let parts: Vec<String> = unlock.parts.iter().map(ToString::to_string).collect();
-        self.write(
-            &json!({"kind": "unlock", "step": step, "point": point, "parts": parts, "tensors": freed.len()}),
-        );
+        let line =
+            json!({"kind": "unlock", "step": step, "point": point, "parts": parts, "tensors": freed.len()});
+        self.write(&timed(line));
         let (name, parts, tensors) = (&self.plan.run.name, parts.join(", "), freed.len());
         self.note(format!("{name}: after step {step} {parts} is trained as well, {tensors} tensors"));
     }
@@ -190,8 +213,8 @@ impl Events {
     pub fn keep_trial(&mut self, start: Progress) {
         let at = self.shown.at;
         self.back_to(start);
-        for line in self.trial.take().unwrap_or_default() {
-            self.write(&line);
+        for record in self.trial.take().unwrap_or_default() {
+            self.write(&record);
         }
         self.shown.at = at;
     }
@@ -205,7 +228,7 @@ impl Events {
     /// Records and tells what a trial of another learning rate has led to. `window` is the steps before and after it.
     pub fn trial(&mut self, window: (u64, u64), trial: &Trial) {
         let (from, step) = window;
-        self.write(&json!({"kind": "ada_lrs", "step": step, "from": from, "trial": trial}));
+        self.write(&timed(json!({"kind": "ada_lrs", "step": step, "from": from, "trial": trial})));
         let Trial { trial, scale_before, scale_tried, gain, verdict, scale } = trial;
         let found = match verdict {
             Finding::Keep => "is kept",
@@ -225,16 +248,16 @@ impl Events {
     pub fn saves(&mut self, made: &[Save]) {
         for Save { step, blocked, took, bytes } in made {
             let (blocked, took) = (blocked.as_secs_f64(), took.as_secs_f64());
-            self.write(&json!({
+            self.write(&timed(json!({
                 "kind": "checkpoint", "step": step, "blocked_secs": blocked, "secs": took, "bytes": bytes,
-            }));
+            })));
         }
     }
 
     /// The held-out losses of the run so far, by step; none on ranks that do not write.
     pub fn held_out(&self) -> Result<BTreeMap<u64, f64>> {
         let Some(Files { metrics, .. }) = &self.files else { return Ok(BTreeMap::new()) };
-        let text = fs::read_to_string(&metrics.path).map_err(Error::io(&metrics.path))?;
+        let text = fs::read_to_string(metrics.path()).map_err(Error::io(metrics.path()))?;
         let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let evaluations = lines.filter(|line| line["kind"] == "eval");
         let loss = |line: Value| Some((line["step"].as_u64()?, line["report"]["total"]["loss"].as_f64()?));
@@ -246,7 +269,7 @@ impl Events {
     pub fn history(&mut self, steps: u64) -> Result<(Option<f64>, Option<EvalReport>)> {
         let Some(Files { metrics, .. }) = &mut self.files else { return Ok((None, None)) };
         metrics.catch_up()?;
-        let path = &metrics.path;
+        let path = metrics.path();
         let text = fs::read_to_string(path).map_err(Error::io(path))?;
         let from = steps - steps.div_ceil(10);
         let (mut losses, mut before) = (Vec::new(), None);
@@ -277,10 +300,13 @@ impl Events {
     /// Forgets the steps after `step`, to which the run was put back.
     pub fn back_to(&mut self, to: Progress) {
         let step = to.steps;
-        if let Some(Files { metrics, .. }) = &mut self.files
-            && let Err(error) = metrics.keep_if(|line| is_at_most(line, "step", step))
-        {
-            warn!("{error}; the steps after {step} stay in it beside those that are made instead");
+        if let Some(Files { metrics, sinks, .. }) = &mut self.files {
+            if let Err(error) = metrics.keep_if(|line| is_at_most(line, "step", step)) {
+                warn!("{error}; the steps after {step} stay in it beside those that are made instead");
+            }
+            for sink in sinks {
+                sink.back_to(step);
+            }
         }
         self.shown.back_to(to);
     }
@@ -294,31 +320,74 @@ impl Events {
         }
     }
 
-    /// Removes the bar, and tells what a cache was good for. What could not be written until now is not written any more.
-    pub fn close(&mut self) {
+    /// Removes the bar, and tells what a cache was good for. What could not be written until now is not written any more;
+    /// a server is waited for as long as the plan says.
+    pub fn close(&mut self, ending: Ending) {
         self.shown.close();
         if let Some(cache_use) = self.cache_use.take() {
             self.note(format!("{}: {cache_use}", self.plan.run.name));
         }
-        let files = self.files.iter_mut().flat_map(|files| [&mut files.metrics, &mut files.trips]);
-        for lines in files {
+        let Some(Files { metrics, trips, sinks }) = &mut self.files else { return };
+        for lines in [metrics, trips] {
             if let Err(error) = lines.catch_up() {
                 warn!("{error}; its last lines are lost");
             }
         }
+        for mut sink in sinks.drain(..) {
+            sink.close(ending);
+        }
     }
 
-    fn write(&mut self, line: &Value) {
-        if let Some(files) = &mut self.files {
-            files.metrics.write(line);
+    fn write(&mut self, record: &Record) {
+        if let Some(Files { metrics, sinks, .. }) = &mut self.files {
+            metrics.write(&record.line);
+            for sink in sinks {
+                sink.record(record);
+            }
         }
     }
 }
 
-/// What a run writes lines to.
+/// What a run writes to.
 struct Files {
     metrics: Lines,
     trips: Lines,
+    sinks: Vec<Box<dyn Sink>>,
+}
+
+impl Files {
+    fn open(about: About<'_>, standing: &Standing) -> Result<Self> {
+        let About { plan, table, lineage } = about;
+        let (dir, step) = (&plan.run.dir, standing.progress.steps);
+        let [metrics, trips] = [METRICS, TRIPS].map(|name| dir.join(name));
+        if step == 0 {
+            File::create(&metrics).map_err(Error::io(&metrics))?;
+            tensorboard::remove(dir)?;
+        }
+        // A step that the run has left by going back is no later one.
+        let trips = Lines::open(trips, |line| is_at_most(line, "judged", standing.judged))?;
+        let metrics = Lines::open(metrics, |line| standing.knows(line))?;
+        let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
+        if let Some(listen) = plan.log.prometheus {
+            sinks.push(Box::new(Prometheus::start(listen, &plan.run.name, lineage.stages.len() + 1)?));
+        }
+        if plan.log.tensorboard {
+            let texts = tensorboard::texts(plan, table);
+            sinks.push(Box::new(TensorBoard::open(dir, step, &texts)?));
+        }
+        if let Some(mlflow) = &plan.log.mlflow {
+            sinks.push(Box::new(Mlflow::start(plan, mlflow, step, &lineage::told(lineage))?));
+        }
+        Ok(Self { metrics, trips, sinks })
+    }
+}
+
+/// A line with the time when it was written, seconds since 1970.
+fn timed(mut line: Value) -> Record {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    // As precise as it is worth.
+    line["time"] = json!(since.as_millis() as f64 / 1e3);
+    line.into()
 }
 
 /// The records in a run's `trips.jsonl`, newest first.

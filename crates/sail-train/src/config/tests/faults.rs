@@ -281,6 +281,38 @@ fn overrides() {
 }
 
 #[test]
+fn places_that_figures_cannot_go_to() {
+    let log = "log: { prometheus: nowhere, mlflow: { url: \"ftp://x\", experiment: \"\", flush_secs: 0 } }";
+    insta::assert_snapshot!(faults(&[("{ steps: 60 }", &format!("{{ steps: 60 }}\n{log}"))]), @r"
+    error: `log.prometheus`: expected an address and a port like `127.0.0.1:9464`, or a port like `9464`, found the text `nowhere`
+      --> stage.yaml:10
+
+    error: `log.mlflow.url`: is no web address, found `ftp://x`
+      --> stage.yaml:10
+      hint: an MLflow server is needed, like `http://127.0.0.1:5000`; `mlflow server` starts one
+
+    error: `log.mlflow.experiment`: must have from 1 to 500 letters, found ``
+      --> stage.yaml:10
+
+    error: `log.mlflow.flush_secs`: must be from 1 to 604800, a week, found 0
+      --> stage.yaml:10
+    ");
+    let log = "log: { prometheus: 70000, mlflow: { url: \"http://me:secret@x\" } }";
+    insta::assert_snapshot!(faults(&[("{ steps: 60 }", &format!("{{ steps: 60 }}\n{log}"))]), @r"
+    error: `log.prometheus`: expected an address and a port like `127.0.0.1:9464`, or a port like `9464`, found the number `70000`
+      --> stage.yaml:10
+
+    error: `log.mlflow.url`: must not hold a user or a password, which would be written to the run's folder
+      --> stage.yaml:10
+      hint: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead
+    ");
+    insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60 }\nlog: { mlflow: {} }")]), @r"
+    error: `log.mlflow.url`: missing
+      --> stage.yaml:10
+    ");
+}
+
+#[test]
 fn extends() {
     let missing = faults_of(&[("stage.yaml", &format!("extends: base.yaml\n{STAGE}"))], &[]);
     insta::assert_snapshot!(missing, @r"

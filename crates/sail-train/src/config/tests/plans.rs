@@ -6,8 +6,8 @@ use sail_model::projector::{ProjectorConfig, ProjectorKind};
 use sail_model::weights::ModelRef;
 
 use super::super::{
-    Amount, Config, CurriculumPlan, EarlyStopPlan, ModelSource, Module, ModulePlan, Plan, Rates, VisualShape,
-    load,
+    Amount, Config, CurriculumPlan, EarlyStopPlan, Listen, ModelSource, Module, ModulePlan, Plan, Rates,
+    VisualShape, load,
 };
 use super::{STAGE, edited, load_files, plan};
 
@@ -280,4 +280,25 @@ fn a_stage_ends_early_once_nothing_lower_is_measured() {
     assert!(!reached(2, 0.0, &[5.0, 5.1, 4.9, 5.0]) && reached(2, 0.0, &[5.0, 5.1, 4.9, 4.9, 5.0]));
     // A slow fall that adds up to the difference counts once it has.
     assert!(!reached(2, 0.1, &[5.0, 4.95, 4.89, 4.85]) && reached(2, 0.1, &[5.0, 4.95, 4.91]));
+}
+
+#[test]
+fn figures_go_to_tensorboard_and_where_else_they_are_wanted() {
+    let log =
+        |log: &str| plan(&STAGE.replace("{ steps: 60 }", &format!("{{ steps: 60 }}\nlog: {log}")), &[]).log;
+    let usual = log("{}");
+    assert!(usual.tensorboard && usual.prometheus.is_none() && usual.mlflow.is_none());
+    // A port alone is one of this machine.
+    for (text, expected) in [
+        ("9464", "127.0.0.1:9464"),
+        ("\"9464\"", "127.0.0.1:9464"),
+        ("\"0.0.0.0:80\"", "0.0.0.0:80"),
+        ("\"[::1]:80\"", "[::1]:80"),
+    ] {
+        let Listen(address) = log(&format!("{{ prometheus: {text} }}")).prometheus.unwrap();
+        assert_eq!(address.to_string(), expected);
+    }
+    let mlflow = log("{ mlflow: { url: \"http://x:5000/path/\" } }").mlflow.unwrap();
+    assert_eq!((mlflow.url.as_str(), mlflow.experiment.as_str()), ("http://x:5000/path", "sail"));
+    assert_eq!((mlflow.flush_secs, mlflow.model), (60, true));
 }
