@@ -421,6 +421,7 @@ pub struct LogPlan {
     /// Steps between reports, at least 1.
     pub every: u64,
     /// The longest time between two plain lines, at least 1.
+    #[serde(default = "LogPlan::usual_line_secs")]
     pub line_secs: u64,
     /// What a device computes at most, TFLOP/s, where that is said and not looked up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -437,6 +438,11 @@ pub struct LogPlan {
 }
 
 impl LogPlan {
+    /// `line_secs` where a plan is older than that.
+    fn usual_line_secs() -> u64 {
+        60
+    }
+
     /// `tensorboard` where a plan is older than that.
     fn by_default() -> bool {
         true

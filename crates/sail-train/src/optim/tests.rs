@@ -564,8 +564,8 @@ fn put_back_on(run: &Run, rank: usize, port: Option<u16>) {
 
     go(&mut optimizer, 6..8, 1e38);
     // A step that is not made, and is forgotten with the others.
-    let [_, norm] = run.accumulate(&optimizer, &params, (8, rank), &on_block);
-    assert!(norm.is_nan(), "{what}: the weights are broken");
+    let found = run.accumulate(&optimizer, &params, (8, rank), &on_block);
+    assert!(found[1..].iter().any(|norm| norm.is_nan()), "{what}: the weights are broken");
     let get = |name: &str, kind, elements: Range<i64>| {
         let holds = |piece: &&Piece| {
             piece.name == name
