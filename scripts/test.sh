@@ -4,7 +4,8 @@
 #   ./scripts/test.sh              everything that is quick enough to run before each change
 #   ./scripts/test.sh --extended   also the long fault-injection loops, the C++ code under AddressSanitizer, all of the
 #                                  check of GPU machines, pages in headless Chromium, the archive of package.sh, the
-#                                  documentation as a book, and the larger corpus, for which 520 MB are downloaded once
+#                                  documentation as a book, runs on an MLflow server, and the larger corpus, for which
+#                                  520 MB are downloaded once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -63,6 +64,7 @@ if [ "$extended" = yes ]; then
   for out in once again; do step .venv/bin/python scripts/fetch_corpus.py --limit 100 --out "target/corpus-$out"; done
   step diff -r target/corpus-once target/corpus-again
   step ./scripts/check_docs.sh
+  step ./scripts/check_mlflow.sh
   step cargo test --release --workspace -- --ignored
 fi
 printf '\nall checks passed\n'

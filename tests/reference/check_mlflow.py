@@ -22,7 +22,9 @@ from mlflow.tracking import MlflowClient
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE_SECS = 240
-STEPS = 8
+STEPS = 60
+# Where it stops once the server is away; it is killed well before.
+STOP_AT = 50
 
 
 def free_port() -> int:
@@ -72,6 +74,12 @@ def steps_of(run: Path) -> int:
     return max((line["step"] for line in lines_of(run) if line["kind"] == "train"), default=0)
 
 
+def is_told(run: Path) -> bool:
+    """Whether the server has some steps, of which some will be made again."""
+    state = run / "mlflow.json"
+    return steps_of(run) >= 6 and state.exists() and json.loads(state.read_text())["sent"].get("train", 0) >= 3
+
+
 def check_metrics(client: MlflowClient, run_id: str, lines: list[dict]) -> int:
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, STEPS + 1))
@@ -109,7 +117,7 @@ def main() -> None:
             f"run.root={folder}",
             "train.vision={lr: 1e-4}",
             f"schedule.steps={STEPS}",
-            "checkpoint.every=2",
+            "checkpoint.every=5",
             "eval.samples=2",
             "export={vit: transformers}",
             f"log.mlflow={{url: '{url}', experiment: 'sail checks', flush_secs: 60}}",
@@ -120,12 +128,14 @@ def main() -> None:
 
         with server(folder, port):
             killed = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
-            until("step 5", lambda: killed.poll() is not None or steps_of(run) >= 5)
+            until("step 5 is made and told", lambda: killed.poll() is not None or is_told(run))
             killed.kill()
             killed.wait()
             sent = json.loads((run / "mlflow.json").read_text())
+            assert 5 <= steps_of(run) < STOP_AT, steps_of(run)
         # The server is away, and training goes on.
-        away = subprocess.run([*command, "--stop-at", "6", "--set", "log.mlflow.flush_secs=1"], cwd=ROOT, env=env, capture_output=True, text=True)
+        stopped = [*command, "--stop-at", str(STOP_AT), "--set", "log.mlflow.flush_secs=1"]
+        away = subprocess.run(stopped, cwd=ROOT, env=env, capture_output=True, text=True)
         assert away.returncode == 3 and away.stderr.count("was not told") == 1, away.stderr
         with server(folder, port):
             subprocess.run(command, cwd=ROOT, env=env, check=True, stderr=subprocess.DEVNULL)

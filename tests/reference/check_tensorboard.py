@@ -1,6 +1,6 @@
-"""Checks the event file of a run against its `metrics.jsonl`, with TensorBoard's own reader: every number is there once, under its
-name and step, and so are pictures, answers, the plan and the freeze table. Norms of gradients by parameter add up to the
-norm of all.
+"""Checks the event file of a run against its `metrics.jsonl`, with TensorBoard's own reader: every number is there once,
+under its name and step, and so are pictures, answers, the plan and the freeze table. Norms of gradients by parameter add up
+to the norm of all.
 
     python tests/reference/check_tensorboard.py RUN_DIR      (packages: requirements-reference.txt)
 """

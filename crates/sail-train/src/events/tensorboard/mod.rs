@@ -1,5 +1,5 @@
-//! The event file in `tensorboard/` of a run's folder: every figure of `metrics.jsonl`, norms of gradients as histograms, held-out
-//! images with their answers, and what the run is.
+//! The event file in `tensorboard/` of a run's folder: every figure of `metrics.jsonl`, norms of gradients as histograms,
+//! held-out images with their answers, and what the run is.
 //!
 //! There is one file at a time. Where a run resumes or goes back a new one takes its place, made from what the old one and
 //! `metrics.jsonl` have of the steps that count: no step is there twice, and what the old one missed, because the disk was
