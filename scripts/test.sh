@@ -13,7 +13,7 @@ extended=no
 for arg in "$@"; do
   case "$arg" in
     --extended) extended=yes ;;
-    -h|--help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown argument \`$arg\`; see $0 --help" >&2; exit 2 ;;
   esac
 done
