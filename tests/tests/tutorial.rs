@@ -30,7 +30,7 @@ fn blocks(page: &str) -> Vec<Block> {
     for (index, line) in page.lines().enumerate() {
         match (&mut open, line.strip_prefix("```")) {
             (Some(_), Some(_)) => blocks.extend(open.take()),
-            (Some(block), None) => block.text += &format!("{line}\n"),
+            (Some(block), None) => block.text.extend([line, "\n"]),
             (None, Some(language)) => {
                 let language = language.to_owned();
                 open = Some(Block {
@@ -42,7 +42,7 @@ fn blocks(page: &str) -> Vec<Block> {
             }
             (None, None) => {
                 let comment = line.strip_prefix("<!-- ").and_then(|rest| rest.strip_suffix(" -->"));
-                mark = comment.unwrap_or_default().to_owned();
+                comment.unwrap_or_default().clone_into(&mut mark);
             }
         }
     }
@@ -106,17 +106,14 @@ impl Reader {
     /// What a block's program says; it must end as the block promises.
     fn run(&self, block: &Block) -> String {
         let code: i32 = block.mark.strip_prefix("exit: ").map_or(0, |code| code.parse().unwrap());
-        let mut command = match block.language.as_str() {
-            "python" => {
-                let mut python = Command::new(root().join(".venv/bin/python"));
-                python.args(["-c", &block.text]).env("HF_HUB_OFFLINE", "1");
-                python
-            }
-            _ => {
-                let mut bash = Command::new("bash");
-                bash.args(["-eu", "-c", &format!("exec 2>&1\n{}", block.text)]);
-                bash
-            }
+        let mut command = if block.language == "python" {
+            let mut python = Command::new(root().join(".venv/bin/python"));
+            python.args(["-c", &block.text]).env("HF_HUB_OFFLINE", "1");
+            python
+        } else {
+            let mut bash = Command::new("bash");
+            bash.args(["-eu", "-c", &format!("exec 2>&1\n{}", block.text)]);
+            bash
         };
         let path = std::env::var("PATH").unwrap();
         let path = format!("{}:{path}", self.dir.path().join("bin").display());
