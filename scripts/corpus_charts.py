@@ -11,7 +11,7 @@ import io
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -26,7 +26,12 @@ SIZES = [(320, 240), (336, 336), (400, 300), (448, 336)]
 COLOURS = ["#4c78a8", "#e45756", "#54a24b", "#b279a2", "#9d755d", "#1f77b4", "#333333", "#ff9900"]
 PAPERS = ["white", "white", "white", "#f7f7f2", "#eef2f7"]
 NEAR = Decimal("0.04")  # share of the axis below which two values that are not printed are too close to compare
-ASK_CAPTION = ["What does the chart show?", "What is this chart about?", "Describe the chart.", "Write a caption for the chart."]
+ASK_CAPTION = [
+    "What does the chart show?",
+    "What is this chart about?",
+    "Describe the chart.",
+    "Write a caption for the chart.",
+]
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,13 @@ class Table:
         return self.place in ("year", "month")
 
 
-PLURALS = {"country": "countries", "industry": "industries", "series": "series", "phase of flight": "phases of flight", "time of day": "times of day"}
+PLURALS = {
+    "country": "countries",
+    "industry": "industries",
+    "series": "series",
+    "phase of flight": "phases of flight",
+    "time of day": "times of day",
+}
 
 
 def plural(noun: str) -> str:
@@ -61,71 +72,125 @@ def number(value: Decimal) -> str:
 # --- Tables --------------------------------------------------------------------------------------
 
 US = "LicenseRef-US-Government-Work"
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+MONTHS = "January February March April May June July August September October November December".split()
 SHORT = [month[:3] for month in MONTHS]
 
+# (subject, place, value) of a table; a value that is missing is "" or None.
+Cells = Iterable[tuple[str, str, object]]
 
-def tables(folders: dict[str, Path]) -> list[Table]:
+
+def made(file: str, licence: str, names: tuple[str, str, str, str], digits: int, cells: Cells, scale: int = 1) -> Table:
+    """A table of cells in their order; what is missing, or given twice, is left out.
+
+    `names` are those of the measure, its unit, a subject and a place.
+    """
+    values, twice = defaultdict(dict), set()
+    for subject, place, value in cells:
+        if value in ("", None):
+            continue
+        if place in values[subject]:
+            twice.add((subject, place))
+        values[subject][place] = (Decimal(str(value)) / scale).quantize(Decimal(1).scaleb(-digits))
+    for subject, place in twice:
+        del values[subject][place]
+    return Table(file, licence, *names, digits, dict(values))
+
+
+def counts(file: str, names: tuple[str, str, str, str], pairs: Iterable[tuple[str, str]]) -> Table:
+    """How many rows have each (subject, place); none is a count as well."""
+    found = Counter(pair for pair in pairs if all(pair))
+    subjects, places = dict.fromkeys(subject for subject, _ in found), list(dict.fromkeys(place for _, place in found))
+    places.sort(key=SHORT.index if names[3] == "month" else None)
+    return made(file, US, names, 0, ((subject, place, found[subject, place]) for subject in subjects for place in places))
+
+
+def means(file: str, licence: str, names: tuple[str, str, str, str], cells: Cells) -> Table:
+    """The mean of the values of each (subject, place)."""
+    found = defaultdict(list)
+    for subject, place, value in cells:
+        if value not in ("", None):
+            found[subject, place].append(Decimal(str(value)))
+    return made(file, licence, names, 1, ((*pair, sum(values) / len(values)) for pair, values in found.items()))
+
+
+def tables(folders: dict[str, Path]) -> Iterator[Table]:
     """The tables of vega-datasets whose own licence is permissive and stated there (datapackage.json)."""
-    def rows(name: str) -> list[dict]:
-        return sources.table(folders, name)
 
-    def made(file, licence, measure, unit, subject, place, digits, cells: Iterator[tuple[str, str, object]], scale=1) -> Table:
-        """Of (subject, place, value), in their order; what is missing or given twice is left out."""
-        values, twice = defaultdict(dict), set()
-        step = Decimal(1).scaleb(-digits)
-        for who, where, value in cells:
-            if value in ("", None):
-                continue
-            twice |= {(who, where)} if where in values[who] else set()
-            values[who][where] = (Decimal(str(value)) / scale).quantize(step)
-        for who, where in twice:
-            del values[who][where]
-        return Table(file, licence, measure, unit, subject, place, digits, dict(values))
+    def cells(file: str, subject: str, place: str, value: str) -> Cells:
+        """Of three columns."""
+        return ((row[subject], str(row[place]), row[value]) for row in sources.table(folders, file))
 
-    def counts(file, licence, measure, subject, place, pairs: Iterator[tuple[str, str]]) -> Table:
-        """How many rows have each (subject, place); none is a count as well."""
-        found = Counter(pair for pair in pairs if all(pair))
-        whos, wheres = dict.fromkeys(who for who, _ in found), list(dict.fromkeys(where for _, where in found))
-        wheres.sort(key=SHORT.index if place == "month" else None)
-        return made(file, licence, measure, "", subject, place, 0, ((who, where, found[who, where]) for who in whos for where in wheres))
+    for measure, unit, column, scale in [
+        ("life expectancy", "years", "life_expect", 1),
+        ("children per woman", "", "fertility", 1),
+        ("population", "millions", "pop", 1_000_000),
+    ]:
+        names = (measure, unit, "country", "year")
+        yield made("gapminder.json", "CC-BY-4.0", names, 1, cells("gapminder.json", "country", "year", column), scale)
+    yield made("us-employment.csv", US, ("employees", "thousands", "industry", "year"), 0, employees(folders))
+    file, names = "unemployment-across-industries.json", ("unemployment in January", "percent", "industry", "year")
+    rows = [row for row in sources.table(folders, file) if row["month"] == 1]
+    yield made(file, US, names, 1, ((row["series"], str(row["year"]), row["rate"]) for row in rows))
+    file, names = "iowa-electricity.csv", ("electricity in Iowa", "GWh", "source", "year")
+    yield made(
+        file, US, names, 0, ((who, date[:4], value) for who, date, value in cells(file, "source", "year", "net_generation"))
+    )
+    yield made("flights-airport.csv", US, ("flights", "", "origin", "destination"), 0, flights(folders))
 
-    def means(file, licence, measure, unit, subject, place, cells: Iterator[tuple[str, str, str]]) -> Table:
-        """The mean of the values of each (subject, place)."""
-        found = defaultdict(list)
-        for who, where, value in cells:
-            if value not in ("", None):
-                found[who, where].append(Decimal(str(value)))
-        return made(file, licence, measure, unit, subject, place, 1, ((*pair, sum(of) / len(of)) for pair, of in found.items()))
+    weather = sources.table(folders, "weather.csv")
+    where = [(f"{row['location']} {row['date'][:4]}", SHORT[int(row["date"][5:7]) - 1]) for row in weather]
+    for measure, unit, column in [
+        ("highest temperature of the day", "°C", "temp_max"),
+        ("lowest temperature of the day", "°C", "temp_min"),
+        ("wind", "m/s", "wind"),
+    ]:
+        columns = ((*pair, row[column]) for pair, row in zip(where, weather))
+        yield means("weather.csv", US, (measure, unit, "series", "month"), columns)
+    for kind in ["sun", "rain", "fog"]:
+        pairs = (pair for pair, row in zip(where, weather) if row["weather"] == kind)
+        yield counts("weather.csv", (f"days of {kind}", "", "series", "month"), pairs)
 
-    gapminder, jobs = rows("gapminder.json"), rows("us-employment.csv")
-    weather, birds = rows("weather.csv"), [row for row in rows("birdstrikes.csv") if row["Origin State"] != "N/A"]
-    industries = [column for column in jobs[0] if column not in ("month", "nonfarm_change")]
-    flights = Counter()
-    for row in rows("flights-airport.csv"):
-        flights[row["origin"], row["destination"]] += int(row["count"])
-    busy = {airport for airport, _ in Counter(row["origin"] for row in rows("flights-airport.csv")).most_common(60)}
-    per_year = [(row["series"], str(row["year"]), row["rate"]) for row in rows("unemployment-across-industries.json") if row["month"] == 1]
-    return [
-        made("gapminder.json", "CC-BY-4.0", "life expectancy", "years", "country", "year", 1, ((r["country"], str(r["year"]), r["life_expect"]) for r in gapminder)),
-        made("gapminder.json", "CC-BY-4.0", "children per woman", "", "country", "year", 1, ((r["country"], str(r["year"]), r["fertility"]) for r in gapminder)),
-        made("gapminder.json", "CC-BY-4.0", "population", "millions", "country", "year", 1, ((r["country"], str(r["year"]), r["pop"]) for r in gapminder), 1_000_000),
-        made("us-employment.csv", US, "employees", "thousands", "industry", "year", 0,
-             ((name.replace("_", " ").replace("utilties", "utilities"), r["month"][:4], r[name]) for r in jobs for name in industries if r["month"][5:7] == "01")),
-        made("unemployment-across-industries.json", US, "unemployment in January", "percent", "industry", "year", 1, iter(per_year)),
-        made("iowa-electricity.csv", US, "electricity in Iowa", "GWh", "source", "year", 0, ((r["source"], r["year"][:4], r["net_generation"]) for r in rows("iowa-electricity.csv"))),
-        made("flights-airport.csv", US, "flights", "", "origin", "destination", 0, ((a, b, count) for (a, b), count in flights.items() if a in busy and b in busy)),
-        *(means("weather.csv", US, measure, unit, "series", "month", ((f"{r['location']} {r['date'][:4]}", SHORT[int(r["date"][5:7]) - 1], r[column]) for r in weather))
-          for measure, unit, column in [("highest temperature of the day", "°C", "temp_max"), ("lowest temperature of the day", "°C", "temp_min"), ("wind", "m/s", "wind")]),
-        *(counts("weather.csv", US, f"days of {kind}", "series", "month", ((f"{r['location']} {r['date'][:4]}", SHORT[int(r["date"][5:7]) - 1]) for r in weather if r["weather"] == kind))
-          for kind in ["sun", "rain", "fog"]),
-        *(counts("birdstrikes.csv", US, "bird strikes", "state", place, ((r["Origin State"], r[column]) for r in birds))
-          for place, column in [("bird size", "Wildlife Size"), ("time of day", "Time of day"), ("phase of flight", "Phase of flight")]),
-        counts("birdstrikes.csv", US, "bird strikes", "state", "year", ((r["Origin State"], r["Flight Date"][:4]) for r in birds)),
-        means("penguins.json", "CC0-1.0", "bill length", "mm", "kind", "sex", ((f"{r['Species']} on {r['Island']}", (r["Sex"] or "").lower(), r["Beak Length (mm)"]) for r in rows("penguins.json") if r["Sex"] in ("MALE", "FEMALE"))),
-        made("co2-concentration.csv", "CC-BY-4.0", "CO2 in the air", "ppm", "month", "year", 1, ((MONTHS[int(r["Date"][5:7]) - 1], r["Date"][:4], r["CO2"]) for r in rows("co2-concentration.csv"))),
-        made("wheat.json", "CC-PDDC", "price in shillings", "", "good", "year", 1, ((name, r["year"], r.get(column)) for r in rows("wheat.json") for name, column in [("a quarter of wheat", "wheat"), ("a week's wages", "wages")])),
-    ]
+    birds = [row for row in sources.table(folders, "birdstrikes.csv") if row["Origin State"] != "N/A"]
+    for place, column in [
+        ("bird size", "Wildlife Size"),
+        ("time of day", "Time of day"),
+        ("phase of flight", "Phase of flight"),
+    ]:
+        names = ("bird strikes", "", "state", place)
+        yield counts("birdstrikes.csv", names, ((row["Origin State"], row[column]) for row in birds))
+    names = ("bird strikes", "", "state", "year")
+    yield counts("birdstrikes.csv", names, ((row["Origin State"], row["Flight Date"][:4]) for row in birds))
+
+    penguins = [row for row in sources.table(folders, "penguins.json") if row["Sex"] in ("MALE", "FEMALE")]
+    bills = ((f"{row['Species']} on {row['Island']}", row["Sex"].lower(), row["Beak Length (mm)"]) for row in penguins)
+    yield means("penguins.json", "CC0-1.0", ("bill length", "mm", "kind", "sex"), bills)
+    file = "co2-concentration.csv"
+    columns = ((MONTHS[int(date[5:7]) - 1], date[:4], value) for date, _, value in cells(file, "Date", "Date", "CO2"))
+    yield made(file, "CC-BY-4.0", ("CO2 in the air", "ppm", "month", "year"), 1, columns)
+    columns = (
+        (name, str(row["year"]), row.get(column))
+        for row in sources.table(folders, "wheat.json")
+        for name, column in [("a quarter of wheat", "wheat"), ("a week's wages", "wages")]
+    )
+    yield made("wheat.json", "CC-PDDC", ("price in shillings", "", "good", "year"), 1, columns)
+
+
+def employees(folders: dict[str, Path]) -> Cells:
+    """Thousands of employees of each industry in January."""
+    rows = [row for row in sources.table(folders, "us-employment.csv") if row["month"][5:7] == "01"]
+    for row in rows:
+        for column in row:
+            if column not in ("month", "nonfarm_change"):
+                yield column.replace("_", " ").replace("utilties", "utilities"), row["month"][:4], row[column]
+
+
+def flights(folders: dict[str, Path]) -> Cells:
+    """Flights between the sixty airports with most destinations."""
+    rows, total = sources.table(folders, "flights-airport.csv"), Counter()
+    for row in rows:
+        total[row["origin"], row["destination"]] += int(row["count"])
+    busy = {airport for airport, _ in Counter(row["origin"] for row in rows).most_common(60)}
+    return ((*pair, count) for pair, count in total.items() if busy.issuperset(pair))
 
 
 def divided(every: list[Table]) -> list[tuple[Table, dict[str, list[str]]]]:
@@ -136,10 +201,13 @@ def divided(every: list[Table]) -> list[tuple[Table, dict[str, list[str]]]]:
         ranked = sorted(names, key=lambda name: hashlib.sha256(f"{file}/{name}".encode()).digest())
         heldout[file] = set(ranked[: math.ceil(HELDOUT_SHARE * len(ranked))] if len(ranked) >= FEWEST_DIVIDED else [])
     return [
-        (table, {
-            "train": [name for name in table.values if name not in heldout[table.file]],
-            "heldout": [name for name in table.values if name in heldout[table.file]],
-        })
+        (
+            table,
+            {
+                "train": [name for name in table.values if name not in heldout[table.file]],
+                "heldout": [name for name in table.values if name in heldout[table.file]],
+            },
+        )
         for table in every
     ]
 
@@ -185,7 +253,15 @@ def draw_chart(table: Table, subjects: list[str], rng: random.Random) -> Chart |
         columns = rng.sample(able, min(len(able), rng.randint(3, 7)))
         where = f"{'' if table.is_time else table.place + ' '}{place}"
         title = f"{capital(table.measure)}{unit}, {where}"
-        return Chart(table, title, {"": [table.values[name][place] for name in columns]}, columns, table.subject, rng.random() < 0.6, "bars")
+        return Chart(
+            table,
+            title,
+            {"": [table.values[name][place] for name in columns]},
+            columns,
+            table.subject,
+            rng.random() < 0.6,
+            "bars",
+        )
     chosen = [rng.choice(subjects)] if kind == "one" else rng.sample(subjects, min(len(subjects), rng.randint(2, 3)))
     shared = [place for place in table.values[chosen[0]] if all(place in table.values[subject] for subject in chosen)]
     if len(shared) < 3 or (kind == "some" and len(chosen) < 2):
@@ -288,7 +364,9 @@ def fits(chart: Chart, font: ImageFont.FreeTypeFont, slot: int) -> bool:
     return all(font.getlength(name) <= slot - 4 for name in chart.columns)
 
 
-def picture(chart: Chart, small: ImageFont.FreeTypeFont, head: ImageFont.FreeTypeFont, rng: random.Random) -> tuple[Image.Image, Decimal]:
+def picture(
+    chart: Chart, small: ImageFont.FreeTypeFont, head: ImageFont.FreeTypeFont, rng: random.Random
+) -> tuple[Image.Image, Decimal]:
     """The drawing, and the height of its axis in units of the values. `head` is the font of the title."""
     width, height = rng.choice(SIZES)
     colours, line_height = rng.sample(COLOURS, len(COLOURS)), int(small.size) + 4
@@ -319,7 +397,14 @@ def picture(chart: Chart, small: ImageFont.FreeTypeFont, head: ImageFont.FreeTyp
         widest = max(int(small.getlength(name)) for name in chart.columns)
         if widest > width // 2 or len(chart.columns) * len(chart.rows) * 12 > height - y - 2 * line_height:
             raise ValueError("the names are too long or too many for a chart of this size")
-        lying(draw, chart, (widest + 12, y + 4, width - 16 - int(small.getlength(number(marks[-1]))), height - line_height - 8), marks, small, colours)
+        lying(
+            draw,
+            chart,
+            (widest + 12, y + 4, width - 16 - int(small.getlength(number(marks[-1]))), height - line_height - 8),
+            marks,
+            small,
+            colours,
+        )
     return image, axis
 
 
@@ -332,7 +417,11 @@ def upright(draw, chart: Chart, box, marks: list[Decimal], font, colours: list[s
         draw.text((left - 4 - font.getlength(number(mark)), at(mark) - 7), number(mark), "black", font)
     slot = (right - left) / len(chart.columns)
     base = at(max(marks[0], min(Decimal(0), marks[-1])))
-    every = next(n for n in range(1, len(chart.columns) + 1) if all(font.getlength(name) <= n * slot - 4 for name in chart.columns) or n == len(chart.columns))
+    every = next(
+        n
+        for n in range(1, len(chart.columns) + 1)
+        if all(font.getlength(name) <= n * slot - 4 for name in chart.columns) or n == len(chart.columns)
+    )
     for index, name in enumerate(chart.columns):
         if index % every == 0:
             draw.text((left + (index + 0.5) * slot - font.getlength(name) / 2, bottom + 4), name, "black", font)
@@ -377,7 +466,7 @@ def lying(draw, chart: Chart, box, marks: list[Decimal], font, colours: list[str
 def charts(folders: dict[str, Path], seed: str, side: str) -> Iterator[Sample]:
     """Charts of one side's subjects, no two with the same caption, for as long as new ones are found."""
     rng = random.Random(f"{seed}/chart/{side}")
-    able = [(table, sides[side]) for table, sides in divided(tables(folders)) if sides[side]]
+    able = [(table, sides[side]) for table, sides in divided(list(tables(folders))) if sides[side]]
     weights = [len(subjects) ** 0.5 for _, subjects in able]
     seen, failed = set(), 0
     while failed < 2000:
@@ -387,7 +476,10 @@ def charts(folders: dict[str, Path], seed: str, side: str) -> Iterator[Sample]:
         text = chart and caption(chart)
         if chart is None or text in seen or len(set(chart.values)) < 2:
             continue
-        font, size = str(sources.font(folders, rng.choice(["DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif"]))), rng.choice([11, 12, 13])
+        font, size = (
+            str(sources.font(folders, rng.choice(["DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif"]))),
+            rng.choice([11, 12, 13]),
+        )
         small, head = (ImageFont.truetype(font, of, layout_engine=ImageFont.Layout.BASIC) for of in (size, size + 2))
         try:
             image, axis = picture(chart, small, head, rng)
@@ -401,4 +493,12 @@ def charts(folders: dict[str, Path], seed: str, side: str) -> Iterator[Sample]:
         named = [name for name in chart.rows if name] or chart.columns
         facts = tuple(sorted(f"{table.file}/{name}" for name in named))
         licence = f"BSD-3-Clause AND {table.licence} AND Bitstream-Vera"
-        yield Sample(text, turns, ("png", buffer.getvalue()), licence, f"vega-datasets 3.2.1, {table.file}; fonts-dejavu-core 2.37", facts, side)
+        yield Sample(
+            text,
+            turns,
+            ("png", buffer.getvalue()),
+            licence,
+            f"vega-datasets 3.2.1, {table.file}; fonts-dejavu-core 2.37",
+            facts,
+            side,
+        )

@@ -128,7 +128,9 @@ def leaks(heldout: Iterable[Marked], others: Iterable[Marked]) -> list[Leak]:
             of_mark[mark].append(sample)
     for other in others:
         for mark in sorted(other.marks):
-            found += [Leak(f"the same {mark[0]} `{mark[1][:80]}`", sample.place, other.place) for sample in of_mark.get(mark, [])]
+            found += [
+                Leak(f"the same {mark[0]} `{mark[1][:80]}`", sample.place, other.place) for sample in of_mark.get(mark, [])
+            ]
     seen, trained = ([sample for sample in side if sample.look is not None] for side in (heldout, others))
     for i, j in same_look([sample.look for sample in seen], [sample.look for sample in trained]):
         found.append(Leak("pictures that look the same", seen[i].place, trained[j].place))
@@ -144,8 +146,13 @@ def read_folder(folder: Path) -> list[Marked]:
     for path in paths:
         name = SHARD.fullmatch(path.name)
         if name is None:
-            raise sources.SourceError(f"{path}: the name of a shard is {{kind}}-train-000000.tar or {{kind}}-heldout-000000.tar", "move other files elsewhere")
-        samples += [marked(f"{path.name} {key}", name[1], name[2], annotation, image) for key, annotation, image in read_shard(path)]
+            raise sources.SourceError(
+                f"{path}: the name of a shard is {{kind}}-train-000000.tar or {{kind}}-heldout-000000.tar",
+                "move other files elsewhere",
+            )
+        samples += [
+            marked(f"{path.name} {key}", name[1], name[2], annotation, image) for key, annotation, image in read_shard(path)
+        ]
     return samples
 
 

@@ -107,7 +107,8 @@ def download(package: Package, cache: Path) -> None:
     archive = folder / package.archive
     if not archive.exists():
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise SourceError(f"{package.manager} wrote {found} for {package.name} {package.version}, expected {package.archive}", "report this: the package has been named anew")
+        message = f"{package.manager} wrote {found} for {package.name} {package.version}, expected {package.archive}"
+        raise SourceError(message, "the registry names the file in another way: correct its name in scripts/demo_sources.py")
     found = sha256_of(archive)
     if found != package.sha256:
         shutil.rmtree(folder)
@@ -242,7 +243,8 @@ def font(folders: dict[str, Path], name: str) -> Path:
 def flags(folders: dict[str, Path]) -> list[Picture]:
     """Every flag whose ISO 3166 code Unicode has an English name for, by code."""
     entries = json.loads((folders["emojibase-data"] / "package/en/data.json").read_text())
-    names = {entry["tags"][0].lower(): entry["label"] for entry in entries if entry["label"].startswith("flag: ") and len(entry["tags"][0]) == 2}
+    flagged = [entry for entry in entries if entry["label"].startswith("flag: ") and len(entry["tags"][0]) == 2]
+    names = {entry["tags"][0].lower(): entry["label"] for entry in flagged}
     files = sorted((folders["iso-flags-png-320x240"] / "usr/share/iso-flags-png-320x240").glob("*.png"))
     return [Picture(path, names[path.stem].replace("\u2019", "'"), "country-flag") for path in files if path.stem in names]
 

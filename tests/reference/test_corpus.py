@@ -83,11 +83,25 @@ class Leaks(unittest.TestCase):
         self.assertIn(f"{train[0]}-train-000000.tar {train[0]}-train-0", error)
 
     def test_what_differs_is_no_leak(self):
-        train = {("caption", "train"): [sample("A yellow disc.", drawing(1)), sample("A disc in the sun.", drawing(2))], ("vqa", "train"): [sample("blue", drawing(3))]}
-        self.assertEqual(self.check(train | {("caption", "heldout"): [sample("A red disc.", drawing(4))], ("vqa", "heldout"): [sample("blue", drawing(5))]}), "")
+        train = {
+            ("caption", "train"): [sample("A yellow disc.", drawing(1)), sample("A disc in the sun.", drawing(2))],
+            ("vqa", "train"): [sample("blue", drawing(3))],
+        }
+        self.assertEqual(
+            self.check(
+                train
+                | {
+                    ("caption", "heldout"): [sample("A red disc.", drawing(4))],
+                    ("vqa", "heldout"): [sample("blue", drawing(5))],
+                }
+            ),
+            "",
+        )
 
     def test_an_image_is_found_in_another_format_and_kind(self):
-        self.assert_leak("the same image", ("vqa", sample("blue", drawing(1))), ("caption", sample("A red disc.", drawing(1), "rgba")))
+        self.assert_leak(
+            "the same image", ("vqa", sample("blue", drawing(1))), ("caption", sample("A red disc.", drawing(1), "rgba"))
+        )
         gray = drawing(1).convert("L").convert("RGB")
         self.assert_leak("the same image", ("ocr", sample("blue", gray, "gray")), ("ocr", sample("red", gray, "gray-16")))
 
@@ -95,19 +109,30 @@ class Leaks(unittest.TestCase):
         for style in ["jpg", "webp", "palette"]:
             with self.subTest(style):
                 small = drawing(1).resize((64, 64), Image.Resampling.LANCZOS)
-                self.assert_leak("look the same", ("caption", sample("A disc.", drawing(1))), ("caption", sample("A wheel.", small, style)))
+                self.assert_leak(
+                    "look the same", ("caption", sample("A disc.", drawing(1))), ("caption", sample("A wheel.", small, style))
+                )
 
     def test_a_caption_is_found_in_another_spelling(self):
-        self.assert_leak("the same caption", ("caption", sample("A red DISC!", drawing(1))), ("caption", sample("the red disc", drawing(2))))
-        self.assert_leak("the same thing", ("caption", sample("fruit: lemon", drawing(1))), ("caption", sample("A lemon.", drawing(2))))
+        self.assert_leak(
+            "the same caption", ("caption", sample("A red DISC!", drawing(1))), ("caption", sample("the red disc", drawing(2)))
+        )
+        self.assert_leak(
+            "the same thing", ("caption", sample("fruit: lemon", drawing(1))), ("caption", sample("A lemon.", drawing(2)))
+        )
         self.assert_leak("the same caption", ("text", sample("A small bird.")), ("text", sample("a small bird")))
 
     def test_a_line_is_found_inside_other_answers(self):
         page = sample("auk: black-and-white short-necked web-footed diving bird\ntern: small slender gull", drawing(1))
-        self.assert_leak("the same line", ("doc", page), ("text", sample("Black-and-white short-necked web-footed diving bird")))
+        self.assert_leak(
+            "the same line", ("doc", page), ("text", sample("Black-and-white short-necked web-footed diving bird"))
+        )
 
     def test_a_subject_of_a_chart_is_found(self):
-        train, heldout = (sample(text, drawing(seed), facts=("gapminder.json/Kenya",)) for text, seed in [("Kenya, 1960.", 1), ("Kenya, 1970.", 2)])
+        train, heldout = (
+            sample(text, drawing(seed), facts=("gapminder.json/Kenya",))
+            for text, seed in [("Kenya, 1960.", 1), ("Kenya, 1970.", 2)]
+        )
         self.assert_leak("the same fact `gapminder.json/Kenya`", ("chart", train), ("chart", heldout))
 
     def test_the_demo_corpus_held_out_is_not_trained_on(self):
@@ -116,7 +141,9 @@ class Leaks(unittest.TestCase):
         error = self.check({("vqa", "train"): [taken]})
         self.assertIn(f"vqa-heldout-000000.tar {key} and vqa-train-000000.tar vqa-train-0", error)
         _, annotation, _ = next(corpus_leaks.read_shard(ROOT / "data/demo/text-heldout-000000.tar"))
-        self.assertIn("the same caption", self.check({("text", "train"): [sample(annotation["conversations"][1]["value"].upper())]}))
+        self.assertIn(
+            "the same caption", self.check({("text", "train"): [sample(annotation["conversations"][1]["value"].upper())]})
+        )
 
     def test_an_image_of_a_test_split_is_found_on_both_sides(self):
         for side in ("train", "heldout"):
@@ -126,7 +153,10 @@ class Leaks(unittest.TestCase):
     def test_the_demo_corpus_has_no_leak_but_three_that_are_alike(self):
         self.assertEqual(Counter(one.side for one in DEMO), {"train": 1160, "heldout": 168})
         found = corpus_leaks.leaks([one for one in DEMO if one.side == "heldout"], [one for one in DEMO if one.side == "train"])
-        self.assertEqual(sorted(leak.what for leak in found), ["pictures that look the same", "the same thing `pencil`", "the same thing `watermelon`"])
+        self.assertEqual(
+            sorted(leak.what for leak in found),
+            ["pictures that look the same", "the same thing `pencil`", "the same thing `watermelon`"],
+        )
 
 
 class Cards(unittest.TestCase):
@@ -141,7 +171,9 @@ class Cards(unittest.TestCase):
             with self.assertRaisesRegex(sources.SourceError, "text-train-000000.tar is not as it was written"):
                 check(folder)
             shard.rename(folder / "text-train-000001.tar")
-            with self.assertRaisesRegex(sources.SourceError, "missing or not in card.json: text-train-000000.tar, text-train-000001.tar"):
+            with self.assertRaisesRegex(
+                sources.SourceError, "missing or not in card.json: text-train-000000.tar, text-train-000001.tar"
+            ):
                 check(folder)
             (folder / "card.json").unlink()
             with self.assertRaisesRegex(sources.SourceError, "not a finished corpus"):
@@ -167,7 +199,9 @@ class Cards(unittest.TestCase):
             fetch_corpus.claim(folder)
             (folder / "text-train-000003.tar.partial").write_bytes(b"cut")
             write_corpus(folder, {("text", "train"): [sample("A small bird.")]})
-            self.assertEqual(sorted(path.name for path in folder.iterdir()), ["README.md", "card.json", "text-train-000000.tar"])
+            self.assertEqual(
+                sorted(path.name for path in folder.iterdir()), ["README.md", "card.json", "text-train-000000.tar"]
+            )
 
 
 class Sides(unittest.TestCase):
@@ -192,8 +226,15 @@ class Sides(unittest.TestCase):
         self.assertEqual(set(sides), {"train"})  # too many to be held out
 
     def test_the_demo_corpus_decides_and_what_it_has_on_both_sides_is_left_out(self):
-        demo = [self.of("a", side="train"), self.of("b", side="heldout"), self.of("c", side="train"), self.of("d", side="heldout")]
-        self.assertEqual(self.choose([self.of("a"), self.of("b"), self.of("c", "d")], demo, wanted=0), ["train", "heldout", None])
+        demo = [
+            self.of("a", side="train"),
+            self.of("b", side="heldout"),
+            self.of("c", side="train"),
+            self.of("d", side="heldout"),
+        ]
+        self.assertEqual(
+            self.choose([self.of("a"), self.of("b"), self.of("c", "d")], demo, wanted=0), ["train", "heldout", None]
+        )
 
     def test_images_of_test_splits_are_left_out_with_all_that_is_like_them(self):
         shown = Marked("", "text", "", frozenset({("image", "1234"), ("caption", "a")}), None)
@@ -209,7 +250,10 @@ class Sides(unittest.TestCase):
 class Charts(unittest.TestCase):
     def table(self) -> corpus_charts.Table:
         rng = random.Random(5)
-        values = {f"Land {letter}": {str(year): Decimal(rng.randrange(-200, 2000)) / 10 for year in range(1990, 2002)} for letter in "ABCDEFGHIJ"}
+        values = {
+            f"Land {letter}": {str(year): Decimal(rng.randrange(-200, 2000)) / 10 for year in range(1990, 2002)}
+            for letter in "ABCDEFGHIJ"
+        }
         return corpus_charts.Table("t.csv", "CC0-1.0", "rainfall", "mm", "country", "year", 1, values)
 
     def test_answers_are_those_of_the_numbers_in_the_chart(self):
@@ -224,6 +268,7 @@ class Charts(unittest.TestCase):
 
     def answer(self, chart: corpus_charts.Chart, question: str, asked: Counter) -> str:
         """From the table itself."""
+
         def of(column: str, row: str = "") -> Decimal:
             rows = list(chart.rows)
             index = chart.columns.index(column)
@@ -294,7 +339,9 @@ class Charts(unittest.TestCase):
 
     def test_subjects_are_on_one_side_in_all_tables_of_a_file(self):
         table = self.table()
-        other = corpus_charts.Table("t.csv", "CC0-1.0", "snow", "mm", "country", "year", 1, dict(list(table.values.items())[2:]))
+        other = corpus_charts.Table(
+            "t.csv", "CC0-1.0", "snow", "mm", "country", "year", 1, dict(list(table.values.items())[2:])
+        )
         (_, first), (_, second) = corpus_charts.divided([table, other])
         self.assertEqual(len(first["heldout"]), 2)
         self.assertFalse(set(first["heldout"] + second["heldout"]) & set(first["train"] + second["train"]))
