@@ -68,7 +68,6 @@ sail_error* sail_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads
   });
 }
 
-// `out` receives a new 0-dimensional fp32 tensor, owned by the caller.
 namespace {
 
 // The 2-norms of pieces of the tensors in one pass over all of them, and which tensor each is of.
@@ -90,6 +89,7 @@ std::pair<at::Tensor, std::vector<int64_t>> piecewise_norms(at::Tensor* const* t
 
 }  // namespace
 
+// `out` receives a new 0-dimensional fp32 tensor, owned by the caller.
 sail_error* sail_global_norm(at::Tensor* const* tensors, size_t n, at::Tensor** out) {
   return guarded([&] {
     at::NoGradGuard no_grad;
@@ -98,7 +98,7 @@ sail_error* sail_global_norm(at::Tensor* const* tensors, size_t n, at::Tensor** 
   });
 }
 
-// The squared 2-norm of each tensor, fp64.
+// `out` receives a new tensor `[n]` of fp64, owned by the caller: the squared 2-norm of each tensor.
 sail_error* sail_squared_norms(at::Tensor* const* tensors, size_t n, at::Tensor** out) {
   return guarded([&] {
     at::NoGradGuard no_grad;

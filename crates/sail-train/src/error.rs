@@ -48,7 +48,7 @@ pub enum Error {
     #[error(transparent)]
     Tch(#[from] tch::TchError),
     /// A file could not be read or written.
-    #[error("{}: {source}{}", path.display(), hint_of(source))]
+    #[error("{}: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
@@ -147,26 +147,27 @@ pub enum Error {
 /// Result with this crate's error.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What to do about what the system said, where that is known.
-fn hint_of(source: &std::io::Error) -> &'static str {
-    use std::io::ErrorKind as Kind;
-    match source.kind() {
-        Kind::StorageFull | Kind::QuotaExceeded => {
-            "\n\nhint: make room there, or choose another disk (`run.root`, `--out`); the same command goes on"
-        }
-        Kind::PermissionDenied => "\n\nhint: whose is it, and may this user read and write there?",
-        Kind::ReadOnlyFilesystem => {
-            "\n\nhint: that file system is mounted read-only; choose another (`run.root`, `--out`)"
-        }
-        // `ErrorKind` has no name for it.
-        _ if source.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
-            "\n\nhint: raise how many files may be open: `ulimit -n 65536`"
-        }
-        _ => "",
-    }
-}
-
 impl Error {
+    /// What to do about what the system said, where that is known and the message does not say it.
+    pub(crate) fn hint(&self) -> Option<&'static str> {
+        use std::io::ErrorKind as Kind;
+        let Self::Io { source, .. } = self else { return None };
+        match source.kind() {
+            Kind::StorageFull | Kind::QuotaExceeded => Some(
+                "make room there, or choose another disk (`run.root`, `--out`); the same command goes on",
+            ),
+            Kind::PermissionDenied => Some("whose is it, and may this user read and write there?"),
+            Kind::ReadOnlyFilesystem => {
+                Some("that file system is mounted read-only; choose another (`run.root`, `--out`)")
+            }
+            // `ErrorKind` has no name for it.
+            _ if source.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
+                Some("raise how many files may be open: `ulimit -n 65536`")
+            }
+            _ => None,
+        }
+    }
+
     /// The exit code: 2 for what the user wrote, 1 for what happened afterwards.
     pub fn exit_code(&self) -> u8 {
         match self {

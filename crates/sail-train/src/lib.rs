@@ -73,6 +73,7 @@ mod first_step;
 pub mod freeze;
 pub mod generate;
 pub mod guard;
+mod http;
 pub mod launch;
 pub mod lineage;
 pub mod lock;

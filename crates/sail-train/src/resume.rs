@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use tracing::warn;
 
 use crate::checkpoint::{self, Checkpoint, MANIFEST};
-use crate::config::Plan;
+use crate::config::{Plan, hex};
 use crate::error::{Error, Result};
 use crate::lock::RunLock;
 use crate::origin::check_lineage;
@@ -134,13 +135,26 @@ fn find_resume(dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>> {
     }
 }
 
+/// Whether a field says nothing of what is trained.
+fn is_harmless(plan: &Plan, path: &str) -> bool {
+    // What is measured decides when a stage ends that may end early.
+    let decides = path.starts_with("eval") && plan.schedule.early_stop.is_some();
+    HARMLESS.iter().any(|prefix| path.starts_with(prefix)) && !decides
+}
+
+/// What all plans have in common that make the same steps, as 64 hexadecimal digits.
+pub(crate) fn course(plan: &Plan) -> String {
+    let mut sum = Sha256::new();
+    for (path, value) in plan.fields().iter().filter(|(path, _)| !is_harmless(plan, path)) {
+        sum.update(format!("{path}={value}\n"));
+    }
+    hex(&sum.finalize())
+}
+
 /// Whether what is trained is another plan than that of `checkpoint`, where that is allowed.
 fn check_config(plan: &Plan, checkpoint: &Checkpoint, options: &RunOptions) -> Result<bool> {
     let mut changes = checkpoint.state().plan.diff(plan);
-    // What is measured decides when a stage ends that may end early.
-    let decides = |path: &str| path.starts_with("eval") && plan.schedule.early_stop.is_some();
-    let is_harmless = |path: &str| HARMLESS.iter().any(|prefix| path.starts_with(prefix)) && !decides(path);
-    changes.retain(|change| !is_harmless(&change.path));
+    changes.retain(|change| !is_harmless(plan, &change.path));
     if changes.is_empty() {
         return Ok(false);
     }

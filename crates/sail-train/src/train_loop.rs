@@ -98,7 +98,7 @@ pub fn run_stage(plan: &Plan, world: &Arc<World>, options: &RunOptions) -> Resul
     };
     options.console.log_to(&plan.run.dir, world.rank())?;
     let watchdog = Watchdog::start(&plan.watchdog, world, &options.console)?;
-    let _phases = Phases::show(&options.console, plan, world)?;
+    let _phases = options.console.talks().then(|| Phases::show(&options.console, plan, world)).transpose()?;
     let mut session = Session::build(plan, world, resume.as_deref())?;
     world.on_main(|| {
         write_in(&plan.run.dir, "data.yaml", &session.data_spec())?;

@@ -81,9 +81,10 @@ fn prometheus_scrapes_a_run_while_it_trains() {
         "tests/reference/check_prometheus.py",
         &[&file.display().to_string(), &job.run_dir().display().to_string()],
     );
-    // One that asks and never reads holds nothing up.
-    let mut silent = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    write!(silent, "GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    // One that says nothing, and one that announces more than it sends, hold nothing up.
+    let _silent = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let mut half = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    write!(half, "GET /metrics HTTP/1.1\r\nContent-Length: 5000\r\n\r\n").unwrap();
     let now = steps(&job.run_dir()).len() as u64;
     job.wait_for_step(now + 3, &mut running);
     signal("TERM", running[0].pid());

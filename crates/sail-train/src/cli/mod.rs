@@ -197,7 +197,10 @@ fn with_causes(error: &Error) -> String {
         }
         cause = inner.source();
     }
-    message
+    match error.hint() {
+        Some(hint) => format!("{message}\n\nhint: {hint}"),
+        None => message,
+    }
 }
 
 /// Prints a result on standard output. A reader that has gone (`| head`) has seen what it wanted.

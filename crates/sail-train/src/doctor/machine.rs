@@ -60,9 +60,10 @@ pub(super) fn memory() -> Finding {
     let Some([total, available]) = meminfo() else {
         return Finding::poor(NAME, "/proc/meminfo does not tell", "is /proc mounted?");
     };
-    // A container may have less than its host.
-    let limit = cgroup_limit().filter(|limit| *limit < total);
-    let available = limit.map_or(available, |limit| available.min(limit));
+    // A container may have less than its host, and has used some of it.
+    let group = control_group().filter(|[limit, _]| *limit < total);
+    let available = group.map_or(available, |[limit, used]| available.min(limit - used).max(0.0));
+    let limit = group.map(|[limit, _]| limit);
     let limited = limit.map_or_else(String::new, |limit| {
         format!("; a control group limits this process to {:.1} GB", limit / GB)
     });
@@ -84,10 +85,14 @@ fn meminfo() -> Option<[f64; 2]> {
     Some([of("MemTotal:")?, of("MemAvailable:")?])
 }
 
-/// Of control groups of both versions, in a container's own view; none where there is no limit.
-fn cgroup_limit() -> Option<f64> {
-    let files = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-    files.iter().find_map(|file| fs::read_to_string(file).ok()?.trim().parse().ok())
+/// Limit and use of control groups of both versions, in a container's own view; none where there is no limit.
+fn control_group() -> Option<[f64; 2]> {
+    let of = |file: &str| fs::read_to_string(file).ok()?.trim().parse::<f64>().ok();
+    let versions = [
+        ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"],
+        ["/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"],
+    ];
+    versions.iter().find_map(|[limit, used]| Some([of(limit)?, of(used)?]))
 }
 
 pub(super) fn folder(folder: &Path) -> Finding {

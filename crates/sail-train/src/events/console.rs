@@ -97,6 +97,11 @@ impl Console {
         }
     }
 
+    /// Whether it shows more than errors.
+    pub(crate) fn talks(&self) -> bool {
+        self.talks
+    }
+
     pub(super) fn shows_bars(&self) -> bool {
         self.talks && !self.logs_alone && io::stderr().is_terminal()
     }

@@ -6,19 +6,17 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::io::{self, ErrorKind};
-use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
-use std::thread::{JoinHandle, sleep};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tiny_http::{Header, Method, Request, Response, Server};
-use tracing::debug;
 
 use super::record::{Ending, Record, Sink};
 use crate::config::Listen;
 use crate::error::{Error, Result};
-use crate::threads::{lock, spawn};
+use crate::http::{Request, Response, Server};
+use crate::threads::lock;
 
 /// Text format and character set, which a scraper is told.
 const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -29,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(super) struct Prometheus {
     state: Arc<Mutex<State>>,
     /// Until it is closed.
-    running: Option<(Arc<Server>, JoinHandle<()>)>,
+    server: Option<Server>,
 }
 
 impl Prometheus {
@@ -38,34 +36,26 @@ impl Prometheus {
     /// # Errors
     /// [`Error::Usage`] where it cannot listen there.
     pub(super) fn start(listen: Listen, run: &str, stage: usize) -> Result<Self> {
-        let Listen(address) = listen;
-        let refused = |reason: String| {
+        let state = Arc::new(Mutex::new(State::new(run, stage)));
+        let server = begin(listen, &state).map_err(|error| {
             Error::usage(
-                format!("`log.prometheus`: cannot listen at `{address}`: {reason}"),
+                format!("`log.prometheus`: cannot listen at `{}`: {error}", listen.0),
                 "choose another port, or leave the field out; another run may have this one",
             )
-        };
-        let listener = bind(address).map_err(|error| refused(error.to_string()))?;
-        let server = Server::from_listener(listener, None).map_err(|error| refused(error.to_string()))?;
-        let (server, state) = (Arc::new(server), Arc::new(Mutex::new(State::new(run, stage))));
-        let (serving, shown) = (Arc::clone(&server), Arc::clone(&state));
-        let thread = spawn("sail-prometheus", move || {
-            for request in serving.incoming_requests() {
-                answer(request, &shown);
-            }
         })?;
-        Ok(Self { state, running: Some((server, thread)) })
+        Ok(Self { state, server: Some(server) })
     }
 }
 
-fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+fn begin(Listen(address): Listen, state: &Arc<Mutex<State>>) -> io::Result<Server> {
     let started = Instant::now();
     loop {
-        match TcpListener::bind(address) {
+        let shown = Arc::clone(state);
+        match Server::begin("sail-prometheus", address, move |request| answer(request, &shown)) {
             Err(error) if error.kind() == ErrorKind::AddrInUse && started.elapsed() < PATIENCE => {
                 sleep(PATIENCE / 20);
             }
-            bound => return bound,
+            begun => return begun,
         }
     }
 }
@@ -76,41 +66,21 @@ impl Sink for Prometheus {
     }
 
     fn back_to(&mut self, step: u64) {
-        lock(&self.state).step = step;
+        lock(&self.state).back_to(step);
     }
 
     fn close(&mut self, _ending: Ending) {
-        if let Some((server, thread)) = self.running.take() {
-            server.unblock();
-            // A panic in it was shown when it happened.
-            drop(thread.join());
-        }
+        self.server = None;
     }
 }
 
-impl Drop for Prometheus {
-    fn drop(&mut self) {
-        self.close(Ending::Failed);
+fn answer(request: &Request, state: &Mutex<State>) -> Response {
+    if request.path != "/metrics" {
+        return Response::text(404, "the figures are at /metrics");
     }
-}
-
-fn answer(request: Request, state: &Mutex<State>) {
-    let path = request.url().split('?').next().unwrap_or_default();
-    let response = match (request.method(), path) {
-        (Method::Get | Method::Head, "/metrics") => {
-            // A copy, so that the run need not wait for the text.
-            let state = lock(state).clone();
-            let header = Header::from_bytes("Content-Type", CONTENT_TYPE);
-            Response::from_string(state.text()).with_header(header.expect("invariant: well formed"))
-        }
-        (Method::Get | Method::Head, _) => {
-            Response::from_string("the figures are at /metrics\n").with_status_code(404)
-        }
-        _ => Response::from_string("only GET is answered\n").with_status_code(405),
-    };
-    if let Err(error) = request.respond(response) {
-        debug!("a scrape was given up: {error}");
-    }
+    // A copy, so that the run need not wait for the text.
+    let state = lock(state).clone();
+    Response::new(200, CONTENT_TYPE, state.text())
 }
 
 /// What is known of a run.
@@ -195,12 +165,27 @@ impl State {
         }
     }
 
+    /// Figures of steps that are forgotten are not shown; what was done for them was done.
+    fn back_to(&mut self, step: u64) {
+        self.step = step;
+        for line in [&mut self.train, &mut self.eval] {
+            if line["step"].as_u64().is_some_and(|of| of > step) {
+                *line = Value::Object(serde_json::Map::new());
+            }
+        }
+    }
+
     fn text(&self) -> String {
         let mut page = Page { text: String::new(), labels: &self.labels };
         page.family("info", "gauge", "Version of the program, always 1.");
         page.sample("info", &[("version", env!("CARGO_PKG_VERSION"))], 1.0);
         page.one("step", "gauge", "Steps of the stage that count.", self.step as f64);
-        page.one("steps_total", "counter", "Steps made by this process.", self.steps as f64);
+        page.one(
+            "steps_total",
+            "counter",
+            "Steps that this process made and kept, also those that it went back from later.",
+            self.steps as f64,
+        );
         for (field, name, help) in SUMS {
             page.one(name, "counter", help, self.sums.get(field).copied().unwrap_or(0.0));
         }
@@ -310,7 +295,7 @@ fn escaped(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::net::TcpStream;
+    use std::net::{SocketAddr, TcpStream};
 
     use serde_json::json;
 
@@ -336,7 +321,7 @@ mod tests {
     fn a_scrape_has_the_last_step_and_the_sums() {
         let listen = Listen("127.0.0.1:0".parse().unwrap());
         let mut server = Prometheus::start(listen, "a \"run\"", 2).unwrap();
-        let address = server.running.as_ref().unwrap().0.server_addr().to_ip().unwrap();
+        let address = server.server.as_ref().unwrap().address();
         server.record(&line(1));
         server.record(&line(2));
         // A connection that says nothing is in nobody's way.
@@ -357,7 +342,11 @@ mod tests {
         }
         assert!(!page.contains("mfu"), "what is not known is not there");
         server.back_to(1);
-        assert!(ask(address, "GET /metrics").contains(&format!("sail_train_step{{{own}}} 1\n")));
+        let back = ask(address, "GET /metrics");
+        assert!(
+            back.contains(&format!("sail_train_step{{{own}}} 1\n")) && !back.contains("sail_train_loss{"),
+            "{back}"
+        );
         assert!(ask(address, "GET /").contains("404") && ask(address, "POST /metrics").contains("405"));
         // The port is taken as long as it runs, and free afterwards.
         let error = Prometheus::start(Listen(address), "other", 1).map(drop).unwrap_err().to_string();

@@ -68,11 +68,14 @@ impl Warnings {
     }
 }
 
-/// What a line of the log says from its level on, if it is a warning.
+/// What a line of the log as text says from its level on, if it is a warning of the program: other libraries' have no time
+/// in front, and are in no file.
 fn without_time(line: &[u8]) -> Option<&[u8]> {
-    const LEVEL: &[u8] = b" WARN ";
-    let at = line.windows(LEVEL.len()).take(40).position(|part| part == LEVEL)?;
-    Some(&line[at..])
+    const LEVEL: &[u8] = b"WARN ";
+    let end = line.iter().position(|byte| *byte == b' ')?;
+    let (time, rest) = (&line[..end], line[end..].trim_ascii_start());
+    let is_time = time.len() >= 20 && time[10] == b'T' && time[4] == b'-' && time.last() == Some(&b'Z');
+    (is_time && rest.starts_with(LEVEL)).then_some(rest)
 }
 
 /// Passes on lines until the last process that can write them has ended.
@@ -139,6 +142,15 @@ mod tests {
         assert_eq!(said(7, 3, slow) + &said(2, 4, slow), "");
         assert_eq!(said(5, 5, slow), line(5, 5, slow));
         assert_eq!(said(7, 6, other), line(7, 6, other));
+        // NCCL's, which were swallowed, and which no file has.
+        let mut nccl = String::new();
+        for rank in [1, 2, 3] {
+            let lines = Arc::new(Mutex::new(Vec::new()));
+            let sink: Sink = lines.clone();
+            pass_on(&b"node01:1234:1300 [3] NCCL WARN timeout\n"[..], rank, &warnings, &sink);
+            nccl += &String::from_utf8(lines.lock().unwrap().clone()).unwrap();
+        }
+        assert_eq!(nccl.matches("NCCL WARN timeout").count(), 3, "{nccl}");
         // What is no warning belongs to its rank.
         for rank in [1, 2, 3] {
             assert_eq!(said(rank, 7, "INFO begins"), line(rank, 7, "INFO begins"));

@@ -442,8 +442,8 @@ function show(next) {
   several = report.courses.length > 1;
   stages = placed(report.courses);
   marks = several ? [] : stages.slice(1).map((stage) => ({ x: stage.before, name: `${stage.name} begins` }));
-  const focus = document.activeElement?.id;
-  const top = scrollY;
+  const focus = document.activeElement?.id, top = scrollY;
+  const caret = document.activeElement?.selectionStart;
   document.getElementById("main").replaceChildren();
   document.getElementById("sections").replaceChildren();
   const title = `SAIL report: ${report.courses.map((course) => course.name).join(", ")}`;
@@ -470,7 +470,11 @@ function show(next) {
   const descent = stages.map(lineage).filter(Boolean);
   section("Lineage", descent.length ? el("ul", {}, descent) : null);
   section("Configuration", stages.map(configuration));
-  if (focus) document.getElementById(focus)?.focus({ preventScroll: true });
+  if (focus) {
+    const element = document.getElementById(focus);
+    element?.focus({ preventScroll: true });
+    if (Number.isInteger(caret)) element?.setSelectionRange?.(caret, caret);
+  }
   scrollTo({ top, behavior: "instant" });
 }
 
@@ -483,18 +487,21 @@ let busy = false;
 function follow(seconds) {
   const made = document.getElementById("made");
   let known = null;
-  setInterval(async () => {
-    if (busy || ["INPUT", "SELECT"].includes(document.activeElement?.tagName)) return;
+  const ask = async () => {
+    if (busy) return;
     try {
       const answer = await fetch(`data.json${location.search}`, { headers: known ? { "If-None-Match": known } : {} });
-      if (answer.status === 304) return;
-      if (!answer.ok) throw new Error(await answer.text());
+      if (answer.status !== 304 && !answer.ok) throw new Error(await answer.text());
+      if (answer.status === 304 || busy) return;
       known = answer.headers.get("ETag");
       show(await answer.json());
     } catch (error) {
       made.textContent = `No newer figures: ${error.message}. These were made on ${new Date(report.made_at * 1000).toLocaleString()}.`;
     }
-  }, seconds * 1000);
+  };
+  // One question after the other, however long an answer takes.
+  const again = () => setTimeout(() => ask().finally(again), seconds * 1000);
+  again();
 }
 
 themes();

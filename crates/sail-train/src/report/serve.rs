@@ -3,24 +3,21 @@
 //! Called by `sail-train report --serve`. Whoever reaches the address reads the page: on the loopback interface the users
 //! of this machine, elsewhere those who know a token. What it answers with is made from the runs' folders each time.
 
-use std::io::Cursor;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use rand::random;
 use sha2::{Digest, Sha256};
-use tiny_http::{Header, Method, Request, Response, Server};
 use tracing::warn;
 
 use super::{Report, page};
 use crate::error::{Error, Result};
-use crate::threads::spawn;
+use crate::http::{Request, Response, Server};
+use crate::world::host_name;
 
-/// Seconds from one question of an open page for newer figures to the next.
+/// Seconds from an answer to an open page to its next question for newer figures.
 const REFRESH_SECS: u64 = 5;
-/// Readers that are answered at once; one that is slow keeps no other waiting.
-const THREADS: usize = 4;
 
 /// Where a page is served: `PORT` of 127.0.0.1, or `HOST:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,9 +35,9 @@ impl FromStr for Address {
     }
 }
 
-/// A server of the page about some folders, which answers from when it is made until the process ends.
+/// A server of the page about some folders, which answers from when it is made until it is dropped.
 pub struct Serving {
-    address: SocketAddr,
+    server: Server,
     /// Asked for where others than the users of this machine may come.
     token: Option<String>,
 }
@@ -52,109 +49,83 @@ impl Serving {
     /// Those of [`super::report`] for the folders; [`Error::Usage`] for an address that is in use or not of this machine.
     pub fn begin(dirs: &[PathBuf], at: &Address) -> Result<Self> {
         Report::of(dirs)?;
-        let server = Server::http(at.0).map_err(|error| {
+        let token = (!at.0.ip().is_loopback()).then(|| format!("{:032x}", random::<u128>()));
+        let (dirs, asked) = (dirs.to_vec(), token.clone());
+        let server =
+            Server::begin("sail-report", at.0, move |request| answer(request, &dirs, asked.as_deref()));
+        let server = server.map_err(|error| {
             Error::usage(
                 format!("cannot serve at {}: {error}", at.0),
                 "name another port, as in `--serve=8266`, or an address of this machine",
             )
         })?;
-        let address = server.server_addr().to_ip().unwrap_or(at.0);
-        let token = (!address.ip().is_loopback()).then(|| format!("{:032x}", random::<u128>()));
-        let server = std::sync::Arc::new(server);
-        for thread in 0..THREADS {
-            let (server, dirs, token) = (server.clone(), dirs.to_vec(), token.clone());
-            spawn(&format!("sail-report-{thread}"), move || {
-                for request in server.incoming_requests() {
-                    let answer = answer(&request, &dirs, token.as_deref());
-                    // One who has gone needs no answer.
-                    drop(request.respond(answer));
-                }
-            })?;
-        }
-        Ok(Self { address, token })
+        Ok(Self { server, token })
     }
 
     /// What to open in a browser.
     pub fn url(&self) -> String {
+        let address = self.server.address();
+        // All addresses of this machine are none that others could open.
+        let host = if address.ip().is_unspecified() {
+            format!("{}:{}", host_name(), address.port())
+        } else {
+            address.to_string()
+        };
         let token = self.token.as_ref().map_or_else(String::new, |token| format!("?token={token}"));
-        format!("http://{}/{token}", self.address)
+        format!("http://{host}/{token}")
     }
 }
 
-type Answer = Response<Cursor<Vec<u8>>>;
-
-fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>) -> Answer {
-    let (path, query) = request.url().split_once('?').unwrap_or((request.url(), ""));
-    if !matches!(request.method(), Method::Get | Method::Head) {
-        return text(405, "this page is read with GET");
-    }
-    let allowed = match token {
+fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>) -> Response {
+    let refused = match token {
         Some(token) => {
-            query.split('&').any(|part| part.strip_prefix("token=").is_some_and(|given| same(given, token)))
+            let given = request.query.split('&').find_map(|part| part.strip_prefix("token="));
+            let refused =
+                (401, "open the address that `sail-train report --serve` has printed, with its token");
+            (!given.is_some_and(|given| same(given, token))).then_some(refused)
         }
         // A site elsewhere may give its name this machine's address, and read in a reader's browser what is served here.
-        None => header(request, "Host").is_some_and(is_local_name),
+        None => {
+            let refused =
+                (403, "this page is for localhost and 127.0.0.1; `--serve=HOST:PORT` serves it to others");
+            (!request.header("Host").is_some_and(is_local_name)).then_some(refused)
+        }
     };
-    match path {
-        _ if !allowed && token.is_some() => {
-            text(401, "open the address that `sail-train report --serve` has printed, with its token")
+    if let Some((status, line)) = refused {
+        return Response::text(status, line);
+    }
+    let shows = match request.path.as_str() {
+        "/" => html,
+        "/data.json" => data,
+        _ => return Response::text(404, "there is one page here, `/`"),
+    };
+    match Report::of(dirs) {
+        Ok(report) => shows(Report { refresh_secs: Some(REFRESH_SECS), ..report }, request),
+        Err(error) => {
+            warn!("{error}");
+            Response::text(500, &error.to_string())
         }
-        _ if !allowed => {
-            text(403, "this page is for localhost and 127.0.0.1; `--serve=HOST:PORT` serves it to others")
-        }
-        "/" | "/data.json" => match Report::of(dirs) {
-            Ok(mut report) => {
-                report.refresh_secs = Some(REFRESH_SECS);
-                if path == "/" { html(&report) } else { data(&mut report, header(request, "If-None-Match")) }
-            }
-            Err(error) => {
-                warn!("{error}");
-                text(500, &error.to_string())
-            }
-        },
-        _ => text(404, "there is one page here, `/`"),
     }
 }
 
-fn html(report: &Report) -> Answer {
-    // It fetches from here alone, and what texts of data sets it holds cannot run.
+fn html(report: Report, _request: &Request) -> Response {
+    // It fetches from here alone. What texts of data sets it holds are data to its script, which makes text nodes of them.
     let policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'";
-    whole(200, "text/html; charset=utf-8", page(report)).with_header(field("Content-Security-Policy", policy))
+    Response::new(200, "text/html; charset=utf-8", page(&report)).with("Content-Security-Policy", policy)
 }
 
 /// The figures, unless the reader has them.
-fn data(report: &mut Report, known: Option<&str>) -> Answer {
+fn data(report: Report, request: &Request) -> Response {
     // The time is not one of them.
-    let made_at = std::mem::take(&mut report.made_at);
+    let made_at = report.made_at;
+    let report = Report { made_at: 0, ..report };
     let figures = serde_json::to_vec(&report).expect("invariant: text, numbers and lists");
     let tag = format!("\"{:08x}-{}\"", crc32fast::hash(&figures), figures.len());
-    if known == Some(&tag) {
-        return text(304, "");
+    if request.header("If-None-Match") == Some(&tag) {
+        return Response::text(304, "");
     }
-    report.made_at = made_at;
-    let body = serde_json::to_string(&report).expect("invariant: text, numbers and lists");
-    whole(200, "application/json", body).with_header(field("ETag", &tag))
-}
-
-fn text(status: u16, body: &str) -> Answer {
-    whole(status, "text/plain; charset=utf-8", format!("{body}\n"))
-}
-
-fn whole(status: u16, kind: &str, body: String) -> Answer {
-    Response::from_data(body)
-        .with_status_code(status)
-        .with_header(field("Content-Type", kind))
-        .with_header(field("Cache-Control", "no-store"))
-        .with_header(field("X-Content-Type-Options", "nosniff"))
-        .with_header(field("Referrer-Policy", "no-referrer"))
-}
-
-fn field(name: &str, value: &str) -> Header {
-    Header::from_bytes(name, value).expect("invariant: names and values are ASCII")
-}
-
-fn header<'a>(request: &'a Request, name: &'static str) -> Option<&'a str> {
-    request.headers().iter().find(|header| header.field.equiv(name)).map(|header| header.value.as_str())
+    let body = serde_json::to_vec(&Report { made_at, ..report }).expect("invariant: text, numbers and lists");
+    Response::new(200, "application/json", body).with("ETag", tag)
 }
 
 /// Compared by digest, so that how long it takes says nothing of the token.
@@ -169,8 +140,7 @@ fn is_local_name(host: &str) -> bool {
         _ => host,
     };
     let bare = name.trim_start_matches('[').trim_end_matches(']');
-    name.eq_ignore_ascii_case("localhost")
-        || bare.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    name.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 #[cfg(test)]
@@ -204,7 +174,7 @@ mod tests {
     }
 
     fn asked(serving: &Serving, request: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(("127.0.0.1", serving.address.port())).unwrap();
+        let mut stream = TcpStream::connect(("127.0.0.1", serving.server.address().port())).unwrap();
         write!(stream, "{request}Connection: close\r\n\r\n").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
@@ -245,11 +215,11 @@ mod tests {
         fs::write(dir.path().join("metrics.jsonl"), "nonsense\n").unwrap();
         let (status, wrong) = local("/data.json", "");
         assert!(status == 500 && wrong.contains("metrics.jsonl:1"), "{wrong}");
-        let taken = Serving::begin(&dirs, &serving.address.port().to_string().parse().unwrap());
+        let taken = Serving::begin(&dirs, &serving.server.address().port().to_string().parse().unwrap());
         assert!(taken.is_err());
         fs::write(dir.path().join("metrics.jsonl"), "").unwrap();
         assert_eq!(local("/", "").0, 200);
-        let taken = Serving::begin(&dirs, &serving.address.port().to_string().parse().unwrap());
+        let taken = Serving::begin(&dirs, &serving.server.address().port().to_string().parse().unwrap());
         let message = taken.err().unwrap().to_string();
         assert!(
             message.contains("cannot serve at 127.0.0.1") && message.contains("--serve=8266"),
@@ -265,6 +235,7 @@ mod tests {
         let url = serving.url();
         let (_, token) = url.split_once("?token=").unwrap();
         assert_eq!(token.len(), 32);
+        assert!(!url.contains("0.0.0.0"), "others cannot open that: {url}");
         let status = |path: &str| asked(&serving, &format!("GET {path} HTTP/1.1\r\nHost: node01\r\n")).0;
         assert_eq!(status(&format!("/?token={token}")), 200);
         assert_eq!(status(&format!("/data.json?token={token}")), 200);

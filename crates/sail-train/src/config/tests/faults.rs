@@ -294,7 +294,7 @@ fn places_that_figures_cannot_go_to() {
     error: `log.mlflow.experiment`: must have from 1 to 500 letters, found ``
       --> stage.yaml:10
 
-    error: `log.mlflow.flush_secs`: must be from 1 to 604800, a week, found 0
+    error: `log.mlflow.flush_secs`: must be from 1 to 600, found 0
       --> stage.yaml:10
     ");
     let log = "log: { prometheus: 70000, mlflow: { url: \"http://me:secret@x\" } }";

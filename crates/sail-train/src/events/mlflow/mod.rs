@@ -8,16 +8,19 @@
 mod client;
 mod worker;
 
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tracing::warn;
 
-use self::worker::Worker;
+use self::worker::{Worker, time_to_end};
 use super::record::{Ending, Record, Sink};
 use crate::config::{MlflowPlan, Plan};
 use crate::error::Result;
+use crate::program;
+use crate::resume::course;
 use crate::threads::{lock, spawn};
 
 /// Longest values and keys that MLflow takes (`mlflow/utils/validation.py`).
@@ -28,7 +31,9 @@ const LONGEST_KEY: usize = 250;
 /// The way to the server.
 pub(super) struct Mlflow {
     wishes: Arc<Wishes>,
-    thread: Option<JoinHandle<Option<String>>>,
+    flush: Duration,
+    /// What the thread says at its end of what the server was not told; None once it was heard.
+    ended: Option<Receiver<Option<String>>>,
 }
 
 /// What the thread is to do.
@@ -50,7 +55,8 @@ struct Wish {
 /// What the server is told about a run once.
 struct About {
     run_name: String,
-    plan_hash: String,
+    /// Of what is trained, whatever is told and kept of it.
+    course: String,
     params: Vec<(String, String)>,
     tags: Vec<(String, String)>,
     /// The exported encoder, where the server is to have it.
@@ -64,8 +70,12 @@ impl Mlflow {
         let worker = Worker::new(&plan.run.dir, mlflow, about, step);
         let wishes = Arc::new(Wishes::default());
         let heard = Arc::clone(&wishes);
-        let thread = spawn("sail-mlflow", move || worker.work(&heard))?;
-        Ok(Self { wishes, thread: Some(thread) })
+        let (end, ended) = mpsc::channel();
+        spawn("sail-mlflow", move || {
+            // Nobody listens any more where a request has outlasted the time for the end.
+            drop(end.send(worker.work(&heard)));
+        })?;
+        Ok(Self { wishes, flush: Duration::from_secs(mlflow.flush_secs), ended: Some(ended) })
     }
 
     fn wish(&self, change: impl FnOnce(&mut Wish)) {
@@ -85,10 +95,12 @@ impl Sink for Mlflow {
 
     fn close(&mut self, ending: Ending) {
         self.wish(|wish| wish.ending = Some(ending));
-        if let Some(thread) = self.thread.take()
-            && let Ok(Some(unsent)) = thread.join()
-        {
-            warn!("{unsent}");
+        let Some(ended) = self.ended.take() else { return };
+        // A second more, to hear that there was no time left.
+        match ended.recv_timeout(time_to_end(self.flush, ending) + Duration::from_secs(1)) {
+            Ok(None) => {}
+            Ok(Some(unsent)) => warn!("{unsent}"),
+            Err(_) => warn!("the MLflow server did not answer in time; some figures may not be there"),
         }
     }
 }
@@ -106,17 +118,16 @@ impl About {
             let value = serde_json::from_str::<String>(&value).unwrap_or(value);
             (key(&path.replace('[', ".").replace(']', "")), cut(&value, LONGEST_PARAM))
         });
-        let plan_hash = plan.hash();
         let tags = [
             ("mlflow.source.name", "sail-train".to_owned()),
             ("mlflow.source.type", "JOB".to_owned()),
-            ("sail.version", env!("CARGO_PKG_VERSION").to_owned()),
-            ("sail.plan_hash", plan_hash.clone()),
+            ("sail.version", program::version()),
+            ("sail.plan_hash", plan.hash()),
             ("sail.lineage", cut(&lineage.to_string(), LONGEST_TAG)),
         ];
         Self {
             run_name: plan.run.name.clone(),
-            plan_hash,
+            course: course(plan),
             params: params.collect(),
             tags: tags.map(|(key, value)| (key.to_owned(), value)).into(),
             model: mlflow.model && plan.export.is_some(),

@@ -25,7 +25,7 @@ const METRICS_AT_ONCE: usize = 1000;
 const PARAMS_AT_ONCE: usize = 100;
 /// Lines are sent together that are written in this time.
 const TOGETHER: Duration = Duration::from_secs(1);
-/// How long a run that fails waits at most.
+/// How long a run that fails waits at most: it keeps the other ranks waiting.
 const FAILED: Duration = Duration::from_secs(5);
 /// How long the thread waits after a failure: from, to.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -35,7 +35,8 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 struct State {
     url: String,
     experiment: String,
-    plan_hash: String,
+    /// Of what is trained.
+    course: String,
     /// Of MLflow; none until the server has made it.
     run_id: Option<String>,
     artifact_uri: String,
@@ -65,7 +66,7 @@ impl Worker {
         let fresh = State {
             url: plan.url.clone(),
             experiment: plan.experiment.clone(),
-            plan_hash: about.plan_hash.clone(),
+            course: about.course.clone(),
             ..State::default()
         };
         Self {
@@ -92,6 +93,8 @@ impl Worker {
                 Ok(()) => (pause, next) = (RETRY.0, Instant::now() + TOGETHER),
                 Err(failure) => {
                     self.warn(&failure);
+                    // Also where no further record comes for long.
+                    lock(&wishes.wish).more = true;
                     next = Instant::now() + pause;
                     pause = (2 * pause).min(RETRY.1);
                 }
@@ -101,18 +104,21 @@ impl Worker {
 
     /// Does what changes what is to be sent, and says whether the run has ended.
     fn heed(&mut self, wishes: &Wishes) -> Option<Ending> {
-        let mut wish = lock(&wishes.wish);
-        wish.more = false;
-        if let Some(step) = wish.back_to.take() {
+        let (back_to, ending) = {
+            let mut wish = lock(&wishes.wish);
+            wish.more = false;
+            (wish.back_to.take(), wish.ending)
+        };
+        if let Some(step) = back_to {
             self.state.forget_after(step);
             self.read_to = 0;
+            // A run that ends before the server has heard of it must not take the steps made anew for told.
+            self.save();
         }
-        if wish.ending.is_some() && self.client.deadline.is_none() {
-            // One that fails keeps the other ranks waiting.
-            let flush = if wish.ending == Some(Ending::Failed) { self.flush.min(FAILED) } else { self.flush };
-            self.client.deadline = Some(Instant::now() + flush);
+        if let (Some(ending), None) = (ending, self.client.deadline) {
+            self.client.deadline = Some(Instant::now() + time_to_end(self.flush, ending));
         }
-        wish.ending
+        ending
     }
 
     /// Sends what is left, for some time.
@@ -139,7 +145,8 @@ impl Worker {
     }
 
     fn warn(&mut self, failure: &Failure) {
-        if !self.warned {
+        // At the end it is said what was not sent.
+        if !self.warned && self.client.deadline.is_none() {
             let (name, url) = (&self.about.run_name, &self.state.url);
             warn!(
                 "{name}: the MLflow server at {url} takes nothing: {failure}; training goes on, and it is tried again"
@@ -153,8 +160,10 @@ impl Worker {
         self.begin()?;
         while let Some((metrics, sent, read_to)) = self.next_metrics() {
             if !metrics.is_empty() {
-                let body = json!({"run_id": self.state.run_id, "metrics": metrics});
-                self.client.post("runs/log-batch", &body)?;
+                for some in metrics.chunks(METRICS_AT_ONCE) {
+                    let body = json!({"run_id": self.state.run_id, "metrics": some});
+                    self.client.post("runs/log-batch", &body)?;
+                }
                 self.state.sent.extend(sent);
                 self.save();
             }
@@ -238,7 +247,7 @@ impl Worker {
             read_to += bytes.len() as u64;
             bytes.clear();
             if !of_line.is_empty() {
-                metrics.extend(of_line.into_iter().take(METRICS_AT_ONCE));
+                metrics.extend(of_line);
                 let kind = line["kind"].as_str().unwrap_or_default().to_owned();
                 sent.insert(kind, line["step"].as_u64().unwrap_or_default());
             }
@@ -335,13 +344,14 @@ impl State {
             }
         };
         let is_same = known.url == fresh.url && known.experiment == fresh.experiment;
-        let same_plan = known.plan_hash == fresh.plan_hash;
-        match (is_same, same_plan, step) {
+        let same_course = known.course == fresh.course;
+        match (is_same, same_course, step) {
+            // A run that begins anew has none of the steps that the server knows.
+            (false, ..) | (_, _, 0) => fresh,
             // The same steps are made again where it goes on from an older one: the server has them.
             (true, true, _) => known,
-            (false, ..) | (true, false, 0) => fresh,
             (true, false, _) => {
-                let mut known = Self { plan_hash: fresh.plan_hash, ..known };
+                let mut known = Self { course: fresh.course, ..known };
                 known.forget_after(step);
                 known
             }
@@ -354,9 +364,14 @@ impl State {
     }
 
     fn start_anew(&mut self) {
-        let Self { url, experiment, plan_hash, .. } = std::mem::take(self);
-        *self = Self { url, experiment, plan_hash, ..Self::default() };
+        let Self { url, experiment, course, .. } = std::mem::take(self);
+        *self = Self { url, experiment, course, ..Self::default() };
     }
+}
+
+/// How long the server may take for the end of a run.
+pub(super) fn time_to_end(flush: Duration, ending: Ending) -> Duration {
+    if ending == Ending::Failed { flush.min(FAILED) } else { flush }
 }
 
 /// Waits for something to do, and until `next` unless the run ends before.

@@ -1,3 +1,6 @@
+//! Event files of runs that resume, go back and are killed, read record by record. What TensorBoard makes of them is checked
+//! end to end.
+
 use serde_json::json;
 
 use super::*;
