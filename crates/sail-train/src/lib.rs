@@ -20,6 +20,7 @@
 //! | what is done about harmful steps | [`guard`], `first_step`, [`replay`] |
 //! | what saves a frozen vision encoder its work | [`feature_cache`] |
 //! | the held-out measures | [`eval`] |
+//! | what is computed of answers and features | [`metrics`] |
 //! | exported folders | [`export`] |
 //! | a trained model in use | [`trained`], [`generate`], [`score`], [`embed`] |
 //! | the page about runs | [`report`] |
@@ -77,6 +78,7 @@ mod http;
 pub mod launch;
 pub mod lineage;
 pub mod lock;
+pub mod metrics;
 pub mod optim;
 mod origin;
 pub mod output;
