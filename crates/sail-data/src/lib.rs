@@ -66,6 +66,7 @@ mod heldout;
 mod image;
 #[doc(hidden)]
 pub mod inside;
+mod labelled;
 mod layout;
 mod loader;
 mod mix;
@@ -95,6 +96,7 @@ pub use annotation::{Role, Turn};
 pub use error::{BadSample, Error, Result};
 pub use heldout::{check_sources, for_each_sample, read_samples, shard_paths};
 pub use image::{load_image, strip};
+pub use labelled::{LabelledImage, LabelledImages};
 pub use loader::{Loaded, Loader, LoaderOptions};
 pub use preprocess::{Pixels, Preprocessor};
 pub use sample::{IGNORE, Images, Pack, Prompt, Sample, SampleId, SamplePrompt};

@@ -80,6 +80,18 @@ impl Preprocessor {
         config::read(path)
     }
 
+    /// A bicubic resize to a square of `px` pixels without a crop, / 255, normalised: what a model that was trained with
+    /// one tile of this size sees.
+    pub fn square(px: usize, mean: [f32; 3], std: [f32; 3]) -> Self {
+        let target = Target::Exact(Size { height: px, width: px });
+        Self {
+            resize: Some(Resize { target, filter: Filter::Bicubic }),
+            crop: None,
+            rescale: Some(1.0 / 255.0),
+            normalise: Some(Statistics { mean, std }),
+        }
+    }
+
     /// The data specification that makes the very same pixels as one tile: a bicubic resize to a square without
     /// a crop, / 255, normalised, which is what `sail-train` exports. `None` for anything else.
     #[cfg(test)]

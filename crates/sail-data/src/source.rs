@@ -160,7 +160,7 @@ fn bad_weights(source: &SourceSpec, detail: String) -> Error {
 }
 
 /// The shards of all patterns, none of them twice.
-fn find_shards(store: &Store, source: &SourceSpec) -> Result<Vec<String>> {
+pub(crate) fn find_shards(store: &Store, source: &SourceSpec) -> Result<Vec<String>> {
     let mut shards: Vec<String> = Vec::new();
     for pattern in &source.shards {
         match energon::train_split(store, &source.name, pattern)? {

@@ -175,7 +175,7 @@ fn extension(path: &str) -> String {
 }
 
 /// The extensions of members and files that are images.
-const IMAGE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
+pub(crate) const IMAGE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
 
 /// One member of a sample.
 #[derive(Clone, Debug, PartialEq, Eq)]
