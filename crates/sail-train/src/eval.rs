@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use sail_data::{DataSpec, ImageSpec, LossWeight, Pack, Role, Sample, TextEncoder, read_samples, strip};
+use sail_data::{
+    DataSpec, ImageSpec, Images, LossWeight, Pack, Role, Sample, TextEncoder, read_samples, strip,
+};
 use sail_model::generate::GenerateOptions;
 use sail_model::vlm::Prompt;
 use serde::{Deserialize, Serialize};
@@ -230,6 +232,34 @@ impl Evaluator {
         Ok(sum)
     }
 
+    /// The loss of the samples whose images [`Evaluator::run`] exchanges, when these are left out and their questions do
+    /// not mention them, a mean over answer tokens; `None` where there are none. The ranks of `world` share the work.
+    ///
+    /// # Errors
+    /// As [`Evaluator::run`].
+    pub fn loss_without_images(
+        &self,
+        feed: Feed<'_>,
+        encoder: &TextEncoder,
+        world: &World,
+    ) -> Result<Option<f64>> {
+        let mut turns = Turns { world, next: 0 };
+        let mut sum = Sum::default();
+        for samples in self.sources.values() {
+            let with_image: Vec<&Sample> =
+                samples.iter().filter(|sample| !sample.images.is_empty()).collect();
+            let (own, _) = exchange_images(&with_image);
+            let bare = own.into_iter().map(|sample| without_images(sample, encoder));
+            let bare = bare.collect::<Result<Vec<_>>>()?;
+            sum.add(no_grad(|| self.loss(feed, bare.iter(), &mut turns))?);
+        }
+        let mut all = Sum::default();
+        for rank in world.gather_numbers(&[sum.loss, sum.tokens])? {
+            all.add(Sum { loss: rank[0], tokens: rank[1] });
+        }
+        Ok((all.tokens > 0.0).then(|| all.mean()))
+    }
+
     fn answer(&self, feed: Feed<'_>, encoder: &TextEncoder, sample: &Sample) -> Result<Generation> {
         let asked = sample.prompt();
         let prompt = Prompt {
@@ -250,6 +280,28 @@ impl Evaluator {
             answer: encoder.decode(&ids)?.trim().to_owned(),
         })
     }
+}
+
+/// The same conversation without its images and their marks.
+fn without_images(sample: &Sample, encoder: &TextEncoder) -> Result<Sample> {
+    let mut turns = sample.turns.clone();
+    for turn in &mut turns {
+        if turn.role == Role::User {
+            turn.text = turn.text.replace("<image>\n", "").replace("<image>", "");
+        }
+    }
+    let encoded = encoder.encode(&turns, &[]);
+    let encoded =
+        encoded.map_err(|cause| sail_data::Error::Unusable { what: sample.id.to_string(), cause })?;
+    Ok(Sample {
+        id: sample.id.clone(),
+        ids: encoded.ids,
+        targets: encoded.targets,
+        weights: encoded.weights,
+        images: Images::default(),
+        image_rows: Vec::new(),
+        turns,
+    })
 }
 
 fn losses(samples: usize, sum: Sum, true_image: Sum, shuffled: Sum) -> Losses {

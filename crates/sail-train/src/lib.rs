@@ -20,6 +20,7 @@
 //! | what is done about harmful steps | [`guard`], `first_step`, [`replay`] |
 //! | what saves a frozen vision encoder its work | [`feature_cache`] |
 //! | the held-out measures | [`eval`] |
+//! | tasks that measure a checkpoint or an encoder | [`tasks`] |
 //! | what is computed of answers and features | [`metrics`] |
 //! | exported folders | [`export`] |
 //! | a trained model in use | [`trained`], [`generate`], [`score`], [`embed`] |
@@ -94,6 +95,7 @@ pub mod session;
 pub mod stage;
 pub mod step;
 pub mod stopping;
+pub mod tasks;
 mod threads;
 pub mod train_loop;
 pub mod trained;

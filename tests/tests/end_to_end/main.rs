@@ -14,6 +14,7 @@ mod guards;
 mod help;
 mod hub;
 mod launch;
+mod measuring;
 mod metrics;
 mod mistakes;
 mod networks;

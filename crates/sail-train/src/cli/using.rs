@@ -10,7 +10,7 @@ use sail_model::vision::VitLayout;
 use tch::Kind;
 
 use super::print;
-use crate::config::{DeviceChoice, Precision};
+use crate::config::{DeviceChoice, Precision, load_tasks};
 use crate::embed::{Input, embed};
 use crate::error::{Error, Result};
 use crate::events::Console;
@@ -21,9 +21,15 @@ use crate::report::report;
 use crate::report::serve::{Address, Serving};
 use crate::score::score;
 use crate::session::Session;
+use crate::tasks::{self, Subject};
 use crate::trained::{Trained, open_any};
 use crate::world::World;
 
+const EVAL_HELP: &str = "\
+Examples:
+  sail-train eval --checkpoint runs/demo/stage3
+  sail-train eval --tasks tasks.yaml --checkpoint runs/demo/stage3 --out measured
+  sail-train eval --tasks tasks.yaml --vit runs/demo/stage3/export/vit --out measured";
 const GENERATE_HELP: &str = "\
 Examples:
   sail-train generate --checkpoint runs/demo/stage3 --image photo.jpg --prompt \"Describe the image.\"
@@ -50,14 +56,24 @@ Example:
 /// A command that uses a trained model.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Measures a checkpoint on the held-out data of its plan
+    /// Measures a checkpoint on the held-out data of its plan, or a checkpoint or an encoder by a file of tasks
+    #[command(after_help = EVAL_HELP)]
     Eval {
-        /// A run or one of its `step-…` folders
-        #[arg(long, value_name = "DIR")]
-        checkpoint: PathBuf,
+        /// A run or one of its `step-…` folders; with `--tasks` also an exported whole model
+        #[arg(long, value_name = "DIR", required_unless_present = "vit")]
+        checkpoint: Option<PathBuf>,
         /// Writes the report here as JSON
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
         json: Option<PathBuf>,
+        /// What is measured instead of the plan's held-out data, see docs/evaluate.md
+        #[arg(long, value_name = "FILE.yaml", requires = "out")]
+        tasks: Option<PathBuf>,
+        /// Instead of a checkpoint: a vision encoder's folder, exported or as published
+        #[arg(long, value_name = "DIR", requires = "tasks", conflicts_with = "checkpoint")]
+        vit: Option<PathBuf>,
+        /// The folder for results; tasks that are done there are not measured again
+        #[arg(long, value_name = "DIR", requires = "tasks")]
+        out: Option<PathBuf>,
     },
     /// Makes a step of a run again, pack by pack, from the newest checkpoint before it
     Replay {
@@ -217,7 +233,17 @@ pub(super) enum Dtype {
 /// Runs a command.
 pub(super) fn run(command: Command, console: &Console) -> Result<ExitCode> {
     match command {
-        Command::Eval { checkpoint, json } => eval(&checkpoint, json.as_deref())?,
+        Command::Eval { checkpoint, json, tasks, vit, out } => {
+            let subject = match (&checkpoint, &vit) {
+                (Some(checkpoint), _) => Subject::Checkpoint(checkpoint),
+                (None, vit) => Subject::Vit(vit.as_deref().expect("invariant: clap requires one of them")),
+            };
+            match (tasks, out, subject) {
+                (Some(tasks), Some(out), subject) => measure(&tasks, subject, &out)?,
+                (None, _, Subject::Checkpoint(checkpoint)) => eval(checkpoint, json.as_deref())?,
+                _ => unreachable!("invariant: clap requires `--tasks` with `--vit`, and `--out` with it"),
+            }
+        }
         Command::Replay { run, step, checkpoint } => {
             print(replay(&run, step, checkpoint.as_deref(), console)?)?;
         }
@@ -318,6 +344,14 @@ fn generate(trained: &Trained, question: &Question, json: bool) -> Result<()> {
     })?;
     printed?;
     print("\n")
+}
+
+/// Prints the tables; they are in the folder `out` as well.
+fn measure(tasks: &Path, subject: Subject, out: &Path) -> Result<()> {
+    tasks::run(&load_tasks(tasks)?, subject, out)?;
+    let tables = out.join("results.md");
+    let text = std::fs::read_to_string(&tables).map_err(Error::io(&tables))?;
+    print(format_args!("{text}{}\n", tables.display()))
 }
 
 fn eval(checkpoint: &Path, json: Option<&Path>) -> Result<()> {

@@ -72,7 +72,7 @@ impl<'t> Checker<'t> {
     pub(super) fn into_errors(mut self) -> Vec<ConfigError> {
         self.errors.sort_by_key(|error| match &error.origin {
             Origin::Line { file, line, .. } => (0, file.clone(), *line),
-            Origin::CommandLine | Origin::Set(_) => (1, PathBuf::new(), 0),
+            Origin::CommandLine | Origin::Tasks | Origin::Set(_) => (1, PathBuf::new(), 0),
         });
         self.errors
     }

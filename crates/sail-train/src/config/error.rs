@@ -22,6 +22,8 @@ pub enum Origin {
     },
     /// The command line's `--config FILE`.
     CommandLine,
+    /// The command line's `--tasks FILE`.
+    Tasks,
     /// An override from the command line: the text after `--set`.
     Set(String),
 }
@@ -31,6 +33,7 @@ impl fmt::Display for Origin {
         match self {
             Self::Line { file, line, .. } => write!(f, "{}:{line}", file.display()),
             Self::CommandLine => f.write_str("--config"),
+            Self::Tasks => f.write_str("--tasks"),
             Self::Set(text) => write!(f, "--set {text}"),
         }
     }

@@ -34,6 +34,7 @@ mod resolve_train;
 mod schema;
 mod select;
 mod source;
+mod tasks;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -53,6 +54,10 @@ pub use plan::{
 pub use plan_data::{AnyResolutionPlan, DataPlan, FeatureCachePlan, VisualShape};
 pub use schema::schema;
 pub use select::Selector;
+pub use tasks::{
+    AffinityPlan, ChoicePlan, GenerationPlan, ImagesPlan, KnnPlan, LossPlan, MlpPlan, RecognitionPlan,
+    SamplesPlan, TasksPlan, TestPlan, load_tasks,
+};
 pub use values::{
     Amount, DeviceChoice, GuardAction, Listen, ModelSource, Module, ModulePlan, Precision, Progress, Rates,
     Recompute, ReduceDtype, ScheduleKind, Strategy, VisualBalance,

@@ -362,8 +362,15 @@ fn read_as<T: DeserializeOwned>(file: &Path) -> Result<T> {
 
 /// A vision encoder out of a folder, in fp32.
 pub(crate) fn load_vit(folder: &Path, device: Device) -> Result<Vision> {
+    Ok(load_vit_with_params(folder, device)?.0)
+}
+
+/// The same, and its parameters by full name.
+pub(crate) fn load_vit_with_params(folder: &Path, device: Device) -> Result<(Vision, Params)> {
     let config = VisionConfig::read(folder)?;
     let source = FileSource::open(folder)?.with(config.naming());
-    let builder = Builder::new(Rc::default(), "vision", &source, (Kind::Float, device));
-    Ok(Vision::new(&config, &builder)?)
+    let params = Rc::new(RefCell::new(Params::new()));
+    let builder = Builder::new(params.clone(), "vision", &source, (Kind::Float, device));
+    let model = Vision::new(&config, &builder)?;
+    Ok((model, params.take()))
 }

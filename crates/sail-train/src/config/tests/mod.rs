@@ -7,6 +7,7 @@ mod plans;
 mod recipes;
 mod schema;
 mod senseless;
+mod tasks;
 mod wrong;
 
 use std::fs;

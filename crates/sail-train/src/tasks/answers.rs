@@ -1,0 +1,371 @@
+//! Answers of a model, scored: generated ones against what the data says, and given ones by their likelihood.
+//!
+//! Both ask the first question of each sample. What is known of a sample is a line of JSON, so that a measurement that was
+//! killed goes on with the next one.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use sail_data::{
+    DataSpec, IGNORE, LossWeight, Pack, Role, Sample, SourceSpec, TextEncoder, Turn, for_each_sample,
+};
+use sail_model::generate::GenerateOptions;
+use sail_model::vlm::{Prompt, Visual};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, no_grad};
+use tracing::info;
+
+use super::lines::Lines;
+use super::{Context, Opened};
+use crate::batch::{to_batch, to_images};
+use crate::config::{ChoicePlan, GenerationPlan, SamplesPlan};
+use crate::error::{Error, Result};
+use crate::metrics::{anls, char_errors, cider_d, exact_match, vqa_accuracy, words};
+use crate::trained::Trained;
+
+/// Samples after which is said how far it is.
+const TELL_EVERY: usize = 100;
+
+/// What was found of generated answers; shares are in `[0, 1]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerationResult {
+    /// Of the task.
+    pub name: String,
+    /// Samples answered.
+    pub samples: usize,
+    /// Share of answers that are one of the truths.
+    pub exact_match: f64,
+    /// Mean VQA accuracy.
+    pub vqa_accuracy: f64,
+    /// Mean normalised Levenshtein similarity.
+    pub anls: f64,
+    /// CIDEr-D over the data set.
+    pub cider_d: f64,
+    /// Edits over characters of all truths.
+    pub character_error_rate: f64,
+}
+
+/// What was found of given answers; shares are in `[0, 1]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ChoiceResult {
+    /// Of the task.
+    pub name: String,
+    /// Samples asked.
+    pub samples: usize,
+    /// Share of samples whose truth is likelier than the other choices.
+    pub accuracy: f64,
+    /// The same where a choice's log-likelihood is divided by its tokens.
+    pub accuracy_per_token: f64,
+    /// What always giving the commonest truth would reach.
+    pub commonest: f64,
+}
+
+/// A generated answer.
+#[derive(Debug, Serialize, Deserialize)]
+struct Answer {
+    sample: String,
+    question: String,
+    truths: Vec<String>,
+    said: String,
+}
+
+/// The log-likelihoods of the choices, in their order.
+#[derive(Debug, Serialize, Deserialize)]
+struct Chosen {
+    sample: String,
+    question: String,
+    truth: usize,
+    logprobs: Vec<f64>,
+    tokens: Vec<usize>,
+}
+
+/// What a line of a file of references says.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Reference {
+    key: String,
+    truths: Vec<String>,
+}
+
+/// Has every sample's first question answered, and scores the answers.
+///
+/// # Errors
+/// Those of the shards and of running the model; [`Error::Usage`] for a sample without references where there are some.
+pub(super) fn generate(context: &Context, task: &GenerationPlan) -> Result<GenerationResult> {
+    let trained = whole(context);
+    let references = task.references.as_deref().map(read_references).transpose()?;
+    let path = context.folder(&task.name).join("answers.jsonl");
+    let (mut answers, mut lines) = Lines::open::<Answer>(&path)?;
+    let options = GenerateOptions::greedy(task.max_new_tokens, trained.encoder.stop_ids());
+    each_new(trained, &task.name, &task.samples, answers.len(), |sample| {
+        let asked = sample.prompt();
+        let truths = match &references {
+            None => vec![asked.truth],
+            Some(references) => references.get(&sample.id.key).cloned().ok_or_else(|| {
+                Error::usage(
+                    format!("`{}` has no line in the references of `{}`", sample.id, task.name),
+                    "write `{\"key\": \"…\", \"truths\": [\"…\"]}` for each sample, or leave `references` out",
+                )
+            })?,
+        };
+        let images = Visual::Pixels(to_images([&asked.images], trained.device)?);
+        let prompt = Prompt { ids: asked.prompt.ids, images, image_rows: asked.prompt.image_rows };
+        let ids = trained.model.generate(&[prompt], &options, &mut |_, _| true)?.pop().unwrap_or_default();
+        let said = trained.encoder.decode(&ids)?.trim().to_owned();
+        let line = Answer { sample: sample.id.to_string(), question: question(&sample), truths, said };
+        lines.add(&line)?;
+        answers.push(line);
+        Ok(())
+    })?;
+    Ok(score(&task.name, &answers))
+}
+
+fn score(name: &str, answers: &[Answer]) -> GenerationResult {
+    let mean = |of: &dyn Fn(&str, &[String]) -> f64| {
+        answers.iter().map(|line| of(&line.said, &line.truths)).sum::<f64>() / answers.len() as f64
+    };
+    let captions: Vec<_> = answers
+        .iter()
+        .map(|line| (words(&line.said), line.truths.iter().map(|truth| words(truth)).collect::<Vec<_>>()))
+        .collect();
+    let errors = answers.iter().map(|line| char_errors(&line.said, &line.truths));
+    let (errors, length) = errors.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+    GenerationResult {
+        name: name.to_owned(),
+        samples: answers.len(),
+        exact_match: mean(&|answer, truths| f64::from(u8::from(exact_match(answer, truths)))),
+        vqa_accuracy: mean(&vqa_accuracy),
+        anls: mean(&anls),
+        cider_d: cider_d(&captions).iter().sum::<f64>() / answers.len() as f64,
+        character_error_rate: errors as f64 / length.max(1) as f64,
+    }
+}
+
+/// Measures how likely each choice is as the first answer of each sample, whose own answer must be one of them.
+///
+/// # Errors
+/// Those of the shards and of running the model; [`Error::Usage`] for an answer that is no choice.
+pub(super) fn choose(context: &Context, task: &ChoicePlan) -> Result<ChoiceResult> {
+    let trained = whole(context);
+    let path = context.folder(&task.name).join("choices.jsonl");
+    let (mut all, mut lines) = Lines::open::<Chosen>(&path)?;
+    each_new(trained, &task.name, &task.samples, all.len(), |sample| {
+        let own = sample.prompt().truth;
+        let is_own = |choice: &String| exact_match(&own, std::slice::from_ref(choice));
+        let truth = task.choices.iter().position(is_own).ok_or_else(|| {
+            Error::usage(
+                format!(
+                    "`{}` is answered by `{}`, which is none of the choices of `{}`",
+                    sample.id,
+                    own.trim(),
+                    task.name
+                ),
+                "list every answer of the shards in `choices`, or name shards whose answers are among them",
+            )
+        })?;
+        let options: Vec<Sample> = task
+            .choices
+            .iter()
+            .map(|choice| with_answer(&sample, choice, &trained.encoder))
+            .collect::<Result<_>>()?;
+        let (logprobs, tokens) = likelihoods(trained, &options)?;
+        let line =
+            Chosen { sample: sample.id.to_string(), question: question(&sample), truth, logprobs, tokens };
+        lines.add(&line)?;
+        all.push(line);
+        Ok(())
+    })?;
+    Ok(rate(&task.name, &all, task.choices.len()))
+}
+
+fn rate(name: &str, all: &[Chosen], choices: usize) -> ChoiceResult {
+    let share = |right: usize| right as f64 / all.len() as f64;
+    let best = |scores: Vec<f64>| {
+        let better = |best: usize, i: usize| if scores[i] > scores[best] { i } else { best };
+        (1..scores.len()).fold(0, better)
+    };
+    let by_sum = |line: &&Chosen| best(line.logprobs.clone()) == line.truth;
+    let by_token = |line: &&Chosen| {
+        let scores = line.logprobs.iter().zip(&line.tokens).map(|(sum, tokens)| sum / *tokens as f64);
+        best(scores.collect()) == line.truth
+    };
+    let count = |choice: usize| all.iter().filter(|line| line.truth == choice).count();
+    ChoiceResult {
+        name: name.to_owned(),
+        samples: all.len(),
+        accuracy: share(all.iter().filter(by_sum).count()),
+        accuracy_per_token: share(all.iter().filter(by_token).count()),
+        commonest: share((0..choices).map(count).max().unwrap_or(0)),
+    }
+}
+
+/// A sample up to its first answer, with another text there.
+fn with_answer(sample: &Sample, answer: &str, encoder: &TextEncoder) -> Result<Sample> {
+    let is_answer = |turn: &Turn| turn.role == Role::Assistant && !turn.text.trim().is_empty();
+    let place = sample.turns.iter().position(is_answer);
+    let place = place.expect("invariant: a sample without an answer is none");
+    let mut turns = sample.turns[..=place].to_vec();
+    answer.clone_into(&mut turns[place].text);
+    let asked = sample.prompt();
+    let marks: usize = turns.iter().map(|turn| turn.text.matches("<image>").count()).sum();
+    let visual_tokens = match (marks, asked.prompt.image_rows.len()) {
+        (0, _) => vec![],
+        (1, tokens) => vec![tokens],
+        (marks, _) => {
+            return Err(Error::usage(
+                format!("the question of `{}` has {marks} images", sample.id),
+                "choices are measured for questions with one image, or none",
+            ));
+        }
+    };
+    let encoded = encoder.encode(&turns, &visual_tokens);
+    let encoded =
+        encoded.map_err(|cause| sail_data::Error::Unusable { what: sample.id.to_string(), cause })?;
+    Ok(Sample {
+        id: sample.id.clone(),
+        ids: encoded.ids,
+        targets: encoded.targets,
+        weights: encoded.weights,
+        images: asked.images,
+        image_rows: encoded.image_rows,
+        turns,
+    })
+}
+
+/// Log-likelihood and number of the tokens that are learnt in each sample, the end of the turn among them.
+fn likelihoods(trained: &Trained, samples: &[Sample]) -> Result<(Vec<f64>, Vec<usize>)> {
+    let batch = to_batch(&Pack::collate(samples), trained.device)?;
+    let losses = no_grad(|| trained.model.loss(&batch))?.losses_r.to_kind(Kind::Double);
+    let losses = Vec::<f64>::try_from(losses)?;
+    let mut rest = losses.iter();
+    let tokens: Vec<usize> = samples
+        .iter()
+        .map(|sample| sample.targets.iter().filter(|target| **target != IGNORE).count())
+        .collect();
+    let sums = tokens.iter().map(|tokens| -rest.by_ref().take(*tokens).sum::<f64>()).collect();
+    Ok((sums, tokens))
+}
+
+/// Every sample after the first `done` ones.
+fn each_new(
+    trained: &Trained,
+    name: &str,
+    samples: &SamplesPlan,
+    done: usize,
+    mut visit: impl FnMut(Sample) -> Result<()>,
+) -> Result<()> {
+    let spec = spec(trained, name, samples);
+    let mut seen = 0;
+    if done > 0 {
+        info!("`{name}`: {done} samples are done already");
+    }
+    for_each_sample(&spec, &trained.encoder, samples.most, |sample| {
+        seen += 1;
+        if seen <= done {
+            return Ok(());
+        }
+        visit(sample)?;
+        if seen.is_multiple_of(TELL_EVERY) {
+            info!("`{name}`: {seen} samples");
+        }
+        Ok(())
+    })
+}
+
+/// The samples of a task, in the order of their shards.
+pub(super) fn spec(trained: &Trained, name: &str, samples: &SamplesPlan) -> DataSpec {
+    let source = SourceSpec { layout: samples.layout, ..SourceSpec::new(name, samples.shards.clone()) };
+    let mut spec = DataSpec::in_order(vec![source], trained.text.clone(), trained.image.clone());
+    spec.text.loss_weight = LossWeight::Token;
+    spec
+}
+
+/// The model of a task that needs all of it.
+pub(super) fn whole<'a>(context: &'a Context) -> &'a Trained {
+    match context.subject {
+        Opened::Whole(trained) => trained,
+        Opened::Vit { .. } => unreachable!("invariant: refused before anything was opened"),
+    }
+}
+
+fn question(sample: &Sample) -> String {
+    let asked = sample.turns.iter().find(|turn| turn.role == Role::User);
+    asked.map_or_else(String::new, |turn| turn.text.clone())
+}
+
+/// Truths by the key of a sample.
+fn read_references(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    let mut all = BTreeMap::new();
+    for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
+        let at = format!("{}:{number}", path.display());
+        let hint = "each line is `{\"key\": \"…\", \"truths\": [\"…\"]}`, with at least one truth";
+        let Reference { key, truths } =
+            serde_json::from_str(line).map_err(|error| Error::usage(format!("{at}: {error}"), hint))?;
+        if truths.is_empty() {
+            return Err(Error::usage(format!("{at}: `{key}` has no truth"), hint));
+        }
+        if all.insert(key.clone(), truths).is_some() {
+            return Err(Error::usage(format!("{at}: `{key}` is there twice"), "leave one of the lines out"));
+        }
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_likeliest_choice_is_the_answer_with_and_without_regard_to_its_length() {
+        let line = |truth, logprobs: [f64; 3], tokens: [usize; 3]| Chosen {
+            sample: String::new(),
+            question: String::new(),
+            truth,
+            logprobs: logprobs.to_vec(),
+            tokens: tokens.to_vec(),
+        };
+        let all = [
+            line(1, [-3.0, -2.0, -2.5], [1, 1, 1]),
+            line(2, [-3.0, -4.0, -6.0], [1, 2, 4]),
+            line(1, [-1.0, -1.0, -5.0], [2, 2, 2]),
+            line(1, [-4.0, -3.0, -9.0], [3, 2, 3]),
+        ];
+        let found = rate("x", &all, 3);
+        assert_eq!((found.samples, found.accuracy, found.accuracy_per_token), (4, 0.5, 0.5));
+        assert!((found.commonest - 0.75).abs() < 1e-12);
+    }
+
+    #[test]
+    fn answers_are_scored_together() {
+        let line = |answer: &str, truth: &str| Answer {
+            sample: String::new(),
+            question: String::new(),
+            truths: vec![truth.to_owned()],
+            said: answer.to_owned(),
+        };
+        let found = score("x", &[line("A cat", "a cat"), line("the dgo", "dog")]);
+        assert_eq!((found.exact_match, found.vqa_accuracy, found.anls), (0.5, 0.5, 0.5));
+        assert!((found.character_error_rate - (1.0 + 6.0) / 8.0).abs() < 1e-12, "{found:?}");
+        assert!(found.cider_d > 0.0);
+    }
+
+    #[test]
+    fn references_that_say_nothing_are_named_by_their_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("references.jsonl");
+        let message = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            read_references(&path).unwrap_err().to_string()
+        };
+        let good = "{\"key\": \"a\", \"truths\": [\"x\", \"y\"]}\n";
+        assert!(
+            message(&format!("{good}\n{{\"key\": \"b\"}}"))
+                .contains("references.jsonl:3: missing field `truths`")
+        );
+        assert!(message("{\"key\": \"b\", \"truths\": []}").contains("references.jsonl:1: `b` has no truth"));
+        assert!(message(&good.repeat(2)).contains("references.jsonl:2: `a` is there twice"));
+        std::fs::write(&path, good).unwrap();
+        assert_eq!(read_references(&path).unwrap()["a"], ["x", "y"]);
+    }
+}

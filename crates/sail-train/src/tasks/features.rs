@@ -1,0 +1,146 @@
+//! The features of a set of images, one vector each: the mean of the patches after the encoder's last layer, without
+//! class tokens.
+//!
+//! They are written in pieces as they are computed; what a measurement that was killed has written is read back. Called
+//! by the recognition task.
+//!
+//! Dimension letters: n images, t patches of all, d width; `nchw` is pixels.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use rayon::prelude::*;
+use sail_data::{LabelledImage, LabelledImages, Preprocessor};
+use sail_model::vision::Vision;
+use sail_model::weights::{Shards, write_safetensors};
+use sail_torch::upload;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor, no_grad};
+use tracing::info;
+
+use super::{Context, read_json, write_json};
+use crate::config::ImagesPlan;
+use crate::error::{Error, Result};
+use crate::output;
+
+/// Images of a piece.
+const PIECE: usize = 1024;
+
+/// Features of images, with what the images are.
+#[derive(Debug)]
+pub(super) struct Features {
+    /// `[n, d]` fp32 on the CPU.
+    pub(super) x_nd: Tensor,
+    /// Of each image.
+    pub(super) labels: Vec<Label>,
+}
+
+/// An image by its name and class.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Label {
+    pub(super) id: String,
+    pub(super) class: String,
+}
+
+/// The features of a set, read back from `folder` as far as they are there.
+///
+/// # Errors
+/// Those of reading the images; [`Error::Usage`] for an image without a class.
+pub(super) fn features(
+    context: &Context,
+    images: &ImagesPlan,
+    name: &str,
+    folder: &Path,
+) -> Result<Features> {
+    let images = open(images, name)?;
+    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let preprocessor = context.subject.preprocessor();
+    let (mut parts, mut labels) = (Vec::new(), Vec::new());
+    for (piece, first) in (0..images.len()).step_by(PIECE).enumerate() {
+        let tensors = folder.join(format!("{name}-{piece:05}.safetensors"));
+        let names = folder.join(format!("{name}-{piece:05}.json"));
+        if !tensors.exists() {
+            let last = images.len().min(first + PIECE);
+            let mut encoded = Vec::new();
+            let mut of_piece = Vec::new();
+            for start in (first..last).step_by(context.batch_images) {
+                let end = last.min(start + context.batch_images);
+                let batch = read(&images, start..end)?;
+                encoded.push(encode(context.subject.vision(), &preprocessor, &batch, context.device)?);
+                of_piece.extend(batch.into_iter().map(|LabelledImage { id, class, .. }| Label { id, class }));
+            }
+            write_json(&names, &of_piece)?;
+            // Last, since it says that the piece is whole.
+            let whole = BTreeMap::from([("features".to_owned(), Tensor::f_cat(&encoded, 0)?)]);
+            output::replace(&tensors, |partial| Ok(write_safetensors(partial, &whole)?))?;
+            info!("`{name}`: {last} of {} images encoded", images.len());
+        }
+        parts.push(Shards::open(&tensors)?.tensor("features")?);
+        labels.extend(read_json::<Vec<Label>>(&names)?);
+    }
+    let x_nd = Tensor::f_cat(&parts, 0)?;
+    if x_nd.size()[0] != images.len() as i64 || labels.len() != images.len() {
+        return Err(Error::usage(
+            format!(
+                "`{name}` has {} images, and `{}` features of {}",
+                images.len(),
+                folder.display(),
+                labels.len()
+            ),
+            "the images have changed; remove the folder to encode them anew",
+        ));
+    }
+    Ok(Features { x_nd, labels })
+}
+
+fn open(images: &ImagesPlan, name: &str) -> Result<LabelledImages> {
+    Ok(match images {
+        ImagesPlan::Folder(folder) => LabelledImages::in_folder(folder)?,
+        ImagesPlan::Shards(shards) => LabelledImages::in_shards(name, shards)?,
+    })
+}
+
+fn read(images: &LabelledImages, numbers: std::ops::Range<usize>) -> Result<Vec<LabelledImage>> {
+    numbers.map(|number| images.read(number).map_err(without_class)).collect()
+}
+
+/// Says what to do about a sample that the user has to mend.
+fn without_class(error: sail_data::Error) -> Error {
+    match error {
+        sail_data::Error::Unusable { what, cause } => Error::usage(
+            format!("cannot use `{what}`: {cause}"),
+            "each sample needs one image and a `.cls` member with the name or number of its class",
+        ),
+        other => other.into(),
+    }
+}
+
+/// `[n, d]` fp32 on the CPU.
+fn encode(
+    vision: &Vision,
+    preprocessor: &Preprocessor,
+    images: &[LabelledImage],
+    device: Device,
+) -> Result<Tensor> {
+    let prepared: Vec<_> = images
+        .par_iter()
+        .map(|image| preprocessor.apply(&image.id, &image.bytes))
+        .collect::<sail_data::Result<_>>()?;
+    let size = |image: &sail_data::Pixels| [image.height as i64, image.width as i64];
+    // Neighbours of one size go through the first layer together.
+    let mut batches = Vec::new();
+    for alike in prepared.chunk_by(|a, b| size(a) == size(b)) {
+        let pixels = alike.iter().flat_map(|image| &image.pixels).copied().collect::<Vec<f32>>();
+        let [height, width] = size(&alike[0]);
+        batches.push(upload(&pixels, device)?.f_view([alike.len() as i64, 3, height, width])?);
+    }
+    no_grad(|| {
+        let encoded = vision.features(&batches)?;
+        let patches: Vec<i64> = encoded.grids.iter().map(|(h, w)| h * w).collect();
+        let of_images = encoded.x_td.f_split_with_sizes(patches, 0)?;
+        let mean = |x_td: &Tensor| Ok(x_td.f_mean_dim([0].as_slice(), false, Kind::Float)?);
+        let means = of_images.iter().map(mean).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::f_stack(&means, 0)?.to_device(Device::Cpu))
+    })
+}

@@ -1,0 +1,212 @@
+//! The probe of SAILViT's recognition (arXiv 2507.01643, Table 6): a perceptron of two layers on features that stay as
+//! they are.
+//!
+//! The paper names no more than that and its 10 epochs. Here the hidden layer is rectified, and Adam (Kingma and Ba 2014,
+//! in the form of its section 2, which scikit-learn has as well) follows a cosine from the peak rate to zero. Each feature
+//! is shifted and scaled to mean 0 and variance 1 over the training images first, so that encoders with features of other
+//! sizes are asked the same.
+//!
+//! Dimension letters: n images, d width of features, h of the hidden layer, c classes.
+
+use std::f64::consts::PI;
+
+use sail_model::params::{Init, RandomSource, TensorSource};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::permutation;
+use crate::config::MlpPlan;
+use crate::error::{Error, Result};
+
+const BETAS: [f64; 2] = [0.9, 0.999];
+const EPSILON: f64 = 1e-8;
+
+/// Shift and scale of features.
+pub(super) struct Standard {
+    mean_d: Tensor,
+    std_d: Tensor,
+}
+
+impl Standard {
+    /// Of training features; one that never changes is only shifted.
+    pub(super) fn of(x_nd: &Tensor) -> Result<Self> {
+        let mean_d = x_nd.f_mean_dim([0].as_slice(), false, Kind::Float)?;
+        let std_d = (x_nd - &mean_d).f_square()?.f_mean_dim([0].as_slice(), false, Kind::Float)?.f_sqrt()?;
+        let std_d = std_d.f_where_self(&std_d.f_gt(0.0)?, &std_d.ones_like())?;
+        Ok(Self { mean_d, std_d })
+    }
+
+    pub(super) fn apply(&self, x_nd: &Tensor) -> Result<Tensor> {
+        Ok(x_nd.f_sub(&self.mean_d)?.f_div(&self.std_d)?)
+    }
+}
+
+/// A perceptron of two layers.
+pub(super) struct Mlp {
+    /// `[d, h]`, `[h]`, `[h, c]`, `[c]`; each requires a gradient.
+    params: [Tensor; 4],
+}
+
+impl Mlp {
+    /// With random weights: normal, of variance 2 over the inputs before the rectifier and 1 over them after it; no bias.
+    pub(super) fn random((d, h, c): (i64, i64, i64), seed: u64, device: Device) -> Result<Self> {
+        let source = RandomSource::new(seed, "probe");
+        let random = |name: &str, size: [i64; 2], gain: f64| {
+            let weight = Tensor::f_zeros(size, (Kind::Float, Device::Cpu))?;
+            source.fill(name, &weight, Init::Normal((gain / size[0] as f64).sqrt()))?;
+            Ok::<_, Error>(weight.to_device(device))
+        };
+        let zeros = |size: i64| Tensor::f_zeros([size], (Kind::Float, device));
+        Self::from_params([
+            random("hidden", [d, h], 2.0)?,
+            zeros(h)?,
+            random("head", [h, c], 1.0)?,
+            zeros(c)?,
+        ])
+    }
+
+    fn from_params(params: [Tensor; 4]) -> Result<Self> {
+        for param in &params {
+            let _ = param.f_set_requires_grad(true)?;
+        }
+        Ok(Self { params })
+    }
+
+    /// Scores `[n, c]` of the classes.
+    pub(super) fn scores(&self, x_nd: &Tensor) -> Result<Tensor> {
+        let [w1_dh, b1_h, w2_hc, b2_c] = &self.params;
+        let hidden_nh = x_nd.f_matmul(w1_dh)?.f_add(b1_h)?.f_relu()?;
+        Ok(hidden_nh.f_matmul(w2_hc)?.f_add(b2_c)?)
+    }
+
+    /// Trains on `(x_nd, classes_n)`, shuffled anew in each epoch, and gives the mean loss of the last one.
+    pub(super) fn train(&mut self, data: (&Tensor, &Tensor), plan: MlpPlan, seed: u64) -> Result<f64> {
+        let n = data.0.size()[0];
+        let order = |epoch: u64| permutation(seed, &format!("epoch {epoch}"), n);
+        let rate = |progress: f64| plan.lr * 0.5 * (1.0 + (PI * progress).cos());
+        self.train_in_order(data, (plan.epochs, plan.batch), order, rate)
+    }
+
+    /// The samples of an epoch in the `order` given for it, with the `rate` given for what part of all steps is done.
+    fn train_in_order(
+        &mut self,
+        (x_nd, classes_n): (&Tensor, &Tensor),
+        (epochs, batch): (u64, i64),
+        order: impl Fn(u64) -> Result<Tensor>,
+        rate: impl Fn(f64) -> f64,
+    ) -> Result<f64> {
+        let n = x_nd.size()[0];
+        let steps_per_epoch = (n as u64).div_ceil(batch as u64);
+        let mut adam = Adam::new(&self.params);
+        let mut mean_loss = f64::NAN;
+        for epoch in 0..epochs {
+            let mut sum = Tensor::zeros([], (Kind::Double, x_nd.device()));
+            let places_n = order(epoch)?.to_device(x_nd.device());
+            for (step, places) in (0..).zip(places_n.f_split(batch, 0)?) {
+                let scores_nc = self.scores(&x_nd.f_index_select(0, &places)?)?;
+                let loss = scores_nc.cross_entropy_for_logits(&classes_n.f_index_select(0, &places)?);
+                loss.f_backward()?;
+                let done = (epoch * steps_per_epoch + step) as f64 / (epochs * steps_per_epoch) as f64;
+                adam.step(&mut self.params, rate(done))?;
+                sum += loss.detach().to_kind(Kind::Double) * places.size()[0] as f64;
+            }
+            mean_loss = sum.double_value(&[]) / n as f64;
+        }
+        Ok(mean_loss)
+    }
+}
+
+/// Adam, without decay.
+struct Adam {
+    moments: Vec<[Tensor; 2]>,
+    steps: i32,
+}
+
+impl Adam {
+    fn new(params: &[Tensor]) -> Self {
+        let zeros = |param: &Tensor| [param.zeros_like(), param.zeros_like()].map(|zeros| zeros.detach());
+        Self { moments: params.iter().map(zeros).collect(), steps: 0 }
+    }
+
+    /// Moves the parameters along their gradients, which are empty afterwards.
+    fn step(&mut self, params: &mut [Tensor], lr: f64) -> Result<()> {
+        self.steps += 1;
+        let [correct_1, correct_2] = BETAS.map(|beta| 1.0 - beta.powi(self.steps));
+        let lr = lr * correct_2.sqrt() / correct_1;
+        no_grad(|| {
+            for (param, [first, second]) in params.iter_mut().zip(&mut self.moments) {
+                let mut gradient = param.f_grad()?;
+                *first = first.f_mul_scalar(BETAS[0])?.f_add(&gradient.f_mul_scalar(1.0 - BETAS[0])?)?;
+                let square = gradient.f_square()?;
+                *second = second.f_mul_scalar(BETAS[1])?.f_add(&square.f_mul_scalar(1.0 - BETAS[1])?)?;
+                let step = first.f_mul_scalar(lr)?.f_div(&second.f_sqrt()?.f_add_scalar(EPSILON)?)?;
+                let _ = param.f_sub_(&step)?;
+                let _ = gradient.f_zero_()?;
+            }
+            Ok(())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct Golden {
+        features: Vec<Vec<f64>>,
+        classes: Vec<i64>,
+        hidden: Vec<Vec<f64>>,
+        hidden_bias: Vec<f64>,
+        head: Vec<Vec<f64>>,
+        head_bias: Vec<f64>,
+        epochs: u64,
+        batch: i64,
+        lr: f64,
+        probabilities: Vec<Vec<f64>>,
+        loss: f64,
+    }
+
+    fn matrix(rows: &[Vec<f64>]) -> Tensor {
+        Tensor::from_slice(&rows.concat()).reshape([rows.len() as i64, -1])
+    }
+
+    /// The same weights, samples and rate as scikit-learn's `MLPClassifier`, for some epochs.
+    #[test]
+    fn it_learns_what_that_of_scikit_learn_learns() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/metrics/probe.json");
+        let golden: Golden = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let bias = |values: &[f64]| Tensor::from_slice(values);
+        let params = [
+            matrix(&golden.hidden),
+            bias(&golden.hidden_bias),
+            matrix(&golden.head),
+            bias(&golden.head_bias),
+        ];
+        let mut mlp = Mlp::from_params(params).unwrap();
+        let (x_nd, classes_n) = (matrix(&golden.features), Tensor::from_slice(&golden.classes));
+        let before = no_grad(|| mlp.scores(&x_nd).unwrap());
+        let in_order = |_| Ok(Tensor::arange(x_nd.size()[0], (Kind::Int64, Device::Cpu)));
+        let data = (&x_nd, &classes_n);
+        let loss = mlp.train_in_order(data, (golden.epochs, golden.batch), in_order, |_| golden.lr).unwrap();
+        let after = no_grad(|| mlp.scores(&x_nd).unwrap()).softmax(-1, Kind::Double);
+        let difference = (&after - matrix(&golden.probabilities)).abs().max().double_value(&[]);
+        assert!(difference < 1e-6, "probabilities differ by {difference:e}");
+        assert!((loss - golden.loss).abs() < 1e-6, "loss {loss} instead of {}", golden.loss);
+        let moved = (after - before.softmax(-1, Kind::Double)).abs().max().double_value(&[]);
+        assert!(moved > 0.1, "training moved probabilities by {moved} only");
+    }
+
+    #[test]
+    fn features_of_any_size_are_asked_the_same() {
+        let x_nd = Tensor::from_slice(&[1.0f32, 5.0, 3.0, 5.0, 5.0, 5.0]).reshape([3, 2]);
+        let found = Standard::of(&x_nd).unwrap().apply(&x_nd).unwrap();
+        let other = Standard::of(&(&x_nd * 8.0 + 2.0)).unwrap().apply(&(&x_nd * 8.0 + 2.0)).unwrap();
+        assert_eq!(Vec::<f32>::try_from(found.select(1, 1)).unwrap(), [0.0; 3]);
+        assert!((found.select(1, 0).std(false).double_value(&[]) - 1.0).abs() < 1e-6);
+        assert!((found - other).abs().max().double_value(&[]) < 1e-6);
+    }
+}

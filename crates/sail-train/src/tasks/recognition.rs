@@ -1,0 +1,221 @@
+//! Recognition with a frozen encoder (arXiv 2507.01643, Table 6): how many images probes of its features name rightly, on
+//! a test set and on sets that shift away from the training images.
+//!
+//! Dimension letters: n images, d width of features, c classes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+
+use serde::{Deserialize, Serialize};
+use tch::{Tensor, no_grad};
+
+use super::features::{Features, Label, features};
+use super::probe::{Mlp, Standard};
+use super::{Context, write};
+use crate::config::{KnnPlan, MlpPlan, RecognitionPlan, TestPlan};
+use crate::error::{Error, Result};
+use crate::metrics::{Vote, classify};
+
+/// Images whose scores are in memory together.
+const MOST_AT_ONCE: i64 = 1 << 12;
+
+/// What was found of one task.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecognitionResult {
+    /// Of the task.
+    pub name: String,
+    /// Training images.
+    pub train_images: usize,
+    /// Classes of the training images.
+    pub classes: usize,
+    /// Width of the features.
+    pub width: i64,
+    /// Mean loss of the perceptron's last epoch, nats an image.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub mlp_loss: Option<f64>,
+    /// In the order of the file.
+    pub tests: Vec<TestResult>,
+}
+
+/// What was found on one test set.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TestResult {
+    /// Of the set.
+    pub name: String,
+    /// Its images.
+    pub images: usize,
+    /// Share of the images that each probe names rightly.
+    pub top1: BTreeMap<String, f64>,
+}
+
+/// The training images' classes by name, and back by number.
+struct Classes(BTreeMap<String, i64>);
+
+impl Classes {
+    fn of(labels: &[Label]) -> Self {
+        let names: BTreeSet<&String> = labels.iter().map(|label| &label.class).collect();
+        Self(names.into_iter().cloned().zip(0..).collect())
+    }
+
+    /// The numbers `[n]` of images' classes.
+    fn numbers(&self, set: &str, labels: &[Label]) -> Result<Vec<i64>> {
+        let number = |label: &Label| {
+            self.0.get(&label.class).copied().ok_or_else(|| {
+                Error::usage(
+                    format!("`{}` of `{set}` has the class `{}`, which no training image has", label.id, label.class),
+                    "classes are compared by name: those of folders by the folder's, those of shards by the text of `.cls`",
+                )
+            })
+        };
+        labels.iter().map(number).collect()
+    }
+}
+
+/// Trains the probes and asks them about each test set; what they say of each image goes to `SET.jsonl`.
+///
+/// # Errors
+/// Those of the images; [`Error::Usage`] for a class without a training image.
+pub(super) fn measure(context: &Context, task: &RecognitionPlan) -> Result<RecognitionResult> {
+    let folder = context.folder(&task.name).join("features");
+    let train = features(context, &task.train, "train", &folder)?;
+    let classes = Classes::of(&train.labels);
+    if classes.0.len() < 2 {
+        return Err(Error::usage(
+            format!("the training images of `{}` are all of one class", task.name),
+            "give images of at least two classes",
+        ));
+    }
+    let numbers = Tensor::from_slice(&classes.numbers("train", &train.labels)?);
+    let probes = Probes::train(context, task, &train, &numbers, classes.0.len() as i64)?;
+    let mut tests = Vec::new();
+    for test in &task.tests {
+        let images = features(context, &test.images, &test.name, &folder)?;
+        tests.push(ask(context, task, test, &images, &classes, &probes)?);
+    }
+    Ok(RecognitionResult {
+        name: task.name.clone(),
+        train_images: train.labels.len(),
+        classes: classes.0.len(),
+        width: train.x_nd.size()[1],
+        mlp_loss: probes.mlp.as_ref().map(|mlp| mlp.loss),
+        tests,
+    })
+}
+
+/// Asks every probe about a set, and writes a line of each image.
+fn ask(
+    context: &Context,
+    task: &RecognitionPlan,
+    test: &TestPlan,
+    images: &Features,
+    classes: &Classes,
+    probes: &Probes,
+) -> Result<TestResult> {
+    let truths = classes.numbers(&test.name, &images.labels)?;
+    let allowed: Option<BTreeSet<i64>> = test.own_classes.then(|| truths.iter().copied().collect());
+    let said = probes.ask(&images.x_nd, allowed.as_ref())?;
+    let names: Vec<&String> = classes.0.keys().collect();
+    let mut lines = String::new();
+    for (i, label) in images.labels.iter().enumerate() {
+        let mut line = BTreeMap::from([("image", &label.id), ("class", &label.class)]);
+        line.extend(said.iter().map(|(probe, said)| (*probe, names[said[i] as usize])));
+        let line = serde_json::to_string(&line).expect("invariant: a map of texts");
+        writeln!(lines, "{line}").expect("invariant: a string takes all text");
+    }
+    write(&context.folder(&task.name).join(format!("{}.jsonl", test.name)), &lines)?;
+    let right = |said: &Vec<i64>| said.iter().zip(&truths).filter(|(said, truth)| said == truth).count();
+    let share = |said: &Vec<i64>| right(said) as f64 / truths.len() as f64;
+    let top1 = said.iter().map(|(probe, said)| ((*probe).to_owned(), share(said))).collect();
+    Ok(TestResult { name: test.name.clone(), images: truths.len(), top1 })
+}
+
+/// The probes of a task, trained.
+struct Probes<'a> {
+    knn: Option<(Vote, &'a Tensor, &'a Tensor)>,
+    mlp: Option<TrainedMlp>,
+    classes: i64,
+}
+
+struct TrainedMlp {
+    mlp: Mlp,
+    standard: Standard,
+    loss: f64,
+    device: tch::Device,
+}
+
+impl<'a> Probes<'a> {
+    fn train(
+        context: &Context,
+        task: &RecognitionPlan,
+        train: &'a Features,
+        numbers: &'a Tensor,
+        classes: i64,
+    ) -> Result<Self> {
+        let knn = task.knn.map(|KnnPlan { k, temperature }| {
+            (Vote { neighbours: k, temperature: Some(temperature) }, &train.x_nd, numbers)
+        });
+        let mlp = task.mlp.map(|plan| TrainedMlp::new(context, plan, &train.x_nd, numbers, classes));
+        Ok(Self { knn, mlp: mlp.transpose()?, classes })
+    }
+
+    /// The class of each image by each probe, of `allowed` ones where only those can be answered.
+    fn ask(
+        &self,
+        x_nd: &Tensor,
+        allowed: Option<&BTreeSet<i64>>,
+    ) -> Result<BTreeMap<&'static str, Vec<i64>>> {
+        let mut said = BTreeMap::new();
+        if let Some((vote, train_md, numbers_m)) = self.knn {
+            // Neighbours of other classes do not vote.
+            let (train_md, numbers_m) = match allowed {
+                None => (train_md.shallow_clone(), numbers_m.shallow_clone()),
+                Some(allowed) => {
+                    let all = Vec::<i64>::try_from(numbers_m)?;
+                    let places = (0..).zip(&all).filter(|(_, class)| allowed.contains(*class));
+                    let places = Tensor::from_slice(&places.map(|(place, _)| place).collect::<Vec<i64>>());
+                    (train_md.f_index_select(0, &places)?, numbers_m.f_index_select(0, &places)?)
+                }
+            };
+            let classes_n = classify(x_nd, (&train_md, &numbers_m), self.classes, vote)?;
+            said.insert("knn", Vec::<i64>::try_from(classes_n)?);
+        }
+        if let Some(mlp) = &self.mlp {
+            said.insert("mlp", mlp.ask(x_nd, allowed, self.classes)?);
+        }
+        Ok(said)
+    }
+}
+
+impl TrainedMlp {
+    fn new(
+        context: &Context,
+        plan: MlpPlan,
+        x_nd: &Tensor,
+        numbers_n: &Tensor,
+        classes: i64,
+    ) -> Result<Self> {
+        let device = context.device;
+        let standard = Standard::of(x_nd)?;
+        let scaled_nd = standard.apply(x_nd)?.to_device(device);
+        let mut mlp = Mlp::random((x_nd.size()[1], plan.hidden, classes), context.seed, device)?;
+        let loss = mlp.train((&scaled_nd, &numbers_n.to_device(device)), plan, context.seed)?;
+        if !loss.is_finite() {
+            return Err(Error::usage("the loss of the `mlp` probe is not finite", "lower its `lr`"));
+        }
+        Ok(Self { mlp, standard, loss, device })
+    }
+
+    fn ask(&self, x_nd: &Tensor, allowed: Option<&BTreeSet<i64>>, classes: i64) -> Result<Vec<i64>> {
+        let refused: Vec<i64> =
+            (0..classes).filter(|class| allowed.is_some_and(|allowed| !allowed.contains(class))).collect();
+        let refused = Tensor::from_slice(&refused).to_device(self.device);
+        let mut said = Vec::new();
+        for part_nd in x_nd.f_split(MOST_AT_ONCE, 0)? {
+            let part_nd = self.standard.apply(&part_nd)?.to_device(self.device);
+            let scores_nc = no_grad(|| self.mlp.scores(&part_nd))?;
+            let scores_nc = scores_nc.f_index_fill(1, &refused, f64::NEG_INFINITY)?;
+            said.extend(Vec::<i64>::try_from(scores_nc.f_argmax(-1, false)?)?);
+        }
+        Ok(said)
+    }
+}
