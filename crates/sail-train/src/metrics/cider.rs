@@ -51,7 +51,8 @@ pub fn cider_d(samples: &[(Vec<String>, Vec<Vec<String>>)]) -> Vec<f64> {
             let caption = weigh(caption, &documents, images);
             let of = |reference: &Vec<String>| similarity(&caption, &weigh(reference, &documents, images));
             let sum: f64 = references.iter().map(of).sum();
-            10.0 * sum / (references.len().max(1) * MOST) as f64
+            // Nothing in common is 0 and not -0, which is the sum of no number.
+            10.0 * (sum + 0.0) / (references.len().max(1) * MOST) as f64
         })
         .collect()
 }
