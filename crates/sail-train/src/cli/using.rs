@@ -65,7 +65,7 @@ pub(super) enum Command {
         /// Writes the report here as JSON
         #[arg(long, value_name = "FILE", conflicts_with = "tasks")]
         json: Option<PathBuf>,
-        /// What is measured instead of the plan's held-out data, see docs/evaluate.md
+        /// What is measured instead of the plan's held-out data, see docs/evaluate-tasks.md
         #[arg(long, value_name = "FILE.yaml", requires = "out")]
         tasks: Option<PathBuf>,
         /// Instead of a checkpoint: a vision encoder's folder, exported or as published

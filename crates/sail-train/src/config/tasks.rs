@@ -1,6 +1,6 @@
 //! The form of a file of tasks, which `sail-train eval --tasks` measures, and the checked [`TasksPlan`].
 //!
-//! Read with what reads a stage's file: every fault is reported at once, with its line. docs/evaluate.md is the manual.
+//! Read with what reads a stage's file: every fault is reported at once, with its line. docs/evaluate-tasks.md is the manual.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
