@@ -72,14 +72,14 @@ impl Response {
             405 => "Method Not Allowed",
             _ => "Internal Server Error",
         };
-        let mut head = format!("HTTP/1.1 {} {reason}\r\n", self.status);
-        for (name, value) in &self.headers {
-            head += &format!("{name}: {value}\r\n");
-        }
         let length = if self.status == 304 { 0 } else { self.body.len() };
-        head += &format!(
-            "Content-Length: {length}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\
-             Referrer-Policy: no-referrer\r\nConnection: close\r\n\r\n"
+        let own: Vec<String> =
+            self.headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let head = format!(
+            "HTTP/1.1 {} {reason}\r\n{}Content-Length: {length}\r\nCache-Control: no-store\r\n\
+             X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\nConnection: close\r\n\r\n",
+            self.status,
+            own.concat()
         );
         stream.write_all(head.as_bytes())?;
         if with_body && length > 0 {

@@ -159,7 +159,7 @@ fn what_mlflow_missed_it_is_told_later() {
 }
 
 /// A server that takes what MLflow's clients say, and keeps it. What a real one does with it is checked by
-/// scripts/check_mlflow.sh.
+/// `scripts/check_mlflow.sh`.
 mod server {
     use std::io::{BufRead, BufReader, Read, Write};
     use std::net::{TcpListener, TcpStream};

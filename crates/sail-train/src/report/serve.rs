@@ -77,30 +77,18 @@ impl Serving {
 }
 
 fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>) -> Response {
-    let refused = match token {
-        Some(token) => {
-            let given = request.query.split('&').find_map(|part| part.strip_prefix("token="));
-            let refused =
-                (401, "open the address that `sail-train report --serve` has printed, with its token");
-            (!given.is_some_and(|given| same(given, token))).then_some(refused)
-        }
-        // A site elsewhere may give its name this machine's address, and read in a reader's browser what is served here.
-        None => {
-            let refused =
-                (403, "this page is for localhost and 127.0.0.1; `--serve=HOST:PORT` serves it to others");
-            (!request.header("Host").is_some_and(is_local_name)).then_some(refused)
-        }
-    };
-    if let Some((status, line)) = refused {
+    if let Some((status, line)) = refusal(request, token) {
         return Response::text(status, line);
     }
-    let shows = match request.path.as_str() {
-        "/" => html,
-        "/data.json" => data,
-        _ => return Response::text(404, "there is one page here, `/`"),
-    };
+    let is_page = request.path == "/";
+    if !is_page && request.path != "/data.json" {
+        return Response::text(404, "there is one page here, `/`");
+    }
     match Report::of(dirs) {
-        Ok(report) => shows(Report { refresh_secs: Some(REFRESH_SECS), ..report }, request),
+        Ok(mut report) => {
+            report.refresh_secs = Some(REFRESH_SECS);
+            if is_page { html(&report) } else { data(&mut report, request) }
+        }
         Err(error) => {
             warn!("{error}");
             Response::text(500, &error.to_string())
@@ -108,23 +96,36 @@ fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>) -> Response 
     }
 }
 
-fn html(report: Report, _request: &Request) -> Response {
+/// Why the one who asks gets nothing.
+fn refusal(request: &Request, token: Option<&str>) -> Option<(u16, &'static str)> {
+    let Some(token) = token else {
+        // A site elsewhere may give its name this machine's address, and read in a reader's browser what is served here.
+        let is_here = request.header("Host").is_some_and(is_local_name);
+        let refused = "this page is for localhost and 127.0.0.1; `--serve=HOST:PORT` serves it to others";
+        return (!is_here).then_some((403, refused));
+    };
+    let given = request.query.split('&').find_map(|part| part.strip_prefix("token="));
+    let refused = "open the address that `sail-train report --serve` has printed, with its token";
+    (!given.is_some_and(|given| same(given, token))).then_some((401, refused))
+}
+
+fn html(report: &Report) -> Response {
     // It fetches from here alone. What texts of data sets it holds are data to its script, which makes text nodes of them.
     let policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'";
-    Response::new(200, "text/html; charset=utf-8", page(&report)).with("Content-Security-Policy", policy)
+    Response::new(200, "text/html; charset=utf-8", page(report)).with("Content-Security-Policy", policy)
 }
 
 /// The figures, unless the reader has them.
-fn data(report: Report, request: &Request) -> Response {
+fn data(report: &mut Report, request: &Request) -> Response {
     // The time is not one of them.
-    let made_at = report.made_at;
-    let report = Report { made_at: 0, ..report };
+    let made_at = std::mem::take(&mut report.made_at);
     let figures = serde_json::to_vec(&report).expect("invariant: text, numbers and lists");
     let tag = format!("\"{:08x}-{}\"", crc32fast::hash(&figures), figures.len());
     if request.header("If-None-Match") == Some(&tag) {
         return Response::text(304, "");
     }
-    let body = serde_json::to_vec(&Report { made_at, ..report }).expect("invariant: text, numbers and lists");
+    report.made_at = made_at;
+    let body = serde_json::to_vec(&report).expect("invariant: text, numbers and lists");
     Response::new(200, "application/json", body).with("ETag", tag)
 }
 

@@ -178,9 +178,12 @@ mod tests {
         pick_visual: Vec<i64>,
         pick_words: Vec<i64>,
         pairs: i64,
-        /// By the axes: the visual tokens and the result.
-        sides: BTreeMap<String, (Vec<Vec<f64>>, Affinity, Vec<f64>)>,
+        /// By the axes.
+        sides: BTreeMap<String, Side>,
     }
+
+    /// The visual tokens, the result, and the share of the variance that each component has.
+    type Side = (Vec<Vec<f64>>, Affinity, Vec<f64>);
 
     fn matrix(rows: &[Vec<f64>]) -> Tensor {
         Tensor::from_slice(&rows.concat()).reshape([rows.len() as i64, -1])

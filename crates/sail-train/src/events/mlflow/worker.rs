@@ -184,7 +184,7 @@ impl Worker {
             match self.client.post("runs/update", &goes_on) {
                 // The server has lost it.
                 Err(Failure::Refused { code, .. }) if code == "RESOURCE_DOES_NOT_EXIST" => {
-                    self.state.start_anew()
+                    self.state.start_anew();
                 }
                 other => drop(other?),
             }

@@ -1,4 +1,4 @@
-//! The framing of an event file, TFRecord: each record is its length (8 bytes, little endian), a checksum of that, the
+//! The framing of an event file, `TFRecord`: each record is its length (8 bytes, little endian), a checksum of that, the
 //! record, and a checksum of it; the checksums are CRC-32C, masked (`tensorflow/core/lib/hash/crc32c.h`).
 
 use std::io::{self, ErrorKind, Read};

@@ -114,7 +114,7 @@ pub(super) struct Tensor {
     #[prost(int32, tag = "1")]
     pub(super) dtype: i32,
     #[prost(message, optional, tag = "2")]
-    pub(super) tensor_shape: Option<Shape>,
+    pub(super) shape: Option<Shape>,
     #[prost(bytes = "vec", repeated, tag = "8")]
     pub(super) string_val: Vec<Vec<u8>>,
 }

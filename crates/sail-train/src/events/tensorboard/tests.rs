@@ -18,8 +18,8 @@ fn run(lines: &[Value]) -> tempfile::TempDir {
 }
 
 fn write_metrics(run_dir: &Path, lines: &[Value]) {
-    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
-    fs::write(run_dir.join(METRICS), text).unwrap();
+    let lines: Vec<String> = lines.iter().map(ToString::to_string).collect();
+    fs::write(run_dir.join(METRICS), lines.join("\n") + "\n").unwrap();
 }
 
 fn the_file(run_dir: &Path) -> PathBuf {
