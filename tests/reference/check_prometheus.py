@@ -41,7 +41,8 @@ def main() -> None:
     rates = {sample.labels["module"]: sample.value for sample in families["sail_train_learning_rate"].samples}
     assert rates == {"projector": made[-1]["lr"]["projector"]}, rates
     losses = {sample.labels["image"]: sample.value for sample in families["sail_train_eval_loss"].samples}
-    report = lines[0]["report"]["sources"]["caption"]
+    (evaluation,) = [line for line in lines if line["kind"] == "eval" and line["step"] == one("eval_step")]
+    report = evaluation["report"]["sources"]["caption"]
     assert losses["own"] == report["loss"] and losses["shuffled"] == report["images"]["shuffled_image"], losses
     print(f"{len(families)} families after {steps} steps")
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::scope;
 
-use crate::{root, sail_train, stderr};
+use crate::{root, sail_train, stderr, under};
 
 const STAGE: [&str; 2] = ["--config", "configs/tiny/stage1.yaml"];
 
@@ -69,7 +69,7 @@ impl Bed {
         let image = fs::read(root().join("docs/images/sample.png")).unwrap();
         fs::write(bed.path("image.png"), image).unwrap();
         bed.file("data.json", r#"[{"id": "a", "image": "image.png", "conversations": [{"from": "human", "value": "What is this?"}, {"from": "gpt", "value": "A sample."}]}]"#);
-        bed.file("late.jsonl", &"{\"image\": \"image.png\", \"conversations\": [{\"from\": \"human\", \"value\": \"What is this?\"}, {\"from\": \"gpt\", \"value\": \"A sample.\"}]}\n".repeat(30));
+        bed.file("late.jsonl", &"{\"image\": \"image.png\", \"conversations\": [{\"from\": \"human\", \"value\": \"<image>\\n<image>\\nWhat differs?\"}, {\"from\": \"gpt\", \"value\": \"A sample.\"}]}\n".repeat(30));
         bed
     }
 
@@ -111,7 +111,7 @@ impl Bed {
             training("another model's tokenizer", &[&tokenizer]),
             training("no shards of that name", &[&shards("no-such-{0000..0003}.tar")]),
             training("a shard that is no archive", &[&shards("no-tar-000000.tar")]).with_code(1),
-            training("no `<image>` in a question", &[&shards("late.jsonl")]).with_code(1),
+            training("more marks `<image>` than images", &[&shards("late.jsonl")]).with_code(1),
             training("a pack too small for one image", &["batch.tokens_per_pack=8"]),
             training("a folder of runs that is a file", &[&run_dir]),
             training("a disk without room", &[&full]).with_code(1),
@@ -149,6 +149,10 @@ impl Bed {
 fn said(mistake: &Mistake, bed: &Path) -> String {
     let args: Vec<&str> = mistake.args.iter().map(String::as_str).collect();
     let mut command: Command = sail_train(&args);
+    // What trains all the same, trains there.
+    if args.contains(&"--config") {
+        command.args(["--set", &under(bed)]);
+    }
     command.envs(mistake.environment.iter().map(|(name, value)| (name, value)));
     let output = command.output().unwrap();
     let text = stderr(&output);
