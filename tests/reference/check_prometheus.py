@@ -40,7 +40,8 @@ def main() -> None:
     assert flops["llm"] == sum(line["flops"]["llm"] for line in made)
     rates = {sample.labels["module"]: sample.value for sample in families["sail_train_learning_rate"].samples}
     assert rates == {"projector": made[-1]["lr"]["projector"]}, rates
-    losses = {sample.labels["image"]: sample.value for sample in families["sail_train_eval_loss"].samples}
+    of_eval = [sample for sample in families["sail_train_eval_loss"].samples if sample.labels["source"] == "caption"]
+    losses = {sample.labels["image"]: sample.value for sample in of_eval}
     (evaluation,) = [line for line in lines if line["kind"] == "eval" and line["step"] == one("eval_step")]
     report = evaluation["report"]["sources"]["caption"]
     assert losses["own"] == report["loss"] and losses["shuffled"] == report["images"]["shuffled_image"], losses

@@ -151,11 +151,50 @@ impl Error {
     /// What to do about what the system said, where that is known and the message does not say it.
     pub(crate) fn hint(&self) -> Option<&'static str> {
         use std::io::ErrorKind as Kind;
-        let Self::Io { source, .. } = self else { return None };
+        match self {
+            Self::Data(sail_data::Error::BrokenShard { .. }) => {
+                return Some(
+                    "is it a whole tar archive? `sail-data check SHARD` reads all of it; then make it anew, or take it out \
+                     of `data.sources`",
+                );
+            }
+            Self::Data(sail_data::Error::NoShards { .. }) => {
+                return Some(
+                    "patterns are seen from the working folder; `{000..099}` and `*` stand for names",
+                );
+            }
+            Self::Model(sail_model::Error::Memory { .. }) => {
+                return Some(
+                    "choose a smaller model, or a machine with more memory; `--dry-run` says what a stage takes",
+                );
+            }
+            Self::Data(sail_data::Error::MissingToken { .. }) => {
+                return Some(
+                    "is it the tokenizer of this language model? `data.image_tokens` names other tokens for images",
+                );
+            }
+            Self::Model(sail_model::Error::File { .. }) => {
+                return Some(
+                    "name a folder of Hugging Face's layout, with `config.json` and `model.safetensors`",
+                );
+            }
+            Self::Preflight { source, .. } => return source.hint(),
+            _ => {}
+        }
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        let source = loop {
+            match cause?.downcast_ref::<std::io::Error>() {
+                Some(source) => break source,
+                None => cause = cause?.source(),
+            }
+        };
         match source.kind() {
             Kind::StorageFull | Kind::QuotaExceeded => Some(
                 "make room there, or choose another disk (`run.root`, `--out`); the same command goes on",
             ),
+            Kind::NotFound => {
+                Some("nothing is there: is the name right, and the folder that the command runs in?")
+            }
             Kind::PermissionDenied => Some("whose is it, and may this user read and write there?"),
             Kind::ReadOnlyFilesystem => {
                 Some("that file system is mounted read-only; choose another (`run.root`, `--out`)")

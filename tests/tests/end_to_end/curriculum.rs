@@ -1,7 +1,9 @@
 //! The tiny curriculum from start to export, and what it must leave behind.
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use sail_model::llm::LlmConfig;
@@ -66,6 +68,25 @@ fn a_page_shows_the_stages(dir: &Path) {
         let picture = stage["pictures"][answer["sample"].as_str().unwrap()].as_str().unwrap();
         assert!(picture.starts_with("data:image/jpeg;base64,/9j/"), "{picture}");
     }
+    the_page_is_served(&folder);
+}
+
+/// The server ended as soon as it had printed its address.
+fn the_page_is_served(folder: &Path) {
+    let mut command = crate::sail_train(&["report", folder.to_str().unwrap(), "--serve=0"]);
+    let mut server = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut address = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut address).unwrap();
+    let host = address.trim().strip_prefix("http://").unwrap().trim_end_matches('/').to_owned();
+    let answer = TcpStream::connect(&host).and_then(|mut stream| {
+        write!(stream, "GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).map(|_| answer)
+    });
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let answer = answer.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("tiny-stage3"), "{answer}");
 }
 
 /// The newest checkpoint of the stage before was damaged after this one had begun from it; the one before that is

@@ -12,6 +12,15 @@ use crate::{root, sail_train, stderr, under};
 
 const STAGE: [&str; 2] = ["--config", "configs/tiny/stage1.yaml"];
 
+/// Makes little before a parameter of 4 TB.
+const HUGE: [&str; 5] = [
+    "model.vision.image_px=4",
+    "model.vision.random.image_size=4",
+    "model.vision.random.patch_size=1",
+    "model.vision.random.hidden_size=1048576",
+    "model.vision.random.num_attention_heads=16",
+];
+
 /// One mistake, as a command.
 struct Mistake {
     what: &'static str,
@@ -87,7 +96,7 @@ impl Bed {
     }
 
     fn mistakes(&self) -> Vec<Mistake> {
-        let shards = |name: &str| format!("data.sources=[{{name: mine, shards: {}}}]", self.at(name));
+        let shards = |name: &str| format!("data.sources=[{{name: mine, shards: \"{}\"}}]", self.at(name));
         let [none, file, empty] = ["none", "file", "empty"].map(|name| self.at(name));
         let out = self.at("out");
         let port = format!("127.0.0.1:{}", self.taken.local_addr().unwrap().port());
@@ -112,15 +121,12 @@ impl Bed {
             training("no shards of that name", &[&shards("no-such-{0000..0003}.tar")]),
             training("a shard that is no archive", &[&shards("no-tar-000000.tar")]).with_code(1),
             training("more marks `<image>` than images", &[&shards("late.jsonl")]).with_code(1),
-            training("a pack too small for one image", &["batch.tokens_per_pack=8"]),
+            training("a pack too small for one image", &["batch.tokens_per_pack=8"]).with_code(1),
+            training("a model larger than the memory", &HUGE).with_code(1),
             training("a folder of runs that is a file", &[&run_dir]),
             training("a disk without room", &[&full]).with_code(1),
             command("the stage before was not trained", &["--config", "configs/tiny/stage2.yaml"]),
             command("no checkpoint of that name", &[&STAGE[..], &["--resume", &none]].concat()),
-            command(
-                "ranks that do not divide the streams",
-                &[&["launch", "--nproc", "3", "--"], &STAGE[..]].concat(),
-            ),
             command(
                 "a port in use",
                 &[
@@ -137,7 +143,8 @@ impl Bed {
                 "a question about no image",
                 &["generate", "--checkpoint", &empty, "--image", &none, "--prompt", "What?"],
             ),
-            command("an encoder that is none", &["embed", "--vit", &empty, "--image", &image, "--out", &out]),
+            command("an encoder that is none", &["embed", "--vit", &empty, "--image", &image, "--out", &out])
+                .with_code(1),
             command("a report about nothing", &["report", &empty]),
             command("a page at a port in use", &["report", &empty, &format!("--serve={port}")]),
             command("an evaluation of nothing", &["eval", "--checkpoint", &empty]),
@@ -146,12 +153,12 @@ impl Bed {
 }
 
 /// What is said, without what differs from machine to machine.
-fn said(mistake: &Mistake, bed: &Path) -> String {
+fn said(index: usize, mistake: &Mistake, bed: &Path) -> String {
     let args: Vec<&str> = mistake.args.iter().map(String::as_str).collect();
     let mut command: Command = sail_train(&args);
     // What trains all the same, trains there.
     if args.contains(&"--config") {
-        command.args(["--set", &under(bed)]);
+        command.args(["--set", &under(&bed.join(format!("runs-{index}")))]);
     }
     command.envs(mistake.environment.iter().map(|(name, value)| (name, value)));
     let output = command.output().unwrap();
@@ -161,6 +168,8 @@ fn said(mistake: &Mistake, bed: &Path) -> String {
     assert!(output.stdout.is_empty(), "{}", mistake.what);
     let dir = bed.to_str().unwrap();
     let lines = text.replace(dir, "DIR").replace(root().to_str().unwrap(), "REPOSITORY");
+    // As many as this machine has.
+    let lines = lines.replace(&format!("sees {} CUDA", tch::Cuda::device_count()), "sees N CUDA");
     let text = without_times(&lines);
     let shown: Vec<String> = args.iter().map(|arg| arg.replace(dir, "DIR")).collect();
     format!("## {}\n$ sail-train {}\n{text}\n", mistake.what, shown.join(" "))
@@ -173,7 +182,9 @@ fn without_times(text: &str) -> String {
         Some((time, rest)) if is_time(time) => rest.trim_start().to_owned(),
         _ => line.to_owned(),
     };
-    text.lines().map(line).collect::<Vec<_>>().join("\n")
+    // What a run did before is not the point.
+    let from = text.find("error: ").unwrap_or(0);
+    text[from..].lines().map(line).collect::<Vec<_>>().join("\n")
 }
 
 #[test]
@@ -186,15 +197,17 @@ fn first_mistakes_are_answered_with_what_to_do() {
     let work = || {
         let mut index = next.fetch_add(1, Ordering::Relaxed);
         while let Some(mistake) = mistakes.get(index) {
-            let answer = said(mistake, bed.dir.path()).replace(&port, "PORT");
+            let answer = said(index, mistake, bed.dir.path()).replace(&port, "PORT");
             answers.lock().unwrap_or_else(PoisonError::into_inner)[index] = answer;
             index = next.fetch_add(1, Ordering::Relaxed);
         }
     };
     scope(|threads| (0..2).for_each(|_| drop(threads.spawn(work))));
     let answers = answers.into_inner().unwrap();
-    for answer in &answers {
-        assert!(answer.contains("hint:") || answer.contains("--help"), "{answer}");
-    }
+    let without: Vec<&String> = answers
+        .iter()
+        .filter(|answer| !["hint: ", "--help", "as in `"].iter().any(|word| answer.contains(word)))
+        .collect();
+    assert!(without.is_empty(), "nothing says what to do: {without:#?}");
     insta::assert_snapshot!(answers.join("\n"));
 }

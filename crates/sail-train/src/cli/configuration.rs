@@ -19,10 +19,15 @@ pub(super) struct Options {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Lists every fault of a stage or a curriculum and of the files that it names
+    #[command(after_help = "Example:\n  sail-train config check configs/demo/curriculum.yaml")]
     Check(File),
     /// Prints it with every default filled in
+    #[command(
+        after_help = "Example:\n  sail-train config show configs/demo/stage2.yaml --set train.projector.lr=1e-4"
+    )]
     Show(File),
     /// Prints the JSON Schema of configurations, which editors complete and check by
+    #[command(after_help = "Example:\n  sail-train config schema > schema.json")]
     Schema,
 }
 

@@ -197,7 +197,7 @@ fn with_causes(error: &Error) -> String {
         }
         cause = inner.source();
     }
-    match error.hint() {
+    match error.hint().filter(|_| !message.contains("hint: ")) {
         Some(hint) => format!("{message}\n\nhint: {hint}"),
         None => message,
     }

@@ -76,6 +76,7 @@ pub(super) enum Command {
         out: Option<PathBuf>,
     },
     /// Makes a step of a run again, pack by pack, from the newest checkpoint before it
+    #[command(after_help = "Example:\n  sail-train replay --run runs/demo/stage2 --step 120")]
     Replay {
         /// The run's folder
         #[arg(long, value_name = "DIR")]
@@ -248,7 +249,9 @@ pub(super) fn run(command: Command, console: &Console) -> Result<ExitCode> {
             print(replay(&run, step, checkpoint.as_deref(), console)?)?;
         }
         Command::Report { runs, serve: Some(address), .. } => {
-            print(format_args!("{}\n", Serving::begin(&runs, &address)?.url()))?;
+            let serving = Serving::begin(&runs, &address)?;
+            print(format_args!("{}\n", serving.url()))?;
+            // It answers as long as it is there.
             loop {
                 std::thread::park();
             }

@@ -101,6 +101,22 @@ pub enum Problem {
     Invalid(String),
 }
 
+impl Problem {
+    /// What to do about it, whatever the field.
+    fn usual_hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Unreadable { .. } => Some(
+                "is the name right, and the folder that it is seen from? a stage or a curriculum is a YAML file",
+            ),
+            Self::Syntax { reason, .. } if reason.contains("tabs") => Some("indent with spaces"),
+            Self::Syntax { reason, .. } if reason.contains("flow") => {
+                Some("quote texts that hold braces, brackets, commas or colons")
+            }
+            _ => None,
+        }
+    }
+}
+
 /// One fault of a configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConfigError {
@@ -122,7 +138,7 @@ impl fmt::Display for ConfigError {
             write!(f, "error: `{}`: {}", self.path, self.problem)?;
         }
         write!(f, "\n  --> {}", self.origin)?;
-        match &self.hint {
+        match self.hint.as_deref().or(self.problem.usual_hint()) {
             Some(hint) => write!(f, "\n  hint: {hint}"),
             None => Ok(()),
         }

@@ -72,7 +72,9 @@ pub(super) fn read_set(text: &str) -> Result<(FieldPath, Node), Vec<ConfigError>
     let invalid = |reason: String| {
         vec![fault(FieldPath::default(), Origin::Set(text.to_owned()), Problem::Invalid(reason))]
     };
-    let (path, value) = text.split_once('=').ok_or_else(|| invalid("expected `path=value`".to_owned()))?;
+    let (path, value) = text
+        .split_once('=')
+        .ok_or_else(|| invalid("expected `path=value`, as in `train.projector.lr=1e-3`".to_owned()))?;
     let path = FieldPath::parse(path.trim()).map_err(invalid)?;
     let mut errors = Vec::new();
     let node = parse(value, |_, _| origin.clone(), &mut errors);

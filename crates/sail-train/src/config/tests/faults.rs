@@ -202,6 +202,7 @@ fn text_that_is_not_yaml() {
     insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60")]), @r"
     error: invalid YAML at column 6: while parsing a flow mapping, did not find expected ',' or '}'
       --> stage.yaml:10
+      hint: quote texts that hold braces, brackets, commas or colons
     ");
     insta::assert_snapshot!(faults(&[("  llm: frozen", " llm: frozen")]), @r"
     error: invalid YAML at column 2: while parsing a block mapping, did not find expected key
@@ -255,7 +256,7 @@ fn overrides() {
         "run.name=[",
     ];
     insta::assert_snapshot!(faults_of(&files, &sets), @r"
-    error: expected `path=value`
+    error: expected `path=value`, as in `train.projector.lr=1e-3`
       --> --set batch.tokens_per_pack
 
     error: `train..lr` has an empty name in it
@@ -318,6 +319,7 @@ fn extends() {
     insta::assert_snapshot!(missing, @r"
     error: `extends`: `base.yaml` cannot be read: No such file or directory (os error 2)
       --> stage.yaml:1
+      hint: is the name right, and the folder that it is seen from? a stage or a curriculum is a YAML file
     ");
     let circle =
         [("stage.yaml", &*format!("extends: other.yaml\n{STAGE}")), ("other.yaml", "extends: stage.yaml")];
@@ -364,6 +366,7 @@ fn curriculum() {
 
     error: `stages[3]`: `four.yaml` cannot be read: No such file or directory (os error 2)
       --> all.yaml:2
+      hint: is the name right, and the folder that it is seen from? a stage or a curriculum is a YAML file
 
     error: `stages[7].run.dir`: there are 4 stages, from 0
       --> --set stages[7].run.dir=x
