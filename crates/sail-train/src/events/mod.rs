@@ -3,7 +3,7 @@
 //!
 //! The only place that prints while training. `metrics.jsonl` has one object a line with a `kind`
 //! of `train`, `eval` or `checkpoint`; after a resume it holds the line of each training step once. The other places are
-//! [`record::Sink`]s: each is told of a record after it is in `metrics.jsonl`, and of going back after that has.
+//! `record::Sink`s: each is told of a record after it is in `metrics.jsonl`, and of going back after that has.
 
 mod appender;
 mod console;
