@@ -57,7 +57,13 @@ fn hits_and_misses(job: &Job) -> (u64, u64) {
 fn evaluations(job: &Job) -> Vec<Value> {
     let text = fs::read_to_string(job.run_dir().join("metrics.jsonl")).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    lines.filter(|line| line["kind"] == "eval").collect()
+    let evaluations = lines.filter(|line| line["kind"] == "eval");
+    // When it was is no part of it.
+    let without_time = |mut line: Value| {
+        line.as_object_mut().unwrap().remove("time").expect("every line has it");
+        line
+    };
+    evaluations.map(without_time).collect()
 }
 
 /// Files of a kind in the folders of a cache.

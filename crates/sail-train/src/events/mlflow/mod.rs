@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use self::worker::{Worker, time_to_end};
+use super::METRICS;
 use super::record::{Ending, Record, Sink};
 use crate::config::{MlflowPlan, Plan};
 use crate::error::Result;
@@ -31,6 +32,7 @@ const LONGEST_KEY: usize = 250;
 /// The way to the server.
 pub(super) struct Mlflow {
     wishes: Arc<Wishes>,
+    url: String,
     flush: Duration,
     /// What the thread says at its end of what the server was not told; None once it was heard.
     ended: Option<Receiver<Option<String>>>,
@@ -75,7 +77,8 @@ impl Mlflow {
             // Nobody listens any more where a request has outlasted the time for the end.
             drop(end.send(worker.work(&heard)));
         })?;
-        Ok(Self { wishes, flush: Duration::from_secs(mlflow.flush_secs), ended: Some(ended) })
+        let (url, flush) = (mlflow.url.clone(), Duration::from_secs(mlflow.flush_secs));
+        Ok(Self { wishes, url, flush, ended: Some(ended) })
     }
 
     fn wish(&self, change: impl FnOnce(&mut Wish)) {
@@ -100,7 +103,11 @@ impl Sink for Mlflow {
         match ended.recv_timeout(time_to_end(self.flush, ending) + Duration::from_secs(1)) {
             Ok(None) => {}
             Ok(Some(unsent)) => warn!("{unsent}"),
-            Err(_) => warn!("the MLflow server did not answer in time; some figures may not be there"),
+            Err(_) => warn!(
+                "the MLflow server at {} was not told the end of the run: it did not answer in time; `{METRICS}` has all \
+                 figures, and a run that resumes sends what is missing",
+                self.url
+            ),
         }
     }
 }
