@@ -26,8 +26,8 @@ impl Linear {
         Ok(Self { weight_oi, bias_o })
     }
 
-    /// The same maps, with their weights one after the other in memory, and their biases: as long as none of them is
-    /// trained, [`Linear::forward_together`] makes one product of them.
+    /// The same maps, with their weights one after the other in memory, and their biases: where no
+    /// gradient is needed, [`Linear::forward_together`] makes one product of them.
     ///
     /// # Errors
     /// When there is no memory to move them.

@@ -62,7 +62,7 @@ pub fn rotate(x_tnh: &Tensor, cos_t1f: &Tensor, sin_t1f: &Tensor) -> Result<Tens
 }
 
 /// Several linear maps `x W^T + b` of the same rows, differentiable once in everything: the gradients of `x` are added up
-/// by the matrix products themselves. Where no weight requires a gradient and all lie one after the other in one piece of
+/// by the matrix products themselves. Where nothing requires a gradient and all weights lie one after the other in one piece of
 /// memory, as do the biases, they are one product, of which the results are columns.
 ///
 /// `x` `[.., inputs]`; each of `maps` a weight `[outputs, inputs]` and a bias `[outputs]`, all of them with or all
@@ -101,8 +101,9 @@ pub fn linears<const N: usize>(
     check(OP, biases.is_empty() || biases.len() == N, || {
         format!("{} of {N} maps have a bias", biases.len())
     })?;
-    // A single row is not bound by the product, and all its maps are one pass already.
-    if N > 1 && x.numel() as i64 > size[size.len() - 1] {
+    // A single row is not bound by the product, and all its maps are one pass already. In a graph a result that is kept
+    // would keep the memory of all.
+    if N > 1 && !x.requires_grad() && x.numel() as i64 > size[size.len() - 1] {
         let bias = if biases.is_empty() { Some(None) } else { joined(&biases).map(Some) };
         if let (Some(weight), Some(bias)) = (joined(&weights), bias) {
             let [all] = separate(x, &[&weight], &bias.iter().collect::<Vec<_>>(), grad_rows_r)?;
