@@ -26,17 +26,6 @@ impl Linear {
         Ok(Self { weight_oi, bias_o })
     }
 
-    /// The same maps, with their weights one after the other in memory, and their biases: where no
-    /// gradient is needed, [`Linear::forward_together`] makes one product of them.
-    ///
-    /// # Errors
-    /// When there is no memory to move them.
-    pub fn laid_together<const N: usize>(maps: [Self; N]) -> Result<[Self; N]> {
-        lay_together(maps.iter().map(|map| &map.weight_oi).collect())?;
-        lay_together(maps.iter().filter_map(|map| map.bias_o.as_ref()).collect())?;
-        Ok(maps)
-    }
-
     /// `[.., inputs]` -> `[.., outputs]`; `x` has the parameters' type.
     ///
     /// # Panics
@@ -59,25 +48,6 @@ impl Linear {
         let maps = maps.map(|map| (&map.weight_oi, map.bias_o.as_ref()));
         sail_torch::linears(x, maps, grad_rows_r).unwrap_or_else(|error| panic!("{error}"))
     }
-}
-
-/// Moves parameters into one piece of memory, in this order.
-fn lay_together(tensors: Vec<&Tensor>) -> Result<()> {
-    // Shapes alone, without elements, have nothing to move.
-    if tensors.len() < 2 || tensors.iter().any(|tensor| !tensor.is_contiguous()) {
-        return Ok(());
-    }
-    tch::no_grad(|| {
-        let whole = Tensor::f_cat(&tensors, 0)?;
-        let mut at = 0;
-        for tensor in tensors {
-            let rows = tensor.size()[0];
-            // No view in the eyes of autograd, so that it may be trained and changed in its place.
-            tensor.shallow_clone().f_set_data(&whole.f_narrow(0, at, rows)?.f_detach()?)?;
-            at += rows;
-        }
-        Ok(())
-    })
 }
 
 /// `y = w * x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang and Sennrich 2019, eq. 4), the mean and the
@@ -159,40 +129,6 @@ mod tests {
         let y = norm.forward(&x.to_kind(Kind::BFloat16));
         assert_eq!(y.kind(), Kind::BFloat16);
         assert!(y.to_kind(Kind::Float).allclose(&expected, 2e-2, 2e-2, false));
-    }
-
-    #[test]
-    fn maps_that_lie_together_are_the_same_maps() {
-        let source = RandomSource::new(1, "llm");
-        let params = Rc::new(RefCell::new(Params::new()));
-        let builder = Builder::new(params.clone(), "llm", &source, (Kind::Float, Device::Cpu));
-        let made = |name: &str, outputs| {
-            let linear = Linear::new(&builder.sub(name), 4, outputs, true, Init::Normal(0.1)).unwrap();
-            let _ = linear.bias_o.as_ref().unwrap().shallow_clone().fill_(outputs as f64);
-            linear
-        };
-        let maps = [("q", 6), ("k", 2), ("v", 2)].map(|(name, outputs)| made(name, outputs));
-        let x = Tensor::randn([3, 4], (Kind::Float, Device::Cpu));
-        let expected = maps.each_ref().map(|map| map.forward(&x));
-        let maps = Linear::laid_together(maps).unwrap();
-        let begins = |name: &str| params.borrow()[name].data_ptr() as usize;
-        assert_eq!(begins("llm.k.weight"), begins("llm.q.weight") + 4 * 4 * 6);
-        assert_eq!(begins("llm.v.bias"), begins("llm.q.bias") + 4 * 8);
-        for rows in [3, 1] {
-            let together = Linear::forward_together(maps.each_ref(), &x.narrow(0, 0, rows), None);
-            for (made, expected) in together.iter().zip(&expected) {
-                assert!(made.allclose(&expected.narrow(0, 0, rows), 1e-6, 1e-6, false));
-            }
-        }
-        // One that is trained is a leaf of its own, and changes alone.
-        let mut weight = params.borrow()["llm.k.weight"].shallow_clone().set_requires_grad(true);
-        let [_, k, _] = Linear::forward_together(maps.each_ref(), &x, None);
-        k.sum(Kind::Float).backward();
-        assert_eq!(weight.grad().size(), [2, 4]);
-        tch::no_grad(|| drop(weight.fill_(7.0)));
-        for (map, expected) in [&maps[0], &maps[2]].into_iter().zip([&expected[0], &expected[2]]) {
-            assert!(map.forward(&x).allclose(expected, 1e-6, 1e-6, false));
-        }
     }
 
     #[test]

@@ -62,8 +62,7 @@ pub fn rotate(x_tnh: &Tensor, cos_t1f: &Tensor, sin_t1f: &Tensor) -> Result<Tens
 }
 
 /// Several linear maps `x W^T + b` of the same rows, differentiable once in everything: the gradients of `x` are added up
-/// by the matrix products themselves. Where nothing requires a gradient and all weights lie one after the other in one piece of
-/// memory, as do the biases, they are one product, of which the results are columns.
+/// by the matrix products themselves.
 ///
 /// `x` `[.., inputs]`; each of `maps` a weight `[outputs, inputs]` and a bias `[outputs]`, all of them with or all
 /// without; of one float type. Gives `[.., outputs]` for each. `x` is kept for the backward pass where a weight
@@ -96,52 +95,12 @@ pub fn linears<const N: usize>(
             format!("a bias {bias:?} does not fit a weight {weight:?}")
         })?;
     }
-    let weights = maps.map(|(weight, _)| weight);
     let biases: Vec<&Tensor> = maps.iter().filter_map(|(_, bias)| *bias).collect();
     check(OP, biases.is_empty() || biases.len() == N, || {
         format!("{} of {N} maps have a bias", biases.len())
     })?;
-    // A single row is not bound by the product, and all its maps are one pass already. In a graph a result that is kept
-    // would keep the memory of all.
-    if N > 1 && !x.requires_grad() && x.numel() as i64 > size[size.len() - 1] {
-        let bias = if biases.is_empty() { Some(None) } else { joined(&biases).map(Some) };
-        if let (Some(weight), Some(bias)) = (joined(&weights), bias) {
-            let [all] = separate(x, &[&weight], &bias.iter().collect::<Vec<_>>(), grad_rows_r)?;
-            let widths = weights.map(|weight| weight.size()[0]);
-            let mut parts = all.split_with_sizes(widths, -1).into_iter();
-            return Ok(widths.map(|_| parts.next().expect("invariant: a part for each width")));
-        }
-    }
-    separate(x, &weights, &biases, grad_rows_r)
-}
-
-/// Tensors that lie one after the other in one piece of memory, as one along their first dimension; None where they do not,
-/// or where one requires a gradient.
-fn joined(tensors: &[&Tensor]) -> Option<Tensor> {
-    let mut at = tensors[0].data_ptr() as usize;
-    let mut rows = 0;
-    for tensor in tensors {
-        if tensor.requires_grad() || !tensor.is_contiguous() || tensor.data_ptr() as usize != at {
-            return None;
-        }
-        at += tensor.numel() * tensor.kind().elt_size_in_bytes();
-        rows += tensor.size()[0];
-    }
-    let mut size = tensors[0].size();
-    size[0] = rows;
-    // It reaches beyond the memory of the first where that of the next is another, which happens to follow.
-    tensors[0].f_as_strided(&size, tensors[0].stride(), None).ok()
-}
-
-/// A product for each of `N` weights.
-fn separate<const N: usize>(
-    x: &Tensor,
-    weights: &[&Tensor; N],
-    biases: &[&Tensor],
-    grad_rows_r: Option<&Tensor>,
-) -> Result<[Tensor; N]> {
-    const OP: &str = "linears";
-    let tensors = pointers([x].into_iter().chain(weights.iter().copied()).chain(biases.iter().copied()));
+    let weights = maps.iter().map(|(weight, _)| *weight);
+    let tensors = pointers([x].into_iter().chain(weights).chain(biases));
     let grad_rows = grad_rows_r.map_or(std::ptr::null(), Tensor::as_ptr);
     let mut out = [std::ptr::null_mut(); N];
     // SAFETY: live tensors of fitting shapes and one type, as many as `tensors` has, and places for `N` pointers.
@@ -248,48 +207,6 @@ mod tests {
         let weights = weights.each_ref().map(Tensor::detach);
         let pair = || linears(&x, [(&weights[0], None), (&weights[1], None)], None).unwrap().into();
         assert_same(&[&x], 1e-6, pair, || weights.each_ref().map(|w| x.linear(w, None::<&Tensor>)).into());
-    }
-
-    #[test]
-    fn maps_in_one_piece_of_memory_are_one_product() {
-        let [whole, biases] = [&[12i64, 32][..], &[12]].map(|shape| random(shape).detach());
-        let part = |of: &Tensor, at, rows| of.narrow(0, at, rows).detach();
-        let parts = |of: &Tensor| [part(of, 0, 6), part(of, 6, 2), part(of, 8, 4)];
-        let (weights, b) = (parts(&whole), parts(&biases));
-        assert!(joined(&weights.each_ref()).is_some_and(|all| all.equal(&whole)));
-        // Another order, another piece of memory, one that is trained.
-        assert!(joined(&[&weights[1], &weights[0]]).is_none());
-        assert!(joined(&[&weights[2], &random(&[2, 32]).detach()]).is_none());
-        assert!(
-            joined(&[&weights[0], &weights[1].shallow_clone().detach().set_requires_grad(true)]).is_none()
-        );
-        let maps = || [0, 1, 2].map(|i| (&weights[i], Some(&b[i])));
-        let plain = |x: &Tensor| [0, 1, 2].map(|i| x.linear(&weights[i], Some(&b[i]))).into();
-        for rows in [1, 2, 50] {
-            let x = random(&[rows, 32]);
-            assert_same(&[&x], 1e-6, || linears(&x, maps(), None).unwrap().into(), || plain(&x));
-            tch::no_grad(|| {
-                let (made, expected): (Vec<_>, Vec<Tensor>) =
-                    (linears(&x, maps(), None).unwrap().into(), plain(&x));
-                for (made, expected) in made.iter().zip(&expected) {
-                    assert!(distance(made, expected) < 1e-6);
-                }
-            });
-        }
-        // Of some rows alone.
-        let (x, some) = (random(&[50, 32]), Tensor::from_slice(&[3i64, 17, 49]));
-        let sum = |y: &[Tensor]| {
-            y.iter().fold(Tensor::zeros([], FLOAT), |sum, y| sum + y.square().sum(Kind::Float))
-        };
-        let grad = |y: Tensor| Tensor::run_backward(&[y], &[&x], false, false).remove(0);
-        let made = grad(sum(&linears(&x, maps(), Some(&some)).unwrap()));
-        let expected: Vec<Tensor> = plain(&x);
-        let expected = grad(sum(&expected));
-        assert!(distance(&made.index_select(0, &some), &expected.index_select(0, &some)) < 1e-5);
-        assert_eq!(
-            made.abs().sum_dim_intlist(1i64, false, Kind::Float).count_nonzero(0i64).int64_value(&[]),
-            3
-        );
     }
 
     /// The sum over rows of a weight's gradient must not depend on how many threads there are.

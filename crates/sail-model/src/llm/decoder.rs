@@ -86,15 +86,10 @@ impl Attention {
         let q_width = decoder.num_attention_heads * decoder.head_dim;
         let kv_width = decoder.num_key_value_heads * decoder.head_dim;
         let width = decoder.hidden_size;
-        let [q_proj, k_proj, v_proj] = Linear::laid_together([
-            linear("q_proj", width, q_width, shape.qkv_bias)?,
-            linear("k_proj", width, kv_width, shape.qkv_bias)?,
-            linear("v_proj", width, kv_width, shape.qkv_bias)?,
-        ])?;
         Ok(Self {
-            q_proj,
-            k_proj,
-            v_proj,
+            q_proj: linear("q_proj", width, q_width, shape.qkv_bias)?,
+            k_proj: linear("k_proj", width, kv_width, shape.qkv_bias)?,
+            v_proj: linear("v_proj", width, kv_width, shape.qkv_bias)?,
             o_proj: linear("o_proj", q_width, width, false)?,
             norms: if shape.qk_norm { Some((norm("q_norm")?, norm("k_norm")?)) } else { None },
             head_dim: decoder.head_dim,
@@ -148,9 +143,11 @@ impl SwiGlu {
         let (width, inner) = (decoder.hidden_size, decoder.intermediate_size);
         let init = Init::Normal(decoder.initializer_range);
         let linear = |name, inputs, outputs| Linear::new(&builder.sub(name), inputs, outputs, false, init);
-        let [gate, up] =
-            Linear::laid_together([linear("gate_proj", width, inner)?, linear("up_proj", width, inner)?])?;
-        Ok(Self { gate, up, down: linear("down_proj", inner, width)? })
+        Ok(Self {
+            gate: linear("gate_proj", width, inner)?,
+            up: linear("up_proj", width, inner)?,
+            down: linear("down_proj", inner, width)?,
+        })
     }
 
     fn forward(&self, x_td: &Tensor, grad_rows_r: Option<&Tensor>) -> Tensor {

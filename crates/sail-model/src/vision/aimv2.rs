@@ -292,20 +292,16 @@ impl Block {
         let (d, inner) = (config.hidden_size, config.intermediate_size);
         let (attention, ffn) = (builder.sub("attention"), builder.sub("ffn"));
         let projection = |name: &str| config.linear(&attention.sub(name), d, d, config.qkv_bias);
-        let wide = |name: &str| config.linear(&ffn.sub(name), d, inner, config.mlp_bias);
-        let [gate, up] = Linear::laid_together([wide("gate_proj")?, wide("up_proj")?])?;
-        let [q, k, v] =
-            Linear::laid_together([projection("q_proj")?, projection("k_proj")?, projection("v_proj")?])?;
         Ok(Self {
             norm1: config.norm(&builder.sub("rms_norm1"))?,
-            q,
-            k,
-            v,
+            q: projection("q_proj")?,
+            k: projection("k_proj")?,
+            v: projection("v_proj")?,
             out: projection("out_proj")?,
             heads: config.num_attention_heads,
             norm2: config.norm(&builder.sub("rms_norm2"))?,
-            gate,
-            up,
+            gate: config.linear(&ffn.sub("gate_proj"), d, inner, config.mlp_bias)?,
+            up: config.linear(&ffn.sub("up_proj"), d, inner, config.mlp_bias)?,
             down: config.linear(&ffn.sub("down_proj"), inner, d, config.mlp_bias)?,
         })
     }

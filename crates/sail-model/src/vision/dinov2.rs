@@ -241,13 +241,11 @@ impl Block {
         let scale = |name: &str| {
             builder.sub(name).param("lambda1", &[d], Init::Constant(config.layerscale_value as f32))
         };
-        let [q, k, v] =
-            Linear::laid_together([projection("query")?, projection("key")?, projection("value")?])?;
         Ok(Self {
             norm1: config.norm(&builder.sub("norm1"))?,
-            q,
-            k,
-            v,
+            q: projection("query")?,
+            k: projection("key")?,
+            v: projection("value")?,
             out: config.linear(&attention.sub("output").sub("dense"), d, d, true)?,
             heads: config.num_attention_heads,
             scale1_d: scale("layer_scale1")?,

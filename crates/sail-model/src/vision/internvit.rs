@@ -348,13 +348,11 @@ impl Block {
         let qk_norm = |name: &str| {
             config.use_qk_norm.then(|| RmsNorm::new(&attention.sub(name), d, QK_NORM_EPS)).transpose()
         };
-        let biased = |name: &str| projection(name, config.attention_bias);
-        let [q, k, v] = Linear::laid_together([biased("q_proj")?, biased("k_proj")?, biased("v_proj")?])?;
         Ok(Self {
             norm1: Norm::new(config, &builder.sub("layernorm_before"))?,
-            q,
-            k,
-            v,
+            q: projection("q_proj", config.attention_bias)?,
+            k: projection("k_proj", config.attention_bias)?,
+            v: projection("v_proj", config.attention_bias)?,
             q_norm: qk_norm("q_norm")?,
             k_norm: qk_norm("k_norm")?,
             out: projection("projection_layer", true)?,

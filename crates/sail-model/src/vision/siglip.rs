@@ -192,13 +192,11 @@ impl Block {
         let attention = builder.sub("self_attn");
         let projection = |name: &str| Linear::new(&attention.sub(name), d, d, true, init(d, d));
         let norm = |name: &str| LayerNorm::new(&builder.sub(name), d, config.layer_norm_eps);
-        let [q, k, v] =
-            Linear::laid_together([projection("q_proj")?, projection("k_proj")?, projection("v_proj")?])?;
         Ok(Self {
             norm1: norm("layer_norm1")?,
-            q,
-            k,
-            v,
+            q: projection("q_proj")?,
+            k: projection("k_proj")?,
+            v: projection("v_proj")?,
             out: projection("out_proj")?,
             heads: config.num_attention_heads,
             norm2: norm("layer_norm2")?,
