@@ -4,8 +4,9 @@ use crate::draft::Draft;
 use crate::error::{Error, Result};
 use crate::sample::Sample;
 use crate::shard::SampleRef;
-use crate::source::Source;
-use crate::spec::DataSpec;
+use crate::source::{Source, find_shards};
+use crate::spec::{DataSpec, SourceSpec, StoreSpec};
+use crate::store::Store;
 use crate::tally::Tally;
 use crate::text::TextEncoder;
 
@@ -23,6 +24,14 @@ pub fn check_sources(spec: &DataSpec) -> Result<()> {
 /// As [`check_sources`].
 pub fn shard_paths(spec: &DataSpec) -> Result<Vec<String>> {
     Ok(Source::open_all(spec)?.into_iter().flat_map(|source| source.shards).collect())
+}
+
+/// The shards that some patterns name, in order; `name` is theirs in messages.
+///
+/// # Errors
+/// [`Error::NoShards`] for a pattern that nothing matches, [`Error::DuplicateShard`].
+pub fn expand_shards(name: &str, patterns: &[String]) -> Result<Vec<String>> {
+    find_shards(&Store::new(&StoreSpec::default())?, &SourceSpec::new(name, patterns.to_vec()))
 }
 
 /// Every good sample of the sources, in shard order, once, at most `limit` per source (`None`: all), one

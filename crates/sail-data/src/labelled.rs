@@ -25,7 +25,8 @@ pub struct LabelledImage {
 /// Images with a class each, in a fixed order.
 #[derive(Debug)]
 pub struct LabelledImages {
-    shards: Vec<(String, Shard)>,
+    store: Store,
+    shards: Vec<String>,
     places: Vec<Place>,
 }
 
@@ -60,7 +61,7 @@ impl LabelledImages {
             let none = "there is no image in the folders of it\n\nhint: a folder of images is one folder for each class";
             return Err(io(root)(std::io::Error::other(none)));
         }
-        Ok(Self { shards: Vec::new(), places })
+        Ok(Self { store: Store::new(&StoreSpec::default())?, shards: Vec::new(), places })
     }
 
     /// The samples of tar shards: one image member and a `.cls` member each, as WebDataset has them.
@@ -77,12 +78,21 @@ impl LabelledImages {
             while let Some(extent) = scanner.next_sample()? {
                 places.push(Place::InShard { shard: shards.len(), extent });
             }
-            shards.push((path, shard));
+            // Opened again to be read: there may be more than a process may have open.
+            shards.push(path);
         }
         if places.is_empty() {
             return Err(Error::EmptySource { name: name.to_owned(), shards: shards.len() });
         }
-        Ok(Self { shards, places })
+        Ok(Self { store, shards, places })
+    }
+
+    /// The files of the images that are in folders; none of those in shards.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.places.iter().filter_map(|place| match place {
+            Place::File { path, .. } => Some(path.as_path()),
+            Place::InShard { .. } => None,
+        })
     }
 
     /// How many there are; at least one.
@@ -110,8 +120,8 @@ impl LabelledImages {
                 bytes: crate::image::read_file(path)?,
             }),
             Place::InShard { shard, extent } => {
-                let (path, shard) = &self.shards[*shard];
-                let raw = shard.read(*extent)?;
+                let path = &self.shards[*shard];
+                let raw = Shard::open(&self.store, path)?.read(*extent)?;
                 let id = format!("{}/{}", path.rsplit('/').next().unwrap_or_default(), raw.key);
                 match member(&raw) {
                     Ok((class, bytes)) => Ok(LabelledImage { id, class, bytes }),

@@ -94,7 +94,7 @@ mod tests;
 
 pub use annotation::{Role, Turn};
 pub use error::{BadSample, Error, Result};
-pub use heldout::{check_sources, for_each_sample, read_samples, shard_paths};
+pub use heldout::{check_sources, expand_shards, for_each_sample, read_samples, shard_paths};
 pub use image::{load_image, strip};
 pub use labelled::{LabelledImage, LabelledImages};
 pub use loader::{Loaded, Loader, LoaderOptions};

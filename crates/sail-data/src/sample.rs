@@ -4,6 +4,7 @@ use std::borrow::Borrow;
 use std::fmt;
 
 use crate::annotation::{Role, Turn};
+use crate::text::TextEncoder;
 
 /// The target of a position that has nothing to predict.
 pub const IGNORE: i64 = -100;
@@ -147,6 +148,35 @@ impl Sample {
         }
     }
 
+    /// What is asked first, marks of images included; empty where nobody asks.
+    pub fn question(&self) -> &str {
+        let asked = self.turns.iter().find(|turn| turn.role == Role::User);
+        asked.map_or("", |turn| &turn.text)
+    }
+
+    /// The same images with other turns, of which `visual_tokens` has the number for each mark of an image.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`](crate::Error::Unusable) where the turns cannot be encoded.
+    pub fn with_turns(
+        &self,
+        turns: Vec<Turn>,
+        (visual_tokens, images): (&[usize], Images),
+        encoder: &TextEncoder,
+    ) -> crate::Result<Self> {
+        let encoded = encoder.encode(&turns, visual_tokens);
+        let encoded = encoded.map_err(|cause| crate::Error::Unusable { what: self.id.to_string(), cause })?;
+        Ok(Self {
+            id: self.id.clone(),
+            ids: encoded.ids,
+            targets: encoded.targets,
+            weights: encoded.weights,
+            images,
+            image_rows: encoded.image_rows,
+            turns,
+        })
+    }
+
     /// Number of positions with a target.
     pub fn answer_tokens(&self) -> usize {
         self.targets.iter().filter(|&&target| target != IGNORE).count()
@@ -155,7 +185,7 @@ impl Sample {
 
 impl Turn {
     /// Whether this turn is learnt: an assistant's turn with some text.
-    pub(crate) fn is_answer(&self) -> bool {
+    pub fn is_answer(&self) -> bool {
         self.role == Role::Assistant && !self.text.trim().is_empty()
     }
 }

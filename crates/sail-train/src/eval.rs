@@ -261,25 +261,28 @@ impl Evaluator {
     }
 
     fn answer(&self, feed: Feed<'_>, encoder: &TextEncoder, sample: &Sample) -> Result<Generation> {
-        let asked = sample.prompt();
-        let prompt = Prompt {
-            ids: asked.prompt.ids,
-            images: feed.images(&asked.images)?,
-            image_rows: asked.prompt.image_rows,
-        };
-        let options = GenerateOptions::greedy(self.plan.max_new_tokens, encoder.stop_ids());
-        let ids = feed.model.generate(&[prompt], &options, &mut |_, _| true)?.pop().unwrap_or_default();
-        Ok(Generation {
-            sample: sample.id.to_string(),
-            question: sample
-                .turns
-                .iter()
-                .find(|turn| turn.role == Role::User)
-                .map_or_else(String::new, |t| t.text.clone()),
-            truth: asked.truth,
-            answer: encoder.decode(&ids)?.trim().to_owned(),
-        })
+        let (truth, answer) = answer(feed, encoder, sample, self.plan.max_new_tokens)?;
+        let (sample, question) = (sample.id.to_string(), sample.question().to_owned());
+        Ok(Generation { sample, question, truth, answer })
     }
+}
+
+/// What the data says to the first question of a sample, and what the model does, always with the likeliest token.
+///
+/// # Errors
+/// Those of the model.
+pub(crate) fn answer(
+    feed: Feed<'_>,
+    encoder: &TextEncoder,
+    sample: &Sample,
+    max_new_tokens: usize,
+) -> Result<(String, String)> {
+    let asked = sample.prompt();
+    let images = feed.images(&asked.images)?;
+    let prompt = Prompt { ids: asked.prompt.ids, images, image_rows: asked.prompt.image_rows };
+    let options = GenerateOptions::greedy(max_new_tokens, encoder.stop_ids());
+    let ids = feed.model.generate(&[prompt], &options, &mut |_, _| true)?.pop().unwrap_or_default();
+    Ok((asked.truth, encoder.decode(&ids)?.trim().to_owned()))
 }
 
 /// The same conversation without its images and their marks.
@@ -290,18 +293,7 @@ fn without_images(sample: &Sample, encoder: &TextEncoder) -> Result<Sample> {
             turn.text = turn.text.replace("<image>\n", "").replace("<image>", "");
         }
     }
-    let encoded = encoder.encode(&turns, &[]);
-    let encoded =
-        encoded.map_err(|cause| sail_data::Error::Unusable { what: sample.id.to_string(), cause })?;
-    Ok(Sample {
-        id: sample.id.clone(),
-        ids: encoded.ids,
-        targets: encoded.targets,
-        weights: encoded.weights,
-        images: Images::default(),
-        image_rows: Vec::new(),
-        turns,
-    })
+    Ok(sample.with_turns(turns, (&[], Images::default()), encoder)?)
 }
 
 fn losses(samples: usize, sum: Sum, true_image: Sum, shuffled: Sum) -> Losses {

@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
+/// The file that is locked.
+pub(crate) const LOCK: &str = ".lock";
+
 /// The folder is this process's for as long as it lives.
 #[derive(Debug)]
 pub struct RunLock {
@@ -30,13 +33,13 @@ impl RunLock {
             ));
         }
         fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
-        let path = run_dir.join(".lock");
+        let path = run_dir.join(LOCK);
         let file = File::create(&path).map_err(Error::io(&path))?;
         match file.try_lock() {
             Ok(()) => Ok(Self { run_dir: run_dir.to_owned(), path, file }),
             Err(TryLockError::WouldBlock) => Err(Error::usage(
-                format!("another process is training in `{}`", run_dir.display()),
-                "wait for it, stop it, or choose another `run.dir`",
+                format!("another process is at work in `{}`", run_dir.display()),
+                "wait for it, stop it, or choose another folder (`run.dir`, `--out`)",
             )),
             Err(TryLockError::Error(error)) => Err(Error::io(&path)(error)),
         }

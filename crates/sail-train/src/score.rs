@@ -78,18 +78,27 @@ pub fn score(trained: &Trained, shards: &[String], out: &Path) -> Result<u64> {
 }
 
 fn score_pack(trained: &Trained, samples: &[Sample]) -> Result<Vec<Score>> {
+    let of_samples = answer_logprobs(trained, samples)?;
+    let scores = samples.iter().zip(of_samples).map(|(sample, logprobs)| {
+        let tokens = sample.targets.iter().copied().filter(|target| *target != IGNORE).collect();
+        let sum = logprobs.iter().sum();
+        Score { shard: sample.id.shard.clone(), key: sample.id.key.clone(), tokens, logprobs, sum }
+    });
+    Ok(scores.collect())
+}
+
+/// The natural logarithm of the probability of each token that is learnt, the end of its turn included, given all before
+/// it; of samples that go through the model as one pack.
+///
+/// # Errors
+/// Those of the model.
+pub(crate) fn answer_logprobs(trained: &Trained, samples: &[Sample]) -> Result<Vec<Vec<f64>>> {
     if samples.is_empty() {
         return Ok(Vec::new());
     }
     let batch = to_batch(&Pack::collate(samples), trained.device)?;
     let losses = no_grad(|| trained.model.loss(&batch))?.losses_r.to_kind(Kind::Double);
     let losses = Vec::<f64>::try_from(losses)?;
-    let mut rows = losses.into_iter();
-    let scores = samples.iter().map(|sample| {
-        let tokens: Vec<i64> = sample.targets.iter().copied().filter(|target| *target != IGNORE).collect();
-        let logprobs: Vec<f64> = rows.by_ref().take(tokens.len()).map(|loss| -loss).collect();
-        let sum = logprobs.iter().sum();
-        Score { shard: sample.id.shard.clone(), key: sample.id.key.clone(), tokens, logprobs, sum }
-    });
-    Ok(scores.collect())
+    let mut rest = losses.into_iter().map(|loss| -loss);
+    Ok(samples.iter().map(|sample| rest.by_ref().take(sample.answer_tokens()).collect()).collect())
 }

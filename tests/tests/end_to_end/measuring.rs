@@ -65,7 +65,7 @@ fn a_checkpoint_and_its_encoder_are_measured_once() {
       - {{ name: seen, folder: {train} }}
       - {{ name: new, folder: {test}, own_classes: true }}
     knn: {{ k: 1 }}
-    mlp: {{ hidden: 64, epochs: 3, batch: 16 }}
+    mlp: {{ hidden: 64, epochs: 20, batch: 16 }}
 "
     );
     let affinity = "affinity:
@@ -79,7 +79,11 @@ fn a_checkpoint_and_its_encoder_are_measured_once() {
     assert_eq!(shapes["train_images"], counts.values().sum::<usize>());
     assert_eq!(shapes["classes"], counts.len());
     assert_eq!(shapes["tests"][0]["top1"]["knn"], 1.0, "each image is its own nearest neighbour");
-    assert!(shapes["tests"][1]["top1"]["mlp"].is_number() && shapes["mlp_loss"].as_f64().unwrap() > 0.0);
+    // It has learned something of the images it was trained on: better than any guess.
+    let (classes, largest) = (counts.len() as f64, *counts.values().max().unwrap() as f64);
+    assert!(shapes["mlp_loss"].as_f64().unwrap() < classes.ln(), "{shapes}");
+    let commonest = largest / counts.values().sum::<usize>() as f64;
+    assert!(shapes["tests"][0]["top1"]["mlp"].as_f64().unwrap() > commonest, "{shapes}");
     let lines = fs::read_to_string(dir.join("whole/shapes/new.jsonl")).unwrap();
     assert_eq!(lines.lines().count(), tested.values().sum::<usize>());
     for line in lines.lines() {
@@ -170,16 +174,26 @@ choice:
         (&6.into(), &2.into())
     );
 
+    let lines = |path: &Path| -> Vec<Value> {
+        let text = fs::read_to_string(path).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    for line in lines(&out.join("many/answers.jsonl")) {
+        assert_eq!(line["truths"], serde_json::json!(["yes", "no", "yes", "yes"]), "those of the file");
+    }
+
     // The choices' likelihoods are those that `score` gives the truth.
     let scores = dir.join("scores.jsonl");
     let data = "data/demo/vqa-heldout-000000.tar";
     let model = checkpoint.to_str().unwrap();
     run(&["score", "--model", model, "--data", data, "--out", scores.to_str().unwrap()], 0);
-    let lines = |path: &Path| -> Vec<Value> {
-        let text = fs::read_to_string(path).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    };
-    for (chosen, scored) in lines(&out.join("ocr/choices.jsonl")).iter().zip(lines(&scores)) {
+    let all = lines(&out.join("ocr/choices.jsonl"));
+    assert_eq!(all.len(), 6);
+    for (chosen, scored) in all.iter().zip(lines(&scores)) {
+        // Each choice has its own.
+        let logprobs = chosen["logprobs"].as_array().unwrap();
+        let different: std::collections::BTreeSet<String> = logprobs.iter().map(Value::to_string).collect();
+        assert_eq!(different.len(), logprobs.len(), "{chosen}");
         let truth = chosen["truth"].as_u64().unwrap() as usize;
         let tokens = chosen["tokens"][truth].as_u64().unwrap() as usize;
         let logprobs = scored["logprobs"].as_array().unwrap();
@@ -204,6 +218,21 @@ choice:
     let again = fs::read_to_string(&answers).unwrap();
     assert_eq!(again.lines().take(4).collect::<Vec<_>>(), kept);
     assert_eq!(again.lines().skip(4).collect::<Vec<_>>(), whole.lines().skip(4).collect::<Vec<_>>());
+    let right = all.iter().filter(|line| {
+        let logprobs: Vec<f64> = serde_json::from_value(line["logprobs"].clone()).unwrap();
+        let best = (0..logprobs.len()).max_by(|a, b| logprobs[*a].total_cmp(&logprobs[*b])).unwrap();
+        line["truth"].as_u64() == Some(best as u64)
+    });
+    assert!(close(
+        &serde_json::json!(results["choice"][0]["accuracy"].as_f64().unwrap() + 1.0),
+        right.count() as f64 / 6.0 + 1.0
+    ));
+
+    // Other data do not go into a folder of results.
+    let text = fs::read_to_string(dir.join("references.jsonl")).unwrap().replace("\"no\"", "\"perhaps\"");
+    fs::write(dir.join("references.jsonl"), text).unwrap();
+    let other = run(&args, 2);
+    assert!(stderr(&other).contains("holds results of other data"), "{}", stderr(&other));
     let tables = fs::read_to_string(out.join("results.md")).unwrap();
     assert!(
         ["## Held-out loss", "## Generated answers", "## Multiple choice"]
@@ -237,11 +266,12 @@ fn what_cannot_be_measured_is_named() {
     let said = stderr(&output);
     assert!(said.contains("`recognition[0].tests`: is empty") && said.contains("tasks.yaml:4"), "{said}");
     assert!(said.contains("hint:") && !out.exists(), "{said}");
-    for args in [
-        &["--tasks", name, "--vit", "x"][..],
-        &["--vit", "x", "--out", "y"],
-        &["--tasks", name, "--out", "y"],
+    for (args, missing) in [
+        (&["--tasks", name, "--vit", "x"][..], "--out"),
+        (&["--vit", "x", "--out", "y"], "--tasks"),
+        (&["--tasks", name, "--out", "y"], "--checkpoint"),
     ] {
-        run(&[&["eval"], args].concat(), 2);
+        let said = stderr(&run(&[&["eval"], args].concat(), 2));
+        assert!(said.contains("required") && said.contains(missing), "{args:?}: {said}");
     }
 }

@@ -10,7 +10,7 @@ use sail_model::vision::VitLayout;
 use tch::Kind;
 
 use super::print;
-use crate::config::{DeviceChoice, Precision, load_tasks};
+use crate::config::{DeviceChoice, Listen, Precision, load_tasks};
 use crate::embed::{Input, embed};
 use crate::error::{Error, Result};
 use crate::events::Console;
@@ -18,7 +18,7 @@ use crate::export::{self, MllmLayout};
 use crate::generate::{Question, answer};
 use crate::replay::replay;
 use crate::report::report;
-use crate::report::serve::{Address, Serving};
+use crate::report::serve::Serving;
 use crate::score::score;
 use crate::session::Session;
 use crate::tasks::{self, Subject};
@@ -99,7 +99,7 @@ pub(super) enum Command {
         out: Option<PathBuf>,
         /// Serves the page instead of writing it: PORT of 127.0.0.1, or HOST:PORT [default: 8265]
         #[arg(long, value_name = "ADDRESS", num_args = 0..=1, require_equals = true, default_missing_value = "8265")]
-        serve: Option<Address>,
+        serve: Option<Listen>,
     },
     /// Writes a checkpoint's vision encoder, language model or the whole as a folder that others load
     #[command(after_help = EXPORT_HELP)]
@@ -249,7 +249,7 @@ pub(super) fn run(command: Command, console: &Console) -> Result<ExitCode> {
             print(replay(&run, step, checkpoint.as_deref(), console)?)?;
         }
         Command::Report { runs, serve: Some(address), .. } => {
-            let serving = Serving::begin(&runs, &address)?;
+            let serving = Serving::begin(&runs, address)?;
             print(format_args!("{}\n", serving.url()))?;
             // It answers as long as it is there.
             loop {

@@ -15,6 +15,7 @@ use super::path::FieldPath;
 use super::raw_values::RawList;
 use super::source;
 use super::values::DeviceChoice;
+use crate::metrics::folded;
 
 /// What is measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -373,12 +374,13 @@ fn resolve(checker: &mut Checker<'_>, raw: RawTasks) -> Option<TasksPlan> {
     for (i, raw) in raw.choice.into_iter().enumerate() {
         let at = format!("choice[{i}]");
         let name = name(checker, &format!("{at}.name"), raw.name, &mut names);
-        let different: BTreeSet<&String> = raw.choices.iter().collect();
-        if different.len() < 2 || different.len() < raw.choices.len() {
+        // As answers are compared.
+        let different: BTreeSet<String> = raw.choices.iter().map(|choice| folded(choice)).collect();
+        if different.len() < 2 || different.len() < raw.choices.len() || different.contains("") {
             let path = format!("{at}.choices");
             checker.invalid_with_hint(
                 &path,
-                "are not at least two different texts",
+                "are not at least two texts that differ in more than case and white space",
                 "list what may be answered",
             );
         }
@@ -493,6 +495,9 @@ fn name(
     if name.is_empty() || name.starts_with('.') || !name.chars().all(usual) {
         let hint = "use letters, digits, `-`, `_` and `.`, since files are called so";
         checker.invalid_with_hint(path, format!("`{name}` cannot be the name of a folder"), hint);
+    } else if ["results.json", "results.md", "evaluation.json"].contains(&name.as_str()) {
+        let hint = "results of all tasks are written beside the folder of each";
+        checker.invalid_with_hint(path, format!("`{name}` is the name of a file there"), hint);
     } else if !names.insert(name.clone()) {
         let hint = "give each task, and each test of one beside `train`, a name of its own";
         checker.invalid_with_hint(path, format!("`{name}` is taken"), hint);

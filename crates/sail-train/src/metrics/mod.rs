@@ -27,5 +27,6 @@ pub use cider::{cider_d, words};
 pub use cloud::{Affinity, affinity, mean_distance, nearest_distance, wasserstein};
 pub use neighbours::{Vote, classify};
 pub use pca::Pca;
+pub(crate) use text::folded;
 pub use text::{anls, char_errors, exact_match, levenshtein, perplexity};
 pub use vqa::{normalised_answer, vqa_accuracy};

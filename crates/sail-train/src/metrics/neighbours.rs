@@ -37,7 +37,11 @@ pub fn classify(
         let cosines_nm = unit(queries_nd)?.f_matmul(&train_dm)?;
         let (cosines_nk, places_nk) = cosines_nm.f_topk(vote.neighbours.min(m), -1, true, true)?;
         let weights_nk = match vote.temperature {
-            Some(temperature) => (cosines_nk / temperature).f_exp()?,
+            // Over the nearest one's, so that no temperature makes a vote infinite.
+            Some(temperature) => {
+                let nearest_n1 = cosines_nk.f_narrow(-1, 0, 1)?;
+                ((cosines_nk - nearest_n1) / temperature).f_exp()?
+            }
             None => cosines_nk.ones_like(),
         };
         let classes_nk = classes_m.f_index_select(0, &places_nk.f_flatten(0, 1)?)?.f_view_as(&places_nk)?;

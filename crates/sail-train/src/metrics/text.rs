@@ -63,7 +63,7 @@ pub fn perplexity(nats: f64, tokens: f64) -> f64 {
 }
 
 /// In lower case, with single spaces between words.
-fn folded(text: &str) -> String {
+pub(crate) fn folded(text: &str) -> String {
     text.to_lowercase().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 

@@ -6,21 +6,18 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use sail_data::{
-    DataSpec, IGNORE, LossWeight, Pack, Role, Sample, SourceSpec, TextEncoder, Turn, for_each_sample,
-};
-use sail_model::generate::GenerateOptions;
-use sail_model::vlm::{Prompt, Visual};
+use sail_data::{DataSpec, LossWeight, Role, Sample, SourceSpec, TextEncoder, Turn, for_each_sample};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, no_grad};
 use tracing::info;
 
 use super::lines::Lines;
 use super::{Context, Opened};
-use crate::batch::{to_batch, to_images};
+use crate::batch::Feed;
 use crate::config::{ChoicePlan, GenerationPlan, SamplesPlan};
 use crate::error::{Error, Result};
+use crate::eval::answer;
 use crate::metrics::{anls, char_errors, cider_d, exact_match, vqa_accuracy, words};
+use crate::score::answer_logprobs;
 use crate::trained::Trained;
 
 /// Samples after which is said how far it is.
@@ -96,23 +93,21 @@ pub(super) fn generate(context: &Context, task: &GenerationPlan) -> Result<Gener
     let references = task.references.as_deref().map(read_references).transpose()?;
     let path = context.folder(&task.name).join("answers.jsonl");
     let (mut answers, mut lines) = Lines::open::<Answer>(&path)?;
-    let options = GenerateOptions::greedy(task.max_new_tokens, trained.encoder.stop_ids());
-    each_new(trained, &task.name, &task.samples, answers.len(), |sample| {
-        let asked = sample.prompt();
-        let truths = match &references {
-            None => vec![asked.truth],
-            Some(references) => references.get(&sample.id.key).cloned().ok_or_else(|| {
+    let known: Vec<String> = answers.iter().map(|line| line.sample.clone()).collect();
+    each_new(trained, &task.name, &task.samples, &known, |sample| {
+        let references = match &references {
+            None => None,
+            Some(references) => Some(references.get(&sample.id.key).cloned().ok_or_else(|| {
                 Error::usage(
                     format!("`{}` has no line in the references of `{}`", sample.id, task.name),
                     "write `{\"key\": \"…\", \"truths\": [\"…\"]}` for each sample, or leave `references` out",
                 )
-            })?,
+            })?),
         };
-        let images = Visual::Pixels(to_images([&asked.images], trained.device)?);
-        let prompt = Prompt { ids: asked.prompt.ids, images, image_rows: asked.prompt.image_rows };
-        let ids = trained.model.generate(&[prompt], &options, &mut |_, _| true)?.pop().unwrap_or_default();
-        let said = trained.encoder.decode(&ids)?.trim().to_owned();
-        let line = Answer { sample: sample.id.to_string(), question: question(&sample), truths, said };
+        let (truth, said) = answer(feed(trained), &trained.encoder, &sample, task.max_new_tokens)?;
+        let truths = references.unwrap_or_else(|| vec![truth]);
+        let question = sample.question().to_owned();
+        let line = Answer { sample: sample.id.to_string(), question, truths, said };
         lines.add(&line)?;
         answers.push(line);
         Ok(())
@@ -149,7 +144,8 @@ pub(super) fn choose(context: &Context, task: &ChoicePlan) -> Result<ChoiceResul
     let trained = whole(context);
     let path = context.folder(&task.name).join("choices.jsonl");
     let (mut all, mut lines) = Lines::open::<Chosen>(&path)?;
-    each_new(trained, &task.name, &task.samples, all.len(), |sample| {
+    let known: Vec<String> = all.iter().map(|line| line.sample.clone()).collect();
+    each_new(trained, &task.name, &task.samples, &known, |sample| {
         let own = sample.prompt().truth;
         let is_own = |choice: &String| exact_match(&own, std::slice::from_ref(choice));
         let truth = task.choices.iter().position(is_own).ok_or_else(|| {
@@ -168,9 +164,17 @@ pub(super) fn choose(context: &Context, task: &ChoicePlan) -> Result<ChoiceResul
             .iter()
             .map(|choice| with_answer(&sample, choice, &trained.encoder))
             .collect::<Result<_>>()?;
-        let (logprobs, tokens) = likelihoods(trained, &options)?;
-        let line =
-            Chosen { sample: sample.id.to_string(), question: question(&sample), truth, logprobs, tokens };
+        let of_choices = answer_logprobs(trained, &options)?;
+        let tokens = of_choices.iter().map(Vec::len).collect();
+        let logprobs: Vec<f64> = of_choices.iter().map(|logprobs| logprobs.iter().sum()).collect();
+        if logprobs.iter().any(|logprob| !logprob.is_finite()) {
+            return Err(Error::usage(
+                format!("`{}`: the model's likelihoods of `{}` are not finite", task.name, sample.id),
+                "are the weights broken? look at the losses of the run that made them",
+            ));
+        }
+        let question = sample.question().to_owned();
+        let line = Chosen { sample: sample.id.to_string(), question, truth, logprobs, tokens };
         lines.add(&line)?;
         all.push(line);
         Ok(())
@@ -201,13 +205,13 @@ fn rate(name: &str, all: &[Chosen], choices: usize) -> ChoiceResult {
 
 /// A sample up to its first answer, with another text there.
 fn with_answer(sample: &Sample, answer: &str, encoder: &TextEncoder) -> Result<Sample> {
-    let is_answer = |turn: &Turn| turn.role == Role::Assistant && !turn.text.trim().is_empty();
-    let place = sample.turns.iter().position(is_answer);
+    let place = sample.turns.iter().position(Turn::is_answer);
     let place = place.expect("invariant: a sample without an answer is none");
     let mut turns = sample.turns[..=place].to_vec();
     answer.clone_into(&mut turns[place].text);
     let asked = sample.prompt();
-    let marks: usize = turns.iter().map(|turn| turn.text.matches("<image>").count()).sum();
+    let users = turns.iter().filter(|turn| turn.role == Role::User);
+    let marks: usize = users.map(|turn| turn.text.matches("<image>").count()).sum();
     let visual_tokens = match (marks, asked.prompt.image_rows.len()) {
         (0, _) => vec![],
         (1, tokens) => vec![tokens],
@@ -218,58 +222,50 @@ fn with_answer(sample: &Sample, answer: &str, encoder: &TextEncoder) -> Result<S
             ));
         }
     };
-    let encoded = encoder.encode(&turns, &visual_tokens);
-    let encoded =
-        encoded.map_err(|cause| sail_data::Error::Unusable { what: sample.id.to_string(), cause })?;
-    Ok(Sample {
-        id: sample.id.clone(),
-        ids: encoded.ids,
-        targets: encoded.targets,
-        weights: encoded.weights,
-        images: asked.images,
-        image_rows: encoded.image_rows,
-        turns,
-    })
+    Ok(sample.with_turns(turns, (&visual_tokens, asked.images), encoder)?)
 }
 
-/// Log-likelihood and number of the tokens that are learnt in each sample, the end of the turn among them.
-fn likelihoods(trained: &Trained, samples: &[Sample]) -> Result<(Vec<f64>, Vec<usize>)> {
-    let batch = to_batch(&Pack::collate(samples), trained.device)?;
-    let losses = no_grad(|| trained.model.loss(&batch))?.losses_r.to_kind(Kind::Double);
-    let losses = Vec::<f64>::try_from(losses)?;
-    let mut rest = losses.iter();
-    let tokens: Vec<usize> = samples
-        .iter()
-        .map(|sample| sample.targets.iter().filter(|target| **target != IGNORE).count())
-        .collect();
-    let sums = tokens.iter().map(|tokens| -rest.by_ref().take(*tokens).sum::<f64>()).collect();
-    Ok((sums, tokens))
-}
-
-/// Every sample after the first `done` ones.
+/// Every sample after those that are `known`, which must be the first ones.
 fn each_new(
     trained: &Trained,
     name: &str,
     samples: &SamplesPlan,
-    done: usize,
+    known: &[String],
     mut visit: impl FnMut(Sample) -> Result<()>,
 ) -> Result<()> {
     let spec = spec(trained, name, samples);
     let mut seen = 0;
-    if done > 0 {
-        info!("`{name}`: {done} samples are done already");
+    if !known.is_empty() {
+        info!("`{name}`: {} samples are done already", known.len());
     }
+    let other = |found: &str| {
+        Error::usage(
+            format!("`{name}` was measured on other samples before: {found}"),
+            "the shards have changed; remove the task's folder, or name another one for `--out`",
+        )
+    };
     for_each_sample(&spec, &trained.encoder, samples.most, |sample| {
         seen += 1;
-        if seen <= done {
-            return Ok(());
+        match known.get(seen - 1) {
+            Some(known) if *known == sample.id.to_string() => return Ok(()),
+            Some(known) => return Err(other(&format!("`{known}` then, `{}` now", sample.id))),
+            None => {}
         }
         visit(sample)?;
         if seen.is_multiple_of(TELL_EVERY) {
             info!("`{name}`: {seen} samples");
         }
         Ok(())
-    })
+    })?;
+    if seen < known.len() {
+        return Err(other(&format!("there were {}, and are {seen}", known.len())));
+    }
+    Ok(())
+}
+
+/// The way to the model.
+pub(super) fn feed(trained: &Trained) -> Feed<'_> {
+    Feed { model: &trained.model, device: trained.device, cache: None }
 }
 
 /// The samples of a task, in the order of their shards.
@@ -286,11 +282,6 @@ pub(super) fn whole<'a>(context: &'a Context) -> &'a Trained {
         Opened::Whole(trained) => trained,
         Opened::Vit { .. } => unreachable!("invariant: refused before anything was opened"),
     }
-}
-
-fn question(sample: &Sample) -> String {
-    let asked = sample.turns.iter().find(|turn| turn.role == Role::User);
-    asked.map_or_else(String::new, |turn| turn.text.clone())
 }
 
 /// Truths by the key of a sample.
@@ -330,10 +321,14 @@ mod tests {
             line(2, [-3.0, -4.0, -6.0], [1, 2, 4]),
             line(1, [-1.0, -1.0, -5.0], [2, 2, 2]),
             line(1, [-4.0, -3.0, -9.0], [3, 2, 3]),
+            line(0, [-3.0, -2.0, -9.0], [3, 1, 3]),
         ];
         let found = rate("x", &all, 3);
-        assert_eq!((found.samples, found.accuracy, found.accuracy_per_token), (4, 0.5, 0.5));
-        assert!((found.commonest - 0.75).abs() < 1e-12);
+        // By the sum the first and the fourth are right, by the mean the first, the second and the fifth.
+        assert_eq!(found.samples, 5);
+        assert!((found.accuracy - 0.4).abs() < 1e-12, "{found:?}");
+        assert!((found.accuracy_per_token - 0.6).abs() < 1e-12, "{found:?}");
+        assert!((found.commonest - 0.6).abs() < 1e-12, "{found:?}");
     }
 
     #[test]
@@ -344,9 +339,14 @@ mod tests {
             truths: vec![truth.to_owned()],
             said: answer.to_owned(),
         };
-        let found = score("x", &[line("A cat", "a cat"), line("the dgo", "dog")]);
-        assert_eq!((found.exact_match, found.vqa_accuracy, found.anls), (0.5, 0.5, 0.5));
-        assert!((found.character_error_rate - (1.0 + 6.0) / 8.0).abs() < 1e-12, "{found:?}");
+        let found = score("x", &[line("A cat", "a cat"), line("the dgo", "dog"), line("The cat", "a cat")]);
+        // An article makes no difference to VQA accuracy alone.
+        let expected = [1.0 / 3.0, 2.0 / 3.0, (1.0 + 4.0 / 7.0) / 3.0, (1.0 + 6.0 + 3.0) / 13.0];
+        let made = [found.exact_match, found.vqa_accuracy, found.anls, found.character_error_rate];
+        assert!(
+            made.iter().zip(expected).all(|(made, expected)| (made - expected).abs() < 1e-12),
+            "{found:?}"
+        );
         assert!(found.cider_d > 0.0);
     }
 

@@ -80,15 +80,10 @@ pub(super) fn features(
         labels.extend(read_json::<Vec<Label>>(&names)?);
     }
     let x_nd = Tensor::f_cat(&parts, 0)?;
-    if x_nd.size()[0] != images.len() as i64 || labels.len() != images.len() {
+    if x_nd.f_isfinite()?.f_all()?.int64_value(&[]) == 0 {
         return Err(Error::usage(
-            format!(
-                "`{name}` has {} images, and `{}` features of {}",
-                images.len(),
-                folder.display(),
-                labels.len()
-            ),
-            "the images have changed; remove the folder to encode them anew",
+            format!("features of `{name}` are not finite"),
+            "are the weights of the encoder broken? look at the losses of the run that made them",
         ));
     }
     Ok(Features { x_nd, labels })

@@ -4,8 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Context;
-use super::answers::{spec, whole};
-use crate::batch::Feed;
+use super::answers::{feed, spec, whole};
 use crate::config::{EvalPlan, LossPlan};
 use crate::error::Result;
 use crate::eval::{Evaluator, Losses};
@@ -38,7 +37,7 @@ pub(super) fn measure(context: &Context, task: &LossPlan) -> Result<LossResult> 
     let samples = task.samples.most.unwrap_or(usize::MAX);
     let plan = EvalPlan { every: None, samples, generate: 0, max_new_tokens: 1, sources: Vec::new() };
     let evaluator = Evaluator::new(spec, &plan, &trained.encoder)?;
-    let (feed, world) = (Feed { model: &trained.model, device: trained.device, cache: None }, World::alone());
+    let (feed, world) = (feed(trained), World::alone());
     let losses = evaluator.run(feed, &trained.encoder, &world)?.total;
     let no_image = evaluator.loss_without_images(feed, &trained.encoder, &world)?;
     Ok(LossResult { name: task.name.clone(), perplexity: perplexity(losses.loss, 1.0), losses, no_image })

@@ -15,22 +15,25 @@ mod recognition;
 mod scatter;
 mod table;
 
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+use std::{fs, iter};
 
-use sail_data::Preprocessor;
+use sail_data::{LabelledImages, Preprocessor, expand_shards};
 use sail_model::params::{Init, RandomSource, TensorSource};
 use sail_model::vision::Vision;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 use tracing::info;
 
-use crate::config::{Module, Precision, TasksPlan};
+use crate::config::{ImagesPlan, Module, Precision, TasksPlan, hex};
 use crate::device::{choose_device, take_precision};
 use crate::error::{Error, Result};
 use crate::export::load_vit_with_params;
+use crate::lock::{LOCK, RunLock};
 use crate::output;
 use crate::stage::Fingerprints;
 use crate::trained::Trained;
@@ -71,7 +74,13 @@ pub struct Results {
 /// A subject with its weights.
 enum Opened {
     Whole(Box<Trained>),
-    Vit { vision: Vision, preprocessor: Preprocessor, digest: String },
+    /// `config` is the digest of its `config.json`.
+    Vit {
+        vision: Vision,
+        preprocessor: Preprocessor,
+        config: String,
+        digest: String,
+    },
 }
 
 /// What every task is given.
@@ -100,8 +109,13 @@ pub fn run(plan: &TasksPlan, subject: Subject, out: &Path) -> Result<Results> {
     sail_torch::set_device(device)?;
     take_precision(Precision::Fp32, device)?;
     let opened = Opened::open(subject, plan, device)?;
-    let preprocessing = format!("{:?}", opened.preprocessor());
-    claim(out, &json!({ "weights": opened.digest(), "preprocessing": preprocessing, "tasks": plan }))?;
+    let identity = json!({
+        "weights": opened.digest(), "preprocessing": opened.preparing()?, "tasks": plan, "data": data_of(plan)?,
+    });
+    fs::create_dir_all(out).map_err(Error::io(out))?;
+    // Held until the end: two would write the same lines.
+    let _lock = RunLock::take(out)?;
+    claim(out, &identity)?;
     let context = Context { subject: &opened, device, seed: plan.seed, batch_images: plan.batch_images, out };
     let mut results = Results::default();
     for task in &plan.recognition {
@@ -134,7 +148,9 @@ impl Opened {
                 let preprocessor = Preprocessor::read(&path.join("preprocessor_config.json"))?;
                 let (vision, params) = load_vit_with_params(path, device)?;
                 let digest = Fingerprints::new(&params).digest_of(Module::Vision);
-                Ok(Self::Vit { vision, preprocessor, digest })
+                let config = path.join("config.json");
+                let config = hex(&Sha256::digest(fs::read(&config).map_err(Error::io(&config))?));
+                Ok(Self::Vit { vision, preprocessor, config, digest })
             }
         }
     }
@@ -154,6 +170,18 @@ impl Opened {
                 Preprocessor::square(image.tile_px, image.mean, image.std)
             }
             Self::Vit { preprocessor, .. } => preprocessor.clone(),
+        }
+    }
+
+    /// What is made of images and text on the way to the weights, and of what shape these are.
+    fn preparing(&self) -> Result<String> {
+        match self {
+            Self::Whole(trained) => {
+                let tokenizer = fs::read(&trained.tokenizer).map_err(Error::io(&trained.tokenizer))?;
+                let (image, text, model) = (&trained.image, &trained.text, trained.model.config());
+                Ok(format!("{image:?} {text:?} {model:?} tokenizer {}", hex(&Sha256::digest(tokenizer))))
+            }
+            Self::Vit { preprocessor, config, .. } => Ok(format!("{preprocessor:?} config {config}")),
         }
     }
 
@@ -206,14 +234,55 @@ fn permutation(seed: u64, name: &str, n: i64) -> Result<Tensor> {
     Ok(draws.f_argsort(0, false)?)
 }
 
+/// Tells the files that tasks read from others: path, size and time of change of each, and of a remote one its name. What
+/// is not there is an error, before anything is measured.
+fn data_of(plan: &TasksPlan) -> Result<String> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    for task in &plan.recognition {
+        for images in iter::once(&task.train).chain(task.tests.iter().map(|test| &test.images)) {
+            match images {
+                ImagesPlan::Folder(folder) => {
+                    files.extend(LabelledImages::in_folder(folder)?.files().map(Path::to_owned));
+                }
+                ImagesPlan::Shards(shards) => files.extend(shards_of(&task.name, shards)?),
+            }
+        }
+    }
+    for task in &plan.affinity {
+        files.extend(shards_of(&task.name, &task.shards)?);
+    }
+    let samples = (plan.loss.iter().map(|task| (&task.name, &task.samples)))
+        .chain(plan.generation.iter().map(|task| (&task.name, &task.samples)))
+        .chain(plan.choice.iter().map(|task| (&task.name, &task.samples)));
+    for (name, samples) in samples {
+        files.extend(shards_of(name, &samples.shards)?);
+    }
+    files.extend(plan.generation.iter().filter_map(|task| task.references.clone()));
+    let mut sum = Sha256::new();
+    for path in files {
+        sum.update(path.as_os_str().as_encoded_bytes());
+        if !path.to_string_lossy().contains("://") {
+            let about = fs::metadata(&path).map_err(Error::io(&path))?;
+            let changed = about.modified().map_err(Error::io(&path))?;
+            let since = changed.duration_since(UNIX_EPOCH).unwrap_or_default();
+            sum.update(format!(" {} {}\n", about.len(), since.as_nanos()));
+        }
+    }
+    Ok(hex(&sum.finalize()))
+}
+
+fn shards_of(task: &str, patterns: &[String]) -> Result<Vec<PathBuf>> {
+    Ok(expand_shards(task, patterns)?.into_iter().map(PathBuf::from).collect())
+}
+
 /// Makes `out` a folder of results of what `identity` says, or finds that it is one.
 fn claim(out: &Path, identity: &Value) -> Result<()> {
-    fs::create_dir_all(out).map_err(Error::io(out))?;
     let path = out.join(IDENTITY);
     if path.exists() {
         let found: Value = read_json(&path)?;
-        let differs =
-            ["weights", "preprocessing", "tasks"].into_iter().find(|field| found[field] != identity[field]);
+        let differs = ["weights", "preprocessing", "tasks", "data"]
+            .into_iter()
+            .find(|field| found[field] != identity[field]);
         return match differs {
             None => Ok(()),
             Some(field) => Err(Error::usage(
@@ -222,8 +291,10 @@ fn claim(out: &Path, identity: &Value) -> Result<()> {
             )),
         };
     }
-    let mut entries = fs::read_dir(out).map_err(Error::io(out))?;
-    if entries.next().is_some() {
+    for entry in fs::read_dir(out).map_err(Error::io(out))? {
+        if entry.map_err(Error::io(out))?.file_name() == LOCK {
+            continue;
+        }
         return Err(Error::usage(
             format!("`{}` is not empty and holds no results", out.display()),
             "name a new folder for `--out`",
@@ -254,18 +325,49 @@ mod tests {
     fn a_folder_takes_results_of_one_model_and_one_file() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("a/b");
-        let identity = json!({ "weights": "1", "tasks": [1] });
+        fs::create_dir_all(&out).unwrap();
+        let lock = RunLock::take(&out).unwrap();
+        assert!(RunLock::take(&out).is_err(), "one process at a time");
+        let identity = json!({ "weights": "1", "tasks": [1], "data": "2" });
         claim(&out, &identity).unwrap();
         claim(&out, &identity).unwrap();
-        for (other, what) in [("weights", "results of other weights"), ("tasks", "results of other tasks")] {
+        for other in ["weights", "tasks", "data"] {
+            let what = format!("results of other {other}");
             let mut identity = identity.clone();
             identity[other] = json!("changed");
             let message = claim(&out, &identity).unwrap_err().to_string();
-            assert!(message.contains(what) && message.contains("hint:"), "{message}");
+            assert!(message.contains(&what) && message.contains("hint:"), "{message}");
         }
         fs::remove_file(out.join(IDENTITY)).unwrap();
         fs::write(out.join("precious"), "").unwrap();
         assert!(claim(&out, &identity).unwrap_err().to_string().contains("is not empty"));
+        drop(lock);
+    }
+
+    #[test]
+    fn files_that_change_are_other_data() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in [("a/1.png", "1"), ("b/2.png", "2")] {
+            fs::create_dir_all(dir.path().join(name).parent().unwrap()).unwrap();
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let tasks = dir.path().join("tasks.yaml");
+        let images = dir.path().display();
+        let text = format!(
+            "recognition:\n  - {{ name: x, train: {{ folder: {images} }}, tests: [{{ name: y, folder: {images} }}], knn: {{}} }}\n"
+        );
+        fs::write(&tasks, text).unwrap();
+        let plan = crate::config::load_tasks(&tasks).unwrap();
+        let before = data_of(&plan).unwrap();
+        assert_eq!(data_of(&plan).unwrap(), before);
+        fs::write(dir.path().join("b/2.png"), "22").unwrap();
+        let longer = data_of(&plan).unwrap();
+        assert_ne!(longer, before);
+        // An image that is in another class now.
+        fs::rename(dir.path().join("b/2.png"), dir.path().join("a/2.png")).unwrap();
+        assert_ne!(data_of(&plan).unwrap(), longer);
+        fs::remove_dir_all(dir.path().join("a")).unwrap();
+        assert!(data_of(&plan).is_err());
     }
 
     #[test]

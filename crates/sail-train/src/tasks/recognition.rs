@@ -86,12 +86,18 @@ pub(super) fn measure(context: &Context, task: &RecognitionPlan) -> Result<Recog
         ));
     }
     let numbers = Tensor::from_slice(&classes.numbers("train", &train.labels)?);
-    let probes = Probes::train(context, task, &train, &numbers, classes.0.len() as i64)?;
-    let mut tests = Vec::new();
+    // Before any probe is trained, since a class may have no training image.
+    let mut asked = Vec::new();
     for test in &task.tests {
         let images = features(context, &test.images, &test.name, &folder)?;
-        tests.push(ask(context, task, test, &images, &classes, &probes)?);
+        let truths = classes.numbers(&test.name, &images.labels)?;
+        asked.push((test, images, truths));
     }
+    let probes = Probes::train(context, task, &train, &numbers, classes.0.len() as i64)?;
+    let answered = asked
+        .iter()
+        .map(|(test, images, truths)| ask(context, task, test, (images, truths), &classes, &probes));
+    let tests = answered.collect::<Result<_>>()?;
     Ok(RecognitionResult {
         name: task.name.clone(),
         train_images: train.labels.len(),
@@ -107,11 +113,10 @@ fn ask(
     context: &Context,
     task: &RecognitionPlan,
     test: &TestPlan,
-    images: &Features,
+    (images, truths): (&Features, &Vec<i64>),
     classes: &Classes,
     probes: &Probes,
 ) -> Result<TestResult> {
-    let truths = classes.numbers(&test.name, &images.labels)?;
     let allowed: Option<BTreeSet<i64>> = test.own_classes.then(|| truths.iter().copied().collect());
     let said = probes.ask(&images.x_nd, allowed.as_ref())?;
     let names: Vec<&String> = classes.0.keys().collect();
@@ -123,7 +128,7 @@ fn ask(
         writeln!(lines, "{line}").expect("invariant: a string takes all text");
     }
     write(&context.folder(&task.name).join(format!("{}.jsonl", test.name)), &lines)?;
-    let right = |said: &Vec<i64>| said.iter().zip(&truths).filter(|(said, truth)| said == truth).count();
+    let right = |said: &Vec<i64>| said.iter().zip(truths).filter(|(said, truth)| said == truth).count();
     let share = |said: &Vec<i64>| right(said) as f64 / truths.len() as f64;
     let top1 = said.iter().map(|(probe, said)| ((*probe).to_owned(), share(said))).collect();
     Ok(TestResult { name: test.name.clone(), images: truths.len(), top1 })

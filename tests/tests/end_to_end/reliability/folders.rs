@@ -24,7 +24,7 @@ fn a_second_process_is_refused_and_the_first_one_goes_on() {
     let before = bytes_in(&first.run_dir());
     for command in [first.alone(), first.launch(2)] {
         let said = first.run(command, 2);
-        assert!(said.contains("another process is training in") && said.contains("hint:"), "{said}");
+        assert!(said.contains("another process is at work in") && said.contains("hint:"), "{said}");
     }
     assert!(bytes_in(&first.run_dir()) == before, "those that were refused have changed nothing");
     signal("CONT", process[0].pid());
