@@ -37,7 +37,7 @@ use crate::origin::{Folders, Sources, open_finished, untouched};
 use crate::schedule::{Factors, is_due};
 use crate::stage::Fingerprints;
 use crate::step::{Share, Step};
-use crate::world::World;
+use crate::world::{AGREEING, DATA, DATA_OF_OTHERS, GRADIENTS, UPDATING, World};
 
 pub use self::parts::preflight;
 use self::parts::{
@@ -291,14 +291,14 @@ impl Session {
         self.before = self.loader.position();
         // With more streams than packs a step may find only streams that have ended, while others go on.
         loop {
-            self.world.doing(self.step + 1, "waiting for data");
+            self.world.doing(self.step + 1, DATA);
             let mut packs = Vec::with_capacity(passes);
             // A rank whose streams have ended takes its turns as well, so that all stand at the same one.
             for _ in 0..passes {
                 packs.extend(self.loader.next_pack()?.pack);
                 self.world.goes_on();
             }
-            self.world.doing(self.step + 1, "waiting for the data of the others");
+            self.world.doing(self.step + 1, DATA_OF_OTHERS);
             let mut flops = self.pack_flops.of(&packs);
             if self.cache.is_some() {
                 // What is read back takes none; what has to be made for that first is not counted.
@@ -325,7 +325,7 @@ impl Session {
     /// Forward and backward of every pack, gradients summed over all ranks in the optimizer; this rank's part of
     /// the step's mean loss, a 0-dimensional tensor.
     pub fn accumulate(&mut self, step: &Step) -> Result<Tensor> {
-        self.world.doing(self.step + 1, "computing gradients");
+        self.world.doing(self.step + 1, GRADIENTS);
         let mut total = Tensor::zeros([], (Kind::Float, self.device));
         // Of an evaluation before.
         self.take_cache_use();
@@ -368,7 +368,7 @@ impl Session {
     /// Puts the ranks' losses and gradient norms together, clips, and reads what all ranks decide by: the one
     /// place where the host waits for the device in a step.
     pub fn agree(&self, loss: &Tensor, stop: bool, saved: bool) -> Result<Verdict> {
-        self.world.doing(self.step + 1, "agreeing on the step");
+        self.world.doing(self.step + 1, AGREEING);
         self.clock.enter(Part::Optimizer);
         // Made on the device: a copy from the host would wait for all that is queued there.
         let number = |number: f64| Tensor::f_full([], number, (Kind::Double, self.device));
@@ -458,7 +458,7 @@ impl Session {
     /// # Errors
     /// Those of libtorch and of c10d; [`crate::Error::SelfCheck`].
     pub fn update(&mut self, step: &Step, factors: &Factors) -> Result<()> {
-        self.world.doing(self.step + 1, "updating");
+        self.world.doing(self.step + 1, UPDATING);
         let is_first = self.optimizer.updates().any_never() && self.plan.guard.self_check;
         let before = is_first.then(|| FirstStep::before(self)).transpose()?;
         let in_optimizer = span("optimizer");

@@ -4,7 +4,7 @@
 //! Nothing here knows a default.
 
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::str::FromStr;
 
 use sail_model::weights::ModelRef;
@@ -105,10 +105,22 @@ impl From<DeviceChoice> for String {
     }
 }
 
-/// Where a server listens: `ADDRESS:PORT`, or a port of this machine alone.
+/// Where a server listens: `HOST:PORT`, or a port of this machine alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Listen(pub SocketAddr);
+
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let full = if text.contains(':') { text.to_owned() } else { format!("127.0.0.1:{text}") };
+        let mut found = full
+            .to_socket_addrs()
+            .map_err(|error| format!("{error}; write PORT, or HOST:PORT as in `0.0.0.0:8265`"))?;
+        found.next().map(Self).ok_or_else(|| format!("`{text}` has no address"))
+    }
+}
 
 impl<'de> Deserialize<'de> for Listen {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -122,16 +134,14 @@ impl<'de> Deserialize<'de> for Listen {
             }
 
             fn visit_u64<E: Error>(self, port: u64) -> Result<Listen, E> {
-                let known = u16::try_from(port).ok().filter(|port| *port > 0);
-                let port = known.ok_or_else(|| E::invalid_value(Unexpected::Unsigned(port), &self))?;
-                Ok(Listen((Ipv4Addr::LOCALHOST, port).into()))
+                self.visit_str(&port.to_string())
+                    .map_err(|_: E| E::invalid_value(Unexpected::Unsigned(port), &Self))
             }
 
             fn visit_str<E: Error>(self, text: &str) -> Result<Listen, E> {
-                let on_this_machine = || text.parse().ok().map(|port| (Ipv4Addr::LOCALHOST, port).into());
-                let address: Option<SocketAddr> = text.parse().ok().or_else(on_this_machine);
-                let address = address.filter(|address| address.port() > 0);
-                address.map(Listen).ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
+                // A port that the system chooses is one that no scraper knows.
+                let known = text.parse::<Listen>().ok().filter(|Listen(address)| address.port() > 0);
+                known.ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
             }
         }
 
@@ -491,4 +501,20 @@ pub(super) fn tokens(text: &str) -> Option<u64> {
 pub(super) fn whole(value: f64) -> Option<u64> {
     const EXACT: f64 = (1u64 << 53) as f64;
     (value.fract() == 0.0 && (0.0..EXACT).contains(&value)).then_some(value as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_ports_or_hosts_with_ports() {
+        let parsed = |text: &str| text.parse::<Listen>().map(|Listen(address)| address.to_string());
+        assert_eq!(parsed("8265").unwrap(), "127.0.0.1:8265");
+        assert_eq!(parsed("0.0.0.0:80").unwrap(), "0.0.0.0:80");
+        assert_eq!(parsed("[::1]:80").unwrap(), "[::1]:80");
+        for wrong in ["", "host", "127.0.0.1:", "70000", "127.0.0.1:port"] {
+            assert!(parsed(wrong).is_err(), "{wrong}");
+        }
+    }
 }

@@ -78,8 +78,8 @@ impl Console {
 
     /// Prints lines above the bar, where this console talks.
     pub fn line(&self, text: impl std::fmt::Display) {
+        info!(target: SAID, "{}", text.to_string().trim());
         if self.talks {
-            info!(target: SAID, "{}", text.to_string().trim());
             self.print(&text);
         }
     }

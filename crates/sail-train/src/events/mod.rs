@@ -47,7 +47,8 @@ use crate::step::Packing;
 
 /// One line of JSON for each step, evaluation, unlock point, trial and checkpoint.
 pub(crate) const METRICS: &str = "metrics.jsonl";
-const TRIPS: &str = "trips.jsonl";
+/// One for each step that was not made.
+pub(crate) const TRIPS: &str = "trips.jsonl";
 
 /// What one optimizer step gave.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -16,14 +16,6 @@ use crate::error::Result;
 use crate::threads::spawn;
 use crate::world::{Doing, World};
 
-/// Parts of a step, which the run's own line tells of.
-const OF_A_STEP: [&str; 5] = [
-    "waiting for data",
-    "waiting for the data of the others",
-    "computing gradients",
-    "agreeing on the step",
-    "updating",
-];
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(100);
 /// What takes less is not shown.
@@ -89,7 +81,7 @@ impl Phase {
         if self.now.as_ref().is_some_and(|now| (now.what, now.step) != (doing.what, doing.step)) {
             self.end();
         }
-        if OF_A_STEP.contains(&doing.what) {
+        if doing.is_of_a_step() {
             return;
         }
         let Self { console, name, patience, now } = self;

@@ -35,7 +35,8 @@ pub enum Ending {
     Failed,
 }
 
-/// A place besides `metrics.jsonl` that records go to. None of these holds up training.
+/// A place besides `metrics.jsonl` that records go to. A record waits for no disk and no server; going back takes as long
+/// as the files of the run take to be written anew.
 pub(super) trait Sink {
     /// Takes a record that is in `metrics.jsonl` already.
     fn record(&mut self, record: &Record);

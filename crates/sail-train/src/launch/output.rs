@@ -1,8 +1,8 @@
 //! What the ranks print, line by line, each with its rank in front.
 //!
 //! Bytes are passed on as they are. A line is written in one piece, so that lines of different ranks do not
-//! mix; one that is longer than [`LINE_BYTES`] becomes several. A warning that many ranks have is shown for one of them,
-//! and that another has it too; the ranks' own log files have every one.
+//! mix; one that is longer than [`LINE_BYTES`] becomes several. A line of warning in the log as text that many
+//! ranks have is shown for one of them, and that another has it too; the ranks' own log files have every one.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -33,6 +33,9 @@ const PAGE: &str = include_str!("page.html");
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
+/// Folders between one that is given and the runs in it, at most.
+const DEPTH: usize = 3;
+
 /// What the page is made from.
 #[derive(Debug, Serialize)]
 struct Report {
@@ -125,7 +128,7 @@ fn page(report: &Report) -> String {
 impl Course {
     fn read(dir: &Path) -> Result<Self> {
         let mut runs = Vec::new();
-        find_runs(dir, 3, &mut runs)?;
+        find_runs(dir, DEPTH, &mut runs)?;
         if runs.is_empty() {
             return Err(Error::usage(
                 format!("`{}` holds no run: neither it nor a folder in it has a `{METRICS}`", dir.display()),

@@ -3,37 +3,26 @@
 //! Called by `sail-train report --serve`. Whoever reaches the address reads the page: on the loopback interface the users
 //! of this machine, elsewhere those who know a token. What it answers with is made from the runs' folders each time.
 
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::fs;
+use std::net::IpAddr;
 use std::path::PathBuf;
-use std::str::FromStr;
+use std::time::UNIX_EPOCH;
 
 use rand::random;
 use sha2::{Digest, Sha256};
 use tracing::warn;
 
-use super::{Report, page};
+use super::{DEPTH, Report, find_runs, page};
+use crate::config::Listen;
 use crate::error::{Error, Result};
+use crate::events::{METRICS, TRIPS};
 use crate::http::{Request, Response, Server};
+use crate::resume::PLAN;
+use crate::train_loop::SUMMARY;
 use crate::world::host_name;
 
 /// Seconds from an answer to an open page to its next question for newer figures.
 const REFRESH_SECS: u64 = 5;
-
-/// Where a page is served: `PORT` of 127.0.0.1, or `HOST:PORT`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Address(SocketAddr);
-
-impl FromStr for Address {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let full = if text.contains(':') { text.to_owned() } else { format!("127.0.0.1:{text}") };
-        let mut found = full
-            .to_socket_addrs()
-            .map_err(|error| format!("{error}; write PORT, or HOST:PORT as in `0.0.0.0:8265`"))?;
-        found.next().map(Self).ok_or_else(|| format!("`{text}` has no address"))
-    }
-}
 
 /// A server of the page about some folders, which answers from when it is made until it is dropped.
 pub struct Serving {
@@ -47,7 +36,7 @@ impl Serving {
     ///
     /// # Errors
     /// Those of [`super::report`] for the folders; [`Error::Usage`] for an address that is in use or not of this machine.
-    pub fn begin(dirs: &[PathBuf], at: &Address) -> Result<Self> {
+    pub fn begin(dirs: &[PathBuf], at: Listen) -> Result<Self> {
         Report::of(dirs)?;
         let token = (!at.0.ip().is_loopback()).then(|| format!("{:032x}", random::<u128>()));
         let (dirs, asked) = (dirs.to_vec(), token.clone());
@@ -84,16 +73,41 @@ fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>) -> Response 
     if !is_page && request.path != "/data.json" {
         return Response::text(404, "there is one page here, `/`");
     }
-    match Report::of(dirs) {
-        Ok(mut report) => {
-            report.refresh_secs = Some(REFRESH_SECS);
-            if is_page { html(&report) } else { data(&mut report, request) }
-        }
-        Err(error) => {
+    let tag = tag_of(dirs);
+    if !is_page && tag.is_some() && request.header("If-None-Match") == tag.as_deref() {
+        return Response::text(304, "");
+    }
+    let answer = Report::of(dirs).map(|mut report| {
+        report.refresh_secs = Some(REFRESH_SECS);
+        if is_page { html(&report) } else { data(&report) }
+    });
+    match (answer, tag) {
+        (Ok(answer), Some(tag)) => answer.with("ETag", tag),
+        (Ok(answer), None) => answer,
+        (Err(error), _) => {
             warn!("{error}");
             Response::text(500, &error.to_string())
         }
     }
+}
+
+/// What the runs' files are like, without reading them: it changes with what a page shows. None where they cannot be looked
+/// at, which reading them will tell.
+fn tag_of(dirs: &[PathBuf]) -> Option<String> {
+    let mut runs = Vec::new();
+    dirs.iter().try_for_each(|dir| find_runs(dir, DEPTH, &mut runs)).ok()?;
+    let mut sum = crc32fast::Hasher::new();
+    for run in runs {
+        // A checkpoint that is made or removed changes its folder.
+        for path in [run.clone(), run.join(METRICS), run.join(SUMMARY), run.join(PLAN), run.join(TRIPS)] {
+            let about = fs::metadata(&path).ok();
+            let changed = about.as_ref().and_then(|about| about.modified().ok());
+            let since = changed.and_then(|changed| changed.duration_since(UNIX_EPOCH).ok());
+            let (size, since) = (about.map(|about| about.len()), since.unwrap_or_default().as_nanos());
+            sum.update(format!("{} {size:?} {since}\n", path.display()).as_bytes());
+        }
+    }
+    Some(format!("\"{:08x}\"", sum.finalize()))
 }
 
 /// Why the one who asks gets nothing.
@@ -115,18 +129,9 @@ fn html(report: &Report) -> Response {
     Response::new(200, "text/html; charset=utf-8", page(report)).with("Content-Security-Policy", policy)
 }
 
-/// The figures, unless the reader has them.
-fn data(report: &mut Report, request: &Request) -> Response {
-    // The time is not one of them.
-    let made_at = std::mem::take(&mut report.made_at);
-    let figures = serde_json::to_vec(&report).expect("invariant: text, numbers and lists");
-    let tag = format!("\"{:08x}-{}\"", crc32fast::hash(&figures), figures.len());
-    if request.header("If-None-Match") == Some(&tag) {
-        return Response::text(304, "");
-    }
-    report.made_at = made_at;
-    let body = serde_json::to_vec(&report).expect("invariant: text, numbers and lists");
-    Response::new(200, "application/json", body).with("ETag", tag)
+fn data(report: &Report) -> Response {
+    let body = serde_json::to_vec(report).expect("invariant: text, numbers and lists");
+    Response::new(200, "application/json", body)
 }
 
 /// Compared by digest, so that how long it takes says nothing of the token.
@@ -154,17 +159,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_ports_or_hosts_with_ports() {
-        let parsed = |text: &str| text.parse::<Address>().map(|Address(address)| address.to_string());
-        assert_eq!(parsed("8265").unwrap(), "127.0.0.1:8265");
-        assert_eq!(parsed("0.0.0.0:80").unwrap(), "0.0.0.0:80");
-        assert_eq!(parsed("[::1]:80").unwrap(), "[::1]:80");
-        for wrong in ["", "host", "127.0.0.1:", "70000", "127.0.0.1:port"] {
-            assert!(parsed(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
     fn names_of_this_machine_alone_are_local() {
         for local in ["localhost", "LocalHost:8265", "127.0.0.1", "127.1.2.3:80", "[::1]:80", "[::1]"] {
             assert!(is_local_name(local), "{local}");
@@ -188,7 +182,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         run_in(dir.path(), &format!("{STEP}\n"));
         let dirs = [dir.path().to_owned()];
-        let serving = Serving::begin(&dirs, &"0".parse().unwrap()).unwrap();
+        let serving = Serving::begin(&dirs, "0".parse().unwrap()).unwrap();
         assert!(serving.url().starts_with("http://127.0.0.1:") && !serving.url().contains("token"));
         let local = |path: &str, more: &str| {
             asked(&serving, &format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{more}"))
@@ -216,11 +210,11 @@ mod tests {
         fs::write(dir.path().join("metrics.jsonl"), "nonsense\n").unwrap();
         let (status, wrong) = local("/data.json", "");
         assert!(status == 500 && wrong.contains("metrics.jsonl:1"), "{wrong}");
-        let taken = Serving::begin(&dirs, &serving.server.address().port().to_string().parse().unwrap());
+        let taken = Serving::begin(&dirs, Listen(serving.server.address()));
         assert!(taken.is_err());
         fs::write(dir.path().join("metrics.jsonl"), "").unwrap();
         assert_eq!(local("/", "").0, 200);
-        let taken = Serving::begin(&dirs, &serving.server.address().port().to_string().parse().unwrap());
+        let taken = Serving::begin(&dirs, Listen(serving.server.address()));
         let message = taken.err().unwrap().to_string();
         assert!(
             message.contains("cannot serve at 127.0.0.1") && message.contains("--serve=8266"),
@@ -232,7 +226,7 @@ mod tests {
     fn others_need_the_token() {
         let dir = tempfile::tempdir().unwrap();
         run_in(dir.path(), "");
-        let serving = Serving::begin(&[dir.path().to_owned()], &"0.0.0.0:0".parse().unwrap()).unwrap();
+        let serving = Serving::begin(&[dir.path().to_owned()], "0.0.0.0:0".parse().unwrap()).unwrap();
         let url = serving.url();
         let (_, token) = url.split_once("?token=").unwrap();
         assert_eq!(token.len(), 32);

@@ -33,7 +33,7 @@ use crate::launch::resolve;
 pub use agree::Fields;
 pub(crate) use agree::{host_name, within};
 pub use place::{Place, Rendezvous, Server, Starter};
-pub(crate) use progress::{Doing, Progress};
+pub(crate) use progress::{AGREEING, DATA, DATA_OF_OTHERS, Doing, GRADIENTS, Progress, UPDATING};
 use watch::Watch;
 pub(crate) use watch::tell_of_end;
 

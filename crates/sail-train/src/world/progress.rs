@@ -7,6 +7,11 @@ use crate::threads::lock;
 
 /// The phase in which a rank waits for its own data.
 pub(crate) const DATA: &str = "waiting for data";
+/// The other phases of a step.
+pub(crate) const DATA_OF_OTHERS: &str = "waiting for the data of the others";
+pub(crate) const GRADIENTS: &str = "computing gradients";
+pub(crate) const AGREEING: &str = "agreeing on the step";
+pub(crate) const UPDATING: &str = "updating";
 
 /// What is done now; written by the main thread, read by others.
 #[derive(Debug)]
@@ -28,6 +33,13 @@ pub(crate) struct Doing {
     waited_before: Duration,
     /// Data waited for in this step, in phases that are over.
     data: Duration,
+}
+
+impl Doing {
+    /// Whether it is a part of a step.
+    pub(crate) fn is_of_a_step(&self) -> bool {
+        [DATA, DATA_OF_OTHERS, GRADIENTS, AGREEING, UPDATING].contains(&self.what)
+    }
 }
 
 /// How a step's time was spent so far.

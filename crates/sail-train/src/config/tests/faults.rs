@@ -285,7 +285,7 @@ fn overrides() {
 fn places_that_figures_cannot_go_to() {
     let log = "log: { prometheus: nowhere, mlflow: { url: \"ftp://x\", experiment: \"\", flush_secs: 0 } }";
     insta::assert_snapshot!(faults(&[("{ steps: 60 }", &format!("{{ steps: 60 }}\n{log}"))]), @r"
-    error: `log.prometheus`: expected an address and a port like `127.0.0.1:9464`, or a port like `9464`, found the text `nowhere`
+    error: `log.prometheus`: expected an address and a port like `127.0.0.1:9464`, or a port like `9464`, found `nowhere`
       --> stage.yaml:10
 
     error: `log.mlflow.url`: is no web address, found `ftp://x`

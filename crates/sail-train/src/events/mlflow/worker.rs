@@ -182,9 +182,16 @@ impl Worker {
         if let Some(run_id) = &self.state.run_id {
             let goes_on = json!({"run_id": run_id, "status": "RUNNING"});
             match self.client.post("runs/update", &goes_on) {
-                // The server has lost it.
-                Err(Failure::Refused { code, .. }) if code == "RESOURCE_DOES_NOT_EXIST" => {
+                // The server has lost it, or somebody has deleted it there.
+                Err(Failure::Refused { code, reason })
+                    if ["RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"].contains(&code.as_str()) =>
+                {
+                    warn!(
+                        "{}: MLflow's run {run_id} cannot go on ({reason}); another one gets all figures",
+                        self.about.run_name
+                    );
                     self.state.start_anew();
+                    self.read_to = 0;
                 }
                 other => drop(other?),
             }
