@@ -5,7 +5,7 @@
 //! [`MOST_AT_ONCE`] answered at once; a client has [`PATIENCE`] for its request and as long to take the answer.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
@@ -18,6 +18,8 @@ const LONGEST_HEAD: usize = 16 << 10;
 const MOST_HEADERS: usize = 64;
 const MOST_AT_ONCE: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long what a client still sends is thrown away behind its answer.
+const LINGERING: Duration = Duration::from_secs(1);
 
 /// What was asked for.
 pub(crate) struct Request {
@@ -174,7 +176,31 @@ fn serve(mut stream: TcpStream, answer: &Answer) -> io::Result<()> {
         Some(_) => (Response::text(405, "only GET is answered"), true),
         None => (Response::text(400, "this is no request, or one with too many headers"), true),
     };
-    response.write(&mut stream, with_body)
+    response.write(&mut stream, with_body)?;
+    linger(stream)
+}
+
+/// Closes behind the answer. Where bytes are left unread, a system resets the connection at once, and the client may lose
+/// an answer that it has not taken yet.
+fn linger(mut stream: TcpStream) -> io::Result<()> {
+    stream.shutdown(Shutdown::Write)?;
+    let until = Instant::now() + LINGERING;
+    let mut unread = [0; 4096];
+    loop {
+        stream.set_read_timeout(Some(left_until(until)?))?;
+        if stream.read(&mut unread)? == 0 {
+            return Ok(());
+        }
+    }
+}
+
+/// The time until then.
+///
+/// # Errors
+/// Where it is over.
+fn left_until(until: Instant) -> io::Result<Duration> {
+    let left = until.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
 /// The head of a request with its method; None where it is none.
@@ -183,11 +209,7 @@ fn request(stream: &mut TcpStream) -> io::Result<Option<(String, Request)>> {
     let mut head = Vec::new();
     let mut some = [0; 4096];
     loop {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_read_timeout(Some(left))?;
+        stream.set_read_timeout(Some(left_until(until)?))?;
         let count = stream.read(&mut some)?;
         if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -250,6 +272,19 @@ mod tests {
         assert!(asked(&server, b"nonsense\r\n\r\n").starts_with("HTTP/1.1 400"));
         let endless = [&b"GET / HTTP/1.1\r\nA: "[..], &[b'a'; LONGEST_HEAD]].concat();
         assert!(asked(&server, &endless).starts_with("HTTP/1.1 400"));
+    }
+
+    /// A connection closed with bytes unread is reset, and the answer on its way was lost.
+    #[test]
+    fn an_answer_reaches_a_client_that_sent_too_much() {
+        let server = server();
+        let letters = vec![b'a'; 4 * LONGEST_HEAD];
+        let endless = [b"GET / HTTP/1.1\r\nA: ", &*letters].concat();
+        let body = [b"GET / HTTP/1.1\r\nContent-Length: 65536\r\n\r\n", &*letters].concat();
+        for _ in 0..50 {
+            assert!(asked(&server, &endless).starts_with("HTTP/1.1 400"));
+            assert!(asked(&server, &body).starts_with("HTTP/1.1 200"));
+        }
     }
 
     /// A request that announced a body it did not send kept its server's thread, and a length beyond all memory ended the
