@@ -286,14 +286,14 @@ impl Run {
 }
 
 fn assert_close(
-    (losses, params): &(Vec<f64>, Params),
+    (figures, params): &(Vec<f64>, Params),
     expected: &(Vec<f64>, Params),
-    limit: f64,
+    (limit, figures_limit): (f64, f64),
     what: &str,
 ) {
-    for (found, expected) in losses.iter().zip(&expected.0) {
+    for (found, expected) in figures.iter().zip(&expected.0) {
         assert!(
-            (found - expected).abs() <= limit * expected.abs(),
+            (found - expected).abs() <= figures_limit * expected.abs(),
             "{what}: loss or norm {found}, alone {expected}"
         );
     }
@@ -381,18 +381,21 @@ fn ranks_keep_their_part_of_the_state() {
 }
 
 /// However many ranks share the micro-batches, and whatever they share of the state, the steps are those of one
-/// process; also where some ranks have no image, and where a module is unlocked on the way.
+/// process; also where some ranks have no image, and where a module is unlocked on the way. In 16 bits the gradients of
+/// ranks are rounded before they cancel each other, which shows most in the norm of a parameter of three numbers; a mean for
+/// a sum would be off by the number of ranks.
 #[test]
 fn every_strategy_and_world_makes_the_steps_of_one_process() {
     for unlock in [None, Some(2)] {
         let alone = Run { world: 0, parallel: PARALLEL, precision: Kind::Float, unlock }.go();
         for strategy in Strategy::ALL {
             for world in [1, 2, 3, 4] {
-                for (reduce, limit) in [(ReduceDtype::Fp32, 1e-5), (ReduceDtype::Bf16, 2e-2)] {
+                for (reduce, limits) in [(ReduceDtype::Fp32, (1e-5, 1e-5)), (ReduceDtype::Bf16, (2e-2, 0.1))]
+                {
                     let parallel = ParallelPlan { strategy, reduce, ..PARALLEL };
                     let run = Run { world, parallel, precision: Kind::Float, unlock };
                     let what = format!("{strategy:?} {world} {reduce:?} {unlock:?}");
-                    assert_close(&run.go(), &alone, limit, &what);
+                    assert_close(&run.go(), &alone, limits, &what);
                 }
             }
         }
@@ -406,7 +409,7 @@ fn masters_of_bf16_are_shared_as_well() {
     for strategy in Strategy::ALL {
         let parallel = ParallelPlan { strategy, ..PARALLEL };
         let run = Run { world: 2, parallel, precision: Kind::BFloat16, unlock: None };
-        assert_close(&run.go(), &expected, 2e-2, &format!("{strategy:?}"));
+        assert_close(&run.go(), &expected, (2e-2, 0.1), &format!("{strategy:?}"));
     }
 }
 
