@@ -63,6 +63,15 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A folder to write a model to has something else in it.
+    #[error(
+        "`{}` is not empty and no model folder, so it is not replaced\n\nhint: name a new folder, or remove this one",
+        path.display()
+    )]
+    Occupied {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A model could not be fetched from a hub.
     #[error("`{model}`: {reason}\n\nhint: {hint}")]
     Hub {

@@ -211,7 +211,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             // Options and layouts that make no sense are the user's as well.
-            Self::Model(sail_model::Error::Config { .. })
+            Self::Model(sail_model::Error::Config { .. } | sail_model::Error::Occupied { .. })
             | Self::Config(_)
             | Self::Usage { .. }
             | Self::Preflight { .. } => 2,

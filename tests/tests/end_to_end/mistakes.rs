@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::scope;
 
-use crate::{root, sail_train, stderr, under};
+use crate::{root, run, sail_train, stderr, under};
 
 const STAGE: [&str; 2] = ["--config", "configs/tiny/stage1.yaml"];
 
@@ -61,6 +61,11 @@ impl Bed {
     fn new() -> Self {
         let bed =
             Self { dir: tempfile::tempdir().unwrap(), taken: TcpListener::bind(("127.0.0.1", 0)).unwrap() };
+        // A run of one step, for what is done with one.
+        let quick =
+            ["schedule={steps: 1, warmup: 0}", "eval=null", "export=null", &under(&bed.path("trained"))];
+        let args: Vec<&str> = STAGE.into_iter().chain(quick.iter().flat_map(|set| ["--set", set])).collect();
+        run(&args, 0);
         bed.file("file", "no folder");
         bed.file("empty/.keep", "");
         // The first file of a run, on a disk that takes nothing.
@@ -98,7 +103,7 @@ impl Bed {
     fn mistakes(&self) -> Vec<Mistake> {
         let shards = |name: &str| format!("data.sources=[{{name: mine, shards: \"{}\"}}]", self.at(name));
         let [none, file, empty] = ["none", "file", "empty"].map(|name| self.at(name));
-        let out = self.at("out");
+        let [out, trained] = ["out", "trained/runs/tiny/stage1"].map(|name| self.at(name));
         let port = format!("127.0.0.1:{}", self.taken.local_addr().unwrap().port());
         let weights = format!("model.vision.from={none}");
         let folder = format!("model.llm.from={empty}");
@@ -138,15 +143,16 @@ impl Bed {
             command("`launch` without `--`", &["launch", "--config", "configs/tiny/stage1.yaml"]),
             command("half of a launcher's variables", &STAGE).with_environment(&[("RANK", "0")]),
             command("nothing to export", &["export", "--checkpoint", &none, "--out", &out]),
-            command("an export over something", &["export", "--checkpoint", &empty, "--out", &empty]),
+            command("an export over something", &["export", "--checkpoint", &trained, "--out", &empty]),
             command(
                 "a question about no image",
-                &["generate", "--checkpoint", &empty, "--image", &none, "--prompt", "What?"],
-            ),
+                &["generate", "--checkpoint", &trained, "--image", &none, "--prompt", "What?"],
+            )
+            .with_code(1),
             command("an encoder that is none", &["embed", "--vit", &empty, "--image", &image, "--out", &out])
                 .with_code(1),
             command("a report about nothing", &["report", &empty]),
-            command("a page at a port in use", &["report", &empty, &format!("--serve={port}")]),
+            command("a page at a port in use", &["report", &trained, &format!("--serve={port}")]),
             command("an evaluation of nothing", &["eval", "--checkpoint", &empty]),
         ]
     }

@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 use super::disk::{self, PIECE};
 use super::layout::Stored;
 use super::{CONFIG, INDEX, SINGLE, file_error};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Largest file of weights, bytes; what is more goes into several with an index, as transformers does.
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
@@ -263,7 +263,7 @@ fn replaceable(dir: &Path) -> Result<bool> {
     if empty || (weights && dir.join(CONFIG).is_file()) {
         return Ok(true);
     }
-    Err(file_error(dir)("exists and is not a model folder, so it is not replaced"))
+    Err(Error::Occupied { path: dir.to_owned() })
 }
 
 /// `.NAME.ROLE-PID` beside `dir`, so that a rename stays on one file system.
@@ -361,7 +361,7 @@ mod tests {
         let dir = TempDir::new().unwrap();
         fs::write(dir.path().join("thesis.tex"), "text").unwrap();
         let error = folder(&tensors(1.0)).write(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("not a model folder"), "{error}");
+        assert!(error.contains("no model folder"), "{error}");
         assert_eq!(entries(dir.path()), ["thesis.tex"]);
     }
 
