@@ -11,7 +11,6 @@
 #include <ATen/ops/_fused_adamw.h>
 
 #include <memory>
-#include <utility>
 #include <vector>
 
 using sail::guarded;
@@ -68,42 +67,24 @@ sail_error* sail_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads
   });
 }
 
-namespace {
-
-// The 2-norms of pieces of the tensors in one pass over all of them, and which tensor each is of.
-std::pair<at::Tensor, std::vector<int64_t>> piecewise_norms(at::Tensor* const* tensors, size_t n) {
-  std::vector<at::Tensor> parts;
-  std::vector<int64_t> owners;
-  int64_t owner = 0;
-  for (const at::Tensor& tensor : list(tensors, n)) {
-    // A CPU's kernel adds floats one after the other, and over millions of them loses three digits and more.
-    if (tensor.is_cpu() && tensor.is_contiguous()) {
-      for (const at::Tensor& part : tensor.view({-1}).split(1 << 16)) parts.push_back(part);
-    } else {
-      parts.push_back(tensor);
-    }
-    owners.resize(parts.size(), owner++);
-  }
-  return {at::stack(at::_foreach_norm(parts, 2, at::kFloat)), owners};
-}
-
-}  // namespace
-
-// `out` receives a new 0-dimensional fp32 tensor, owned by the caller.
-sail_error* sail_global_norm(at::Tensor* const* tensors, size_t n, at::Tensor** out) {
-  return guarded([&] {
-    at::NoGradGuard no_grad;
-    auto norms = piecewise_norms(tensors, n).first;
-    *out = new at::Tensor(at::linalg_vector_norm(norms, 2, at::nullopt, false, at::kDouble).to(at::kFloat));
-  });
-}
-
 // `out` receives a new tensor `[n]` of fp64, owned by the caller: the squared 2-norm of each tensor.
 sail_error* sail_squared_norms(at::Tensor* const* tensors, size_t n, at::Tensor** out) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    auto [norms, owners] = piecewise_norms(tensors, n);
-    auto squares = norms.to(at::kDouble).square();
+    std::vector<at::Tensor> parts;
+    // Which tensor each part is of.
+    std::vector<int64_t> owners;
+    int64_t owner = 0;
+    for (const at::Tensor& tensor : list(tensors, n)) {
+      // A CPU's kernel adds floats one after the other, and over millions of them loses three digits and more.
+      if (tensor.is_cpu() && tensor.is_contiguous()) {
+        for (const at::Tensor& part : tensor.view({-1}).split(1 << 16)) parts.push_back(part);
+      } else {
+        parts.push_back(tensor);
+      }
+      owners.resize(parts.size(), owner++);
+    }
+    auto squares = at::stack(at::_foreach_norm(parts, 2, at::kFloat)).to(at::kDouble).square();
     if (owners.size() > n) {
       auto sums = at::zeros({static_cast<int64_t>(n)}, squares.options());
       squares = sums.index_add_(0, at::tensor(owners), squares);

@@ -78,12 +78,6 @@ unsafe extern "C" {
         eps: f64,
     ) -> *mut RawError;
 
-    pub(crate) fn sail_global_norm(
-        tensors: *const *mut C_tensor,
-        n: usize,
-        out: *mut *mut C_tensor,
-    ) -> *mut RawError;
-
     pub(crate) fn sail_squared_norms(
         tensors: *const *mut C_tensor,
         n: usize,

@@ -5,7 +5,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | [`fused_adamw`], [`global_norm`], [`squared_norms`], [`foreach_mul`] | the update of many parameters in one call |
+//! | [`fused_adamw`], [`squared_norms`], [`foreach_mul`] | the update of many parameters in one call |
 //! | [`varlen_attention`] | attention over segments, on CUDA |
 //! | [`rms_norm`], [`swiglu`], [`rotate`], [`linears`] | what the blocks of a transformer repeat, in one operation each |
 //! | [`linear_cross_entropy`] | a head and its loss, the logits of a few rows at a time |
@@ -46,7 +46,7 @@ pub use fused::{linears, rms_norm, rotate, swiglu};
 pub use group::{Backend, GroupOptions, ProcessGroup, ReduceOp, Work};
 pub use loss::{CrossEntropy, cross_entropy_chunk, linear_cross_entropy};
 pub use moment::Moment;
-pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm, squared_norms};
+pub use optim::{AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, squared_norms};
 pub use profiler::{Profiler, Span, span};
 pub use recompute::recompute;
 pub use stacks::{ThreadStack, thread_stacks};

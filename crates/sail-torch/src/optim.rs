@@ -89,22 +89,6 @@ pub fn fused_adamw(slots: &[AdamWSlot], options: AdamWOptions) -> Result<()> {
     outcome(OP, message)
 }
 
-/// The 2-norm over all elements of all tensors: a 0-dimensional fp32 tensor on their device.
-///
-/// # Errors
-/// [`Error::Argument`](crate::Error::Argument) for an empty list or tensors on several devices.
-pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
-    const OP: &str = "global_norm";
-    one_device(OP, tensors)?;
-    let list = pointers(tensors);
-    let mut out: *mut C_tensor = std::ptr::null_mut();
-    // SAFETY: `list` holds `tensors.len()` live tensors, and `out` is a valid place for one pointer.
-    let message = unsafe { ffi::sail_global_norm(list.as_ptr(), list.len(), &raw mut out) };
-    outcome(OP, message)?;
-    // SAFETY: without a message `out` is a new tensor that nobody else owns.
-    Ok(unsafe { Tensor::from_ptr(out) })
-}
-
 /// The squared 2-norm of each tensor, in one pass over all of them: a 1-dimensional fp64 tensor on their device, in their
 /// order.
 ///
@@ -204,17 +188,17 @@ mod tests {
         wrong.param = wrong.param.reshape([2, 2]).transpose(0, 1);
         let error = fused_adamw(&[wrong], options).unwrap_err().to_string();
         assert!(error.contains("contiguous"), "{error}");
-        assert!(global_norm(&[]).is_err() && squared_norms(&[]).is_err());
+        assert!(squared_norms(&[]).is_err());
     }
 
     #[test]
     fn norm_and_scale_cover_all_tensors() {
         let tensors = [Tensor::from_slice(&[3f32, 0.0]), Tensor::from_slice(&[[0f32], [4.0]].concat())];
-        assert!((global_norm(&tensors).unwrap().double_value(&[]) - 5.0).abs() < 1e-6);
         let each = Vec::<f64>::try_from(squared_norms(&tensors).unwrap()).unwrap();
         assert!((each[0] - 9.0).abs() < 1e-6 && (each[1] - 16.0).abs() < 1e-6, "{each:?}");
         foreach_mul(&tensors, &Tensor::from(0.5f32)).unwrap();
-        assert!((global_norm(&tensors).unwrap().double_value(&[]) - 2.5).abs() < 1e-6);
+        let norm = squared_norms(&tensors).unwrap().sum(Kind::Double).sqrt();
+        assert!((norm.double_value(&[]) - 2.5).abs() < 1e-6);
     }
 
     /// The norm of a large table was wrong by a thousandth, and with it the clipping of every step.
@@ -222,8 +206,6 @@ mod tests {
     fn the_norm_of_millions_is_exact() {
         let table = Tensor::randn([1 << 24], (Kind::Float, tch::Device::Cpu));
         let expected = table.to_kind(Kind::Double).norm().double_value(&[]);
-        let found = global_norm(&[table.view([1 << 12, 1 << 12]), table.narrow(0, 0, 1)]).unwrap();
-        assert!((found.double_value(&[]) / expected - 1.0).abs() < 1e-6, "{found} {expected}");
         let each = squared_norms(&[table.narrow(0, 0, 2), table.view([1 << 12, 1 << 12])]).unwrap();
         assert_eq!((each.size(), each.kind()), (vec![2], Kind::Double));
         let found = each.double_value(&[1]).sqrt();
@@ -233,7 +215,7 @@ mod tests {
     #[test]
     fn exceptions_become_errors() {
         let string = Tensor::from_slice(&[1i64, 2]);
-        let error = global_norm(&[string]).unwrap_err();
-        assert!(matches!(error, Error::Torch { op: "global_norm", .. }), "{error}");
+        let error = squared_norms(&[string]).unwrap_err();
+        assert!(matches!(error, Error::Torch { op: "squared_norms", .. }), "{error}");
     }
 }

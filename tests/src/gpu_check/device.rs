@@ -2,8 +2,8 @@
 
 use sail_model::attention::{Segments, Visibility, packed_attention};
 use sail_torch::{
-    AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, global_norm, has_varlen_attention,
-    linear_cross_entropy, linears, rms_norm, rotate, swiglu, upload,
+    AdamWOptions, AdamWSlot, foreach_mul, fused_adamw, has_varlen_attention, linear_cross_entropy, linears,
+    rms_norm, rotate, squared_norms, swiglu, upload,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -140,7 +140,7 @@ fn optimizer(device: Device) -> Figure {
         let slots: Vec<AdamWSlot> = start.iter().map(slot).collect();
         let grads: Vec<Tensor> = slots.iter().map(|slot| slot.grad.shallow_clone()).collect();
         for _ in 0..5 {
-            let factor: Tensor = 3f64 / global_norm(&grads)?;
+            let factor: Tensor = 3f64 / squared_norms(&grads)?.sum(Kind::Double).sqrt();
             foreach_mul(&grads, &factor.to_kind(Kind::Float))?;
             let options = AdamWOptions { lr: 1e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
             fused_adamw(&slots, options)?;
