@@ -10,7 +10,7 @@ import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { appendFileSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import puppeteer from "puppeteer-core";
+import { open } from "./browser.mjs";
 
 const [program, run] = process.argv.slice(2);
 if (!run) {
@@ -19,18 +19,9 @@ if (!run) {
 }
 const server = spawn(program, ["report", run, "--serve=0"], { stdio: ["ignore", "pipe", "inherit"] });
 const address = String((await once(server.stdout, "data"))[0]).trim();
-const browser = await puppeteer.launch({
-  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  // Inside a container Chromium's own sandbox has no user to be.
-  args: process.getuid() === 0 ? ["--no-sandbox"] : [],
-});
+const { browser, page, said } = await open();
 
 try {
-  const page = await browser.newPage();
-  const said = [];
-  page.on("console", (message) => said.push(message.text()));
-  page.on("pageerror", (error) => said.push(String(error)));
-  await page.setViewport({ width: 1280, height: 900 });
   await page.goto(address);
   const steps = () => page.$eval("table.timeline th .quiet", (element) => Number.parseInt(element.textContent, 10));
   const before = await steps();
@@ -45,14 +36,22 @@ try {
 
   const metrics = join(run, "metrics.jsonl");
   const train = readFileSync(metrics, "utf8").split("\n").filter((line) => line.includes('"kind":"train"')).at(-1);
-  appendFileSync(metrics, `${JSON.stringify({ ...JSON.parse(train), step: before + 1 })}\n`);
-  await page.waitForFunction((known) => Number.parseInt(document.querySelector("table.timeline th .quiet").textContent, 10) > known, { timeout: 30_000 }, before);
+  const goesOn = async (step) => {
+    appendFileSync(metrics, `${JSON.stringify({ ...JSON.parse(train), step })}\n`);
+    const isShown = (wanted) => Number.parseInt(document.querySelector("table.timeline th .quiet").textContent, 10) >= wanted;
+    await page.waitForFunction(isShown, { timeout: 30_000 }, step);
+  };
+  await goesOn(before + 1);
 
   assert.equal(await steps(), before + 1);
   assert.equal(await lines(), all - 1, "a line that was switched off came back");
   assert(!(await page.$eval("figure:has(#figure-training-loss) .top button", (button) => button.hidden)), "the zoom is gone");
   assert.equal(await page.evaluate(() => document.activeElement.id), "figure-training-loss");
   assert.equal(await page.$$eval(".card", (cards) => cards.length), 0, "the words that were asked for are forgotten");
+  // Also while a choice has the focus.
+  await page.focus("#gallery-when");
+  await goesOn(before + 2);
+  assert.equal(await page.evaluate(() => document.activeElement.id), "gallery-when");
   assert.deepEqual(said, []);
 
   server.kill();

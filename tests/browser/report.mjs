@@ -8,7 +8,7 @@
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
-import puppeteer from "puppeteer-core";
+import { open } from "./browser.mjs";
 
 const [file, screenshot] = process.argv.slice(2);
 if (!file) {
@@ -16,22 +16,13 @@ if (!file) {
   process.exit(2);
 }
 const address = pathToFileURL(file).href;
-const browser = await puppeteer.launch({
-  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  // Inside a container Chromium's own sandbox has no user to be.
-  args: process.getuid() === 0 ? ["--no-sandbox"] : [],
-});
+const { browser, page, said } = await open();
 
 try {
-  const page = await browser.newPage();
-  const said = [];
-  page.on("console", (message) => said.push(message.text()));
-  page.on("pageerror", (error) => said.push(String(error)));
   page.on("request", (request) => {
     const url = request.url();
     if (url !== address && !url.startsWith("data:")) said.push(`fetched ${url}`);
   });
-  await page.setViewport({ width: 1280, height: 900 });
   await page.goto(address);
 
   const titles = await page.$$eval("h2", (all) => all.map((title) => title.textContent));
