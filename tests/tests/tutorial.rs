@@ -122,7 +122,9 @@ impl Reader {
         // What cargo tells tests of their package a build script of a dependency asks for as well: with other values, a build
         // on a page makes most of the workspace again, and so does the next one from a shell.
         for (name, _) in std::env::vars_os() {
-            if ["CARGO_MANIFEST_", "CARGO_PKG_"].iter().any(|start| name.to_string_lossy().starts_with(start))
+            if ["CARGO_MANIFEST_", "CARGO_PKG_", "OUT_DIR"]
+                .iter()
+                .any(|start| name.to_string_lossy().starts_with(start))
             {
                 command.env_remove(&name);
             }
