@@ -44,6 +44,10 @@ step cargo test --release --workspace --benches
 step .venv/bin/python tests/reference/test_remote_code.py
 step .venv/bin/python tests/reference/check_webdataset.py
 step .venv/bin/python tests/reference/test_corpus.py
+step python3 tests/reference/test_gfr_page.py
+gfr=$(mktemp -d)
+step .venv/bin/python scripts/reproduce_gfr.py --scale smoke --seeds 1 --out "$gfr" >/dev/null
+rm -r "$gfr"
 # The check of GPU machines as it is carried to one, but on the CPU; libtorch is that of a Python there.
 pack=$(mktemp -d)
 trap 'rm -rf "$pack"' EXIT
