@@ -10,7 +10,7 @@ use sail_train::optim::StateKind;
 use serde_json::Value;
 
 use crate::parallel::assert_close;
-use crate::processes::{Job, assert_same, signal, steps, until};
+use crate::processes::{Job, assert_same, complete, signal, steps, until};
 use crate::{run, sail_train, stderr};
 
 /// Samples of the shard, in its order.
@@ -356,17 +356,6 @@ fn what_is_not_finite_ends_in_an_error_and_no_checkpoint() {
         assert!(said.contains("not finite") && said.contains("hint:"), "{said}");
         assert_eq!(complete(&job.run_dir()), Vec::<String>::new(), "{action}");
     }
-}
-
-/// Names of the folders that are checkpoints.
-fn complete(run_dir: &Path) -> Vec<String> {
-    let folders = fs::read_dir(run_dir).unwrap().map(|entry| entry.unwrap().path());
-    let mut names: Vec<String> = folders
-        .filter(|path| path.join("COMPLETE").exists())
-        .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
-        .collect();
-    names.sort();
-    names
 }
 
 /// Every file below a folder with its size and time.

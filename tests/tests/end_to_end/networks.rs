@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use sail_train::optim::StateKind;
 
-use crate::processes::{Job, all_end, assert_same, steps};
+use crate::processes::{Job, all_end, assert_same, complete, steps, until};
 
 /// A network namespace, removed when it is dropped.
 struct Network(String);
@@ -116,6 +116,8 @@ fn a_cut_link_ends_both_sides_and_they_resume() {
     };
     let mut launchers = start("first");
     job.wait_for_step(7, &mut launchers);
+    // It is written beside the steps after it, and both sides say that it is whole.
+    until("a checkpoint", || !complete(&job.run_dir()).is_empty());
     let since = Instant::now();
     left.ip("link set cable down");
     let took = all_end(&mut launchers, since, Duration::from_secs(4 + 10));

@@ -192,6 +192,17 @@ impl Job {
     }
 }
 
+/// Names of a run's folders that are checkpoints.
+pub(crate) fn complete(run_dir: &Path) -> Vec<String> {
+    let folders = fs::read_dir(run_dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut names: Vec<String> = folders
+        .filter(|path| path.join("COMPLETE").exists())
+        .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
 /// The lines of a run's `metrics.jsonl` that are of training steps; one that is being written is left out.
 pub(crate) fn steps(run_dir: &Path) -> Vec<Value> {
     let text = fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap_or_default();
