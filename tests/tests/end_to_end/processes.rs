@@ -248,6 +248,14 @@ impl Process {
         children_of(self.pid()).into_iter().find(has_rank)
     }
 
+    /// Whether one of its threads has this name.
+    pub(crate) fn has_thread(&self, name: &str) -> bool {
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid())) else { return false };
+        threads.flatten().any(|thread| {
+            fs::read_to_string(thread.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        })
+    }
+
     /// The exit code, of a process that has ended.
     pub(crate) fn code(&self) -> i32 {
         self.ended.expect("it has ended").0

@@ -163,6 +163,14 @@ fn ranks_that_cannot_work_together_end_with_the_reason() {
     ]);
 }
 
+/// Once all look for the others: many processes that start at once take seconds until then.
+fn when_they_meet(ranks: &mut [Process]) -> Instant {
+    for rank in ranks {
+        until("a rank meets the others", || rank.has_ended() || rank.has_thread("sail-watch"));
+    }
+    Instant::now()
+}
+
 fn port_in_use() {
     let job = job(&[&TWO[..], &["parallel.first_step_timeout_secs=4"]].concat());
     let _taken = TcpListener::bind(("0.0.0.0", job.port())).unwrap();
@@ -193,9 +201,9 @@ fn another_world() {
 
 fn same_rank_twice() {
     let job = job(&[&THREE[..], &["parallel.first_step_timeout_secs=20"]].concat());
-    let since = Instant::now();
     let start = |(name, rank)| job.start(name, job.rank(rank, 3));
     let mut ranks = [("0", 0), ("1", 1), ("1 again", 1)].map(start);
+    let since = when_they_meet(&mut ranks);
     ended("the same rank twice", &mut ranks, since, 2, &["rank 1 is there twice", &host(), "hint:"]);
     nobody_is_left("the same rank twice", &job);
 }
@@ -245,8 +253,8 @@ fn other_weights() {
 
 fn absent() {
     let job = job(&[&THREE[..], &["parallel.first_step_timeout_secs=4"]].concat());
-    let since = Instant::now();
     let mut ranks = [0, 1].map(|rank| job.start(&format!("rank-{rank}"), job.rank(rank, 3)));
+    let since = when_they_meet(&mut ranks);
     let words = ["1 of 3 ranks did not come within 4 s: rank 2", "`parallel.first_step_timeout_secs`"];
     ended("absent", &mut ranks, since, 1, &words);
     nobody_is_left("absent", &job);
@@ -257,8 +265,8 @@ fn stopped_while_meeting() {
     let first = job.start("rank-0", job.rank(0, 3));
     until("the store is served", || std::net::TcpStream::connect(("127.0.0.1", job.port())).is_ok());
     signal("STOP", first.pid());
-    let since = Instant::now();
     let mut ranks = [1, 2].map(|rank| job.start(&format!("rank-{rank}"), job.rank(rank, 3)));
+    let since = when_they_meet(&mut ranks);
     ended("stopped while meeting", &mut ranks, since, 1, &["rank 0", &job.port().to_string(), "hint:"]);
 }
 
