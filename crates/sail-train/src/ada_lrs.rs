@@ -41,6 +41,9 @@ pub struct AdaLrs {
     trials: i32,
     #[serde(skip)]
     window: Option<Window>,
+    /// Whether windows before this one were made at the same rate, and left: nothing has shown yet that it is not too high.
+    #[serde(skip)]
+    has_left: bool,
 }
 
 /// A window of steps that is made twice.
@@ -62,7 +65,8 @@ pub enum Finding {
     Keep,
     /// About as fast: the steps before the trial stay, and their rate.
     Leave,
-    /// Slower by more than twice the error: neither stays, and the window is made anew at a lower rate.
+    /// Slower by more than twice the error: the rate may be too high itself. Neither stays, nor do windows before this one
+    /// that were left at it; all are made anew at a lower rate.
     GoBack,
 }
 
@@ -96,7 +100,7 @@ pub enum Next {
 
 impl Default for AdaLrs {
     fn default() -> Self {
-        Self { scale: 1.0, trials: 0, window: None }
+        Self { scale: 1.0, trials: 0, window: None, has_left: false }
     }
 }
 
@@ -121,6 +125,11 @@ impl AdaLrs {
         self.window.is_none() && self.factors(plan).0 > 1.0
     }
 
+    /// Whether going back from a window that begins now is to where an earlier one did.
+    pub fn has_left(&self) -> bool {
+        self.has_left
+    }
+
     /// Begins a window.
     pub fn begin(&mut self) {
         self.window = Some(Window::default());
@@ -128,7 +137,7 @@ impl AdaLrs {
 
     /// Forgets a window in which nothing is tried yet: what its beginning could be gone back to with is gone.
     pub fn forget_window(&mut self) {
-        self.window = None;
+        (self.window, self.has_left) = (None, false);
     }
 
     /// Takes note that a step is not made at the rate that there is.
@@ -182,6 +191,7 @@ impl AdaLrs {
         };
         self.trials += 1;
         self.scale = scale;
+        self.has_left = verdict == Finding::Leave;
         Trial { trial: self.trials, scale_before, scale_tried, gain, verdict, scale }
     }
 
@@ -241,6 +251,7 @@ mod tests {
         // The next one goes up by 1.5 only, and as fast is left.
         let trial = window(&mut search, &PLAN, 0.2, |_| 0.2);
         assert_eq!((trial.verdict, trial.scale_tried, search.scale), (Finding::Leave, 4.5, 3.0));
+        assert!(search.has_left(), "what comes next is at the same rate");
         // By now both factors have come to 1, and the search is over.
         assert!(!search.is_ready(&PLAN));
         assert_eq!(search.observe(&PLAN, 1.0), Next::Step);
@@ -248,6 +259,7 @@ mod tests {
         let mut search = AdaLrs::default();
         let trial = window(&mut search, &PLAN, 0.2, |_| 0.1);
         assert_eq!((trial.verdict, trial.scale_tried, search.scale), (Finding::GoBack, 3.0, 0.5));
+        assert!(!search.has_left());
 
         let mut search = AdaLrs::default();
         search.begin();

@@ -97,8 +97,10 @@ pub struct Session {
     ada_lrs: Option<AdaLrs>,
     /// What was judged of the steps so far.
     guard: GuardState,
-    /// The end of a window of steps, while another learning rate is tried on the same ones.
-    aside: Option<Snapshot>,
+    /// Beginning and end of a window of steps, while another learning rate is tried on the same ones.
+    aside: Option<(Progress, Snapshot)>,
+    /// Where the window that is being made began, if not at the newest snapshot of the saver's.
+    beginning: Option<Snapshot>,
     /// Held-out losses by step.
     held_out: BTreeMap<u64, f64>,
     /// What this process measured last, and after which step.
@@ -200,6 +202,7 @@ impl Session {
             ada_lrs,
             guard: then.map_or_else(GuardState::default, |then| then.guard.clone()),
             aside: None,
+            beginning: None,
             held_out: then.map_or_else(BTreeMap::new, |then| then.held_out.clone()),
             measured: None,
             cache_use: CacheUse::default(),

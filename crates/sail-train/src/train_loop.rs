@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::ada_lrs::{Finding, Next, Trial};
-use crate::checkpoint::{Checkpoint, Saver, Totals};
+use crate::checkpoint::{Checkpoint, Saver, Snapshot, Totals};
 use crate::config::{GuardAction, Module, Plan};
 use crate::error::{Error, Result};
 use crate::eval::EvalReport;
@@ -265,11 +265,17 @@ fn unlock_if_due(session: &mut Session, saver: &mut Saver, events: &mut Events) 
     Ok(())
 }
 
-/// Takes the snapshot from which a window of steps is made twice, at two learning rates.
+/// Takes the snapshot from which a window of steps is made twice, at two learning rates. The saver holds the one to which
+/// a rate that is too high is gone back from.
 fn begin_window_if_due(session: &mut Session, saver: &mut Saver) -> Result<()> {
     if session.is_window_due() {
-        saver.hold(|old| session.snapshot(old))?;
-        session.begin_window();
+        let beginning = if session.goes_farther_back() {
+            Some(session.snapshot(Vec::new())?)
+        } else {
+            saver.hold(|old| session.snapshot(old))?;
+            None
+        };
+        session.begin_window(beginning);
     }
     Ok(())
 }
@@ -280,8 +286,10 @@ fn search_rate(next: Next, session: &mut Session, saver: &Saver, events: &mut Ev
         Next::Step => Ok(false),
         Next::Try => {
             let measured = session.snapshot(Vec::new())?;
-            let start = saver.newest().expect("invariant: one is taken before a window begins");
-            session.go_to(start)?;
+            match session.take_beginning() {
+                Some(beginning) => session.go_to(&beginning)?,
+                None => session.go_to(held(saver))?,
+            }
             session.set_aside(measured);
             events.begin_trial(session.progress());
             Ok(true)
@@ -290,10 +298,9 @@ fn search_rate(next: Next, session: &mut Session, saver: &Saver, events: &mut Ev
     }
 }
 
-/// The run goes on from the end of the window, by one of the two ways to it, or from its beginning.
+/// The run goes on from the end of the window, by one of the two ways to it, or from where its rate was first used.
 fn end_trial(trial: &Trial, session: &mut Session, saver: &Saver, events: &mut Events) -> Result<bool> {
-    let start = saver.newest().expect("invariant: one is taken before a window begins");
-    let (from, measured) = (start.state.progress(), session.take_aside());
+    let (mut from, measured) = session.take_aside();
     match trial.verdict {
         Finding::Keep => events.keep_trial(from),
         Finding::Leave => {
@@ -301,9 +308,10 @@ fn end_trial(trial: &Trial, session: &mut Session, saver: &Saver, events: &mut E
             events.drop_trial(session.progress());
         }
         Finding::GoBack => {
-            session.go_to(start)?;
+            from = held(saver).state.progress();
+            session.go_to(held(saver))?;
             events.drop_trial(from);
-            events.back_to(from);
+            events.back_with_trials(from);
             // The same steps are judged anew.
             events.forget_trips(session.standing().judged);
         }
@@ -312,12 +320,17 @@ fn end_trial(trial: &Trial, session: &mut Session, saver: &Saver, events: &mut E
     Ok(trial.verdict == Finding::GoBack)
 }
 
+/// Where a window began, or the first one of several at a rate.
+fn held(saver: &Saver) -> &Snapshot {
+    saver.newest().expect("invariant: one is taken before a window begins")
+}
+
 fn save_if_due(saver: &mut Saver, session: &Session) -> Result<()> {
     if !is_due(session.plan.checkpoint.every, session.step) {
         return Ok(());
     }
-    if session.in_window() {
-        // A run that resumes begins the window anew.
+    if session.may_go_back() {
+        // A run that resumes makes anew what may be undone.
         saver.begin_held()?;
     } else {
         saver.begin(session.step, |old| session.snapshot(old))?;
@@ -354,7 +367,7 @@ fn save_last(saver: &mut Saver, session: &Session, events: &mut Events) -> Resul
 
 /// Saves where the run stops before its end: the step that it resumes from.
 fn save_and_stop(saver: &mut Saver, session: &Session, events: &mut Events) -> Result<u64> {
-    if !session.in_window() {
+    if !session.may_go_back() {
         save_last(saver, session, events)?;
         return Ok(session.step);
     }
@@ -401,7 +414,7 @@ fn tripped(
         GuardAction::Stop => {
             events.trip(&record, format!("{name}: {what}; saving as it was before"));
             session.optimizer.discard();
-            if session.in_window() {
+            if session.may_go_back() {
                 // The window is made anew, and with it the step.
                 saver.save_last_held()?;
             } else {

@@ -8,8 +8,6 @@ use serde_json::Value;
 use crate::processes::{Job, assert_same, steps};
 use crate::run;
 
-const LR: f64 = 1e-4;
-
 fn job(sets: &[&str]) -> Job {
     let search = "schedule={kind: constant, warmup: 1, steps: 24, \
                   ada_lrs: {window: 3, alpha: 9, beta: 2, lambda: 0.8}}";
@@ -18,6 +16,9 @@ fn job(sets: &[&str]) -> Job {
     job.set(sets);
     job
 }
+
+/// A rate that the first trial leaves, and from which the second one goes back by far more than its error.
+const TOO_HIGH: [&str; 2] = ["run.seed=1", "train.projector.lr=3e-3"];
 
 /// The lines of `metrics.jsonl` that are of trials and of steps, in their order.
 fn course(job: &Job) -> Vec<Value> {
@@ -28,17 +29,28 @@ fn course(job: &Job) -> Vec<Value> {
 
 #[test]
 fn rates_follow_the_trials() {
-    let job = job(&[]);
+    let verdicts = follow(&job(&[]));
+    assert!(verdicts.contains(&"keep") && verdicts.contains(&"go_back"), "{verdicts:?}");
+}
+
+/// A rate that a later window shows to be too high has done harm from where it was first used.
+#[test]
+fn a_rate_that_is_too_high_is_undone_from_its_first_step() {
+    let verdicts = follow(&job(&TOO_HIGH));
+    assert_eq!(verdicts[..2], ["leave", "go_back"], "{verdicts:?}");
+}
+
+/// Trains, and compares the rates of the steps that stay with what the trials say; the trials' verdicts.
+fn follow(job: &Job) -> Vec<&'static str> {
     job.run(job.alone(), 0);
-    let (mut scale, mut trials) = (1.0, 0);
-    let mut verdicts = BTreeMap::from([("keep", 0), ("leave", 0), ("go_back", 0)]);
-    let mut window: Vec<f64> = Vec::new();
-    for line in course(&job) {
-        if line["kind"] == "train" {
-            window.push(line["lr"]["projector"].as_f64().unwrap() / LR);
-            continue;
-        }
-        let shrunk = 0.8f64.powi(trials);
+    let (mut scale, mut verdicts) = (1.0, Vec::new());
+    // Where the search stands, and where the rate that it has was first used in a window.
+    let (mut at, mut since) = (1, 1);
+    let mut scales: BTreeMap<u64, f64> = BTreeMap::new();
+    let (trials, steps): (Vec<Value>, Vec<Value>) =
+        course(job).into_iter().partition(|line| line["kind"] == "ada_lrs");
+    for line in trials {
+        let shrunk = 0.8f64.powi(verdicts.len() as i32);
         let (up, down) = ((9.0 * shrunk).max(1.0), 1.0 / (2.0 * shrunk).max(1.0));
         let trial = &line["trial"];
         let near = |found: &Value, expected: f64| {
@@ -55,23 +67,30 @@ fn rates_follow_the_trials() {
         };
         assert_eq!(trial["verdict"], verdict, "{line}");
         near(&trial["scale"], then);
-        // Of the steps that were made twice one course is left in the record, at its own rate, or none.
-        let steps = line["step"].as_u64().unwrap() - line["from"].as_u64().unwrap();
-        assert_eq!(steps, if verdict == "go_back" { 0 } else { 3 }, "{line}");
-        let rates = window.split_off(window.len() - steps as usize);
-        assert!(
-            rates.iter().all(|rate| (rate - made_at).abs() < 1e-9 * made_at),
-            "{made_at} {rates:?}: {line}"
-        );
-        *verdicts.get_mut(verdict).unwrap() += 1;
-        (scale, trials) = (then, trials + 1);
+        if verdicts.last() != Some(&"leave") {
+            since = at;
+        }
+        let (from, to) = if verdict == "go_back" { (since, since) } else { (at, at + 3) };
+        assert_eq!((line["from"].as_u64(), line["step"].as_u64()), (Some(from), Some(to)), "{line}");
+        scales.retain(|step, _| *step <= from);
+        scales.extend((from + 1..=to).map(|step| (step, made_at)));
+        verdicts.push(verdict);
+        (scale, at) = (then, to);
     }
-    let made = verdicts["keep"] + verdicts["leave"];
-    assert!(verdicts["keep"] > 0 && verdicts["go_back"] > 0, "{verdicts:?}");
-    assert!(made == 7 || 9.0 * 0.8f64.powi(trials) <= 1.0, "7 windows of 3 steps fit into 23: {verdicts:?}");
-    let made = steps(&job.run_dir());
-    let numbers: Vec<u64> = made.iter().map(|step| step["step"].as_u64().unwrap()).collect();
+    assert!(
+        at + 3 > 23 || 9.0 * 0.8f64.powi(verdicts.len() as i32) <= 1.0,
+        "{verdicts:?} end after step {at}"
+    );
+    // Of steps that were made several times one course is left in the record.
+    let numbers: Vec<u64> = steps.iter().map(|step| step["step"].as_u64().unwrap()).collect();
     assert_eq!(numbers, (1..=24).collect::<Vec<u64>>());
+    let lr = |line: &Value| line["lr"]["projector"].as_f64().unwrap();
+    for line in &steps {
+        let expected = scales.get(&line["step"].as_u64().unwrap()).unwrap_or(&scale);
+        let expected = if line["step"] == 1 { 1.0 } else { *expected };
+        assert!((lr(line) / lr(&steps[0]) - expected).abs() < 1e-9 * expected, "{expected}: {line}");
+    }
+    verdicts
 }
 
 /// Whatever was tried and undone on the way, a step made again has the loss that the run recorded.
@@ -108,15 +127,22 @@ fn a_trial_that_breaks_is_undone() {
     assert_eq!(fs::read_to_string(job.run_dir().join("trips.jsonl")).unwrap(), "");
 }
 
-/// A checkpoint within a window is of its beginning, so that both ways through it are made again.
+/// A checkpoint within a window is of where a rate that is too high is gone back to, so that all that may be undone is made
+/// again.
 #[test]
 fn a_run_resumes_within_and_between_trials() {
-    for (ranks, stops) in [(1, &[1, 4, 5, 7, 9, 14][..]), (2, &[5, 8])] {
+    let cases: [(_, &[&str], &[u64]); 4] = [
+        (1, &[], &[1, 4, 5, 7, 9, 14]),
+        (2, &[], &[5, 8]),
+        (1, &TOO_HIGH, &[3, 5, 6, 8]),
+        (2, &TOO_HIGH, &[6]),
+    ];
+    for (ranks, sets, stops) in cases {
         let start = |job: &Job| if ranks == 1 { job.alone() } else { job.launch(ranks) };
-        let straight = job(&[]);
+        let straight = job(sets);
         straight.run(start(&straight), 0);
         for stop in stops {
-            let job = job(&[]);
+            let job = job(sets);
             let mut command = start(&job);
             command.args(["--stop-at", &stop.to_string()]);
             job.run(command, 3);

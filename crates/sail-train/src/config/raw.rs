@@ -345,7 +345,7 @@ impl Default for RawLog {
     }
 }
 
-/// `log.mlflow`. Who the run is to the server say the variables `MLFLOW_TRACKING_TOKEN`, or `MLFLOW_TRACKING_USERNAME` and
+/// `log.mlflow`. Credentials are read from the environment: `MLFLOW_TRACKING_TOKEN`, or `MLFLOW_TRACKING_USERNAME` and
 /// `MLFLOW_TRACKING_PASSWORD`. A server that is slow or gone delays no step.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]

@@ -178,9 +178,9 @@ pub(super) struct RawEarlyStop {
 
 /// `schedule.ada_lrs`. After the warm-up a window of steps is made, and once more from the same weights on the same data
 /// with all rates times `max(lambda^t alpha, 1)`, t trials after the first. Where the loss falls faster by more than twice
-/// the error of that, the steps of the trial stay, and its rate. Slower by as much: neither stay, and the window is made
-/// anew at the old rate over `max(lambda^t beta, 1)`. Else those before it stay, at the old rate. It ends when the first
-/// factor is 1.
+/// the error of that, the steps of the trial stay, and its rate. Slower by as much: neither stay, nor do windows before them
+/// that were left at the old rate, and all is made anew at that rate over `max(lambda^t beta, 1)`. Else those before it
+/// stay, at the old rate. It ends when the first factor is 1.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct RawAdaLrs {

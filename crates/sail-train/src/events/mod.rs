@@ -113,14 +113,16 @@ impl Standing {
     /// Whether a line of `metrics.jsonl` was written before. Some things happen between a step and the next one, before
     /// or after a checkpoint is made there: these count by themselves.
     fn knows(&self, line: &Value) -> bool {
-        let own = match line["kind"].as_str() {
+        let is_before = is_at_most(line, "step", self.progress.steps);
+        match line["kind"].as_str() {
+            // The run may have gone back from later steps.
             Some("ada_lrs") => line["trial"]["trial"].as_u64().is_some_and(|trial| trial <= self.trials),
             Some("unlock") => {
-                line["point"].as_u64().is_some_and(|point| self.unlocked.contains(&(point as usize)))
+                let point = line["point"].as_u64();
+                is_before && point.is_some_and(|point| self.unlocked.contains(&(point as usize)))
             }
-            _ => true,
-        };
-        own && is_at_most(line, "step", self.progress.steps)
+            _ => is_before,
+        }
     }
 }
 
@@ -213,7 +215,7 @@ impl Events {
     /// Records the steps of the trial in place of those that were made before it since `start`.
     pub fn keep_trial(&mut self, start: Progress) {
         let at = self.shown.at;
-        self.back_to(start);
+        self.back_with_trials(start);
         for record in self.trial.take().unwrap_or_default() {
             self.write(&record);
         }
@@ -300,9 +302,18 @@ impl Events {
 
     /// Forgets the steps after `step`, to which the run was put back.
     pub fn back_to(&mut self, to: Progress) {
+        self.forget(to, |line| is_at_most(line, "step", to.steps));
+    }
+
+    /// The same where a trial of another learning rate is the reason: it and those before it are still told of.
+    pub fn back_with_trials(&mut self, to: Progress) {
+        self.forget(to, |line| line["kind"] == "ada_lrs" || is_at_most(line, "step", to.steps));
+    }
+
+    fn forget(&mut self, to: Progress, stays: impl Fn(&Value) -> bool) {
         let step = to.steps;
         if let Some(Files { metrics, sinks, .. }) = &mut self.files {
-            if let Err(error) = metrics.keep_if(|line| is_at_most(line, "step", step)) {
+            if let Err(error) = metrics.keep_if(stays) {
                 warn!("{error}; the steps after {step} stay in it beside those that are made instead");
             }
             for sink in sinks {

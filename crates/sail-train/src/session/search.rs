@@ -3,7 +3,7 @@
 use super::Session;
 use crate::ada_lrs::{AdaLrs, Next, Trial};
 use crate::checkpoint::Snapshot;
-use crate::config::Amount;
+use crate::config::{Amount, Progress};
 use crate::error::Result;
 
 impl Session {
@@ -20,16 +20,28 @@ impl Session {
         has_warmed_up && !ends_in_it && search.is_ready(plan)
     }
 
-    /// Begins it; a snapshot of this moment is there.
-    pub fn begin_window(&mut self) {
+    /// Whether going back from the window that is due is to where an earlier one began.
+    pub fn goes_farther_back(&self) -> bool {
+        self.ada_lrs.as_ref().is_some_and(AdaLrs::has_left)
+    }
+
+    /// Begins it, with a snapshot of this moment where that is not the newest one of the saver's.
+    pub fn begin_window(&mut self, beginning: Option<Snapshot>) {
+        self.beginning = beginning;
         if let Some(search) = &mut self.ada_lrs {
             search.begin();
         }
     }
 
-    /// Whether the steps since the snapshot that a window began with may yet be undone.
-    pub fn in_window(&self) -> bool {
-        self.ada_lrs.as_ref().is_some_and(AdaLrs::in_window)
+    /// Where the window began, if not at the newest snapshot of the saver's.
+    pub fn take_beginning(&mut self) -> Option<Snapshot> {
+        self.beginning.take()
+    }
+
+    /// Whether the steps since the newest snapshot of the saver's may yet be undone.
+    pub fn may_go_back(&self) -> bool {
+        let in_window = self.ada_lrs.as_ref().is_some_and(AdaLrs::in_window);
+        in_window || (self.goes_farther_back() && self.is_window_due())
     }
 
     /// Whether they are made for the second time, at another learning rate.
@@ -60,13 +72,14 @@ impl Session {
         }
     }
 
-    /// Keeps the end of a window, to which the run goes when the trial on its steps is not kept.
+    /// Keeps the end of a window, to which the run goes when the trial on its steps is not kept; the run is at its
+    /// beginning.
     pub fn set_aside(&mut self, measured: Snapshot) {
-        self.aside = Some(measured);
+        self.aside = Some((self.progress(), measured));
     }
 
-    /// What was set aside.
-    pub fn take_aside(&mut self) -> Snapshot {
+    /// How far the stage had come when the window began, and its end that was set aside.
+    pub fn take_aside(&mut self) -> (Progress, Snapshot) {
         self.aside.take().expect("invariant: set aside when the trial began")
     }
 
