@@ -95,7 +95,10 @@ impl TarScanner {
                         return Ok(Some(Span { key: key.to_owned(), start, end }));
                     }
                 }
-                Found::EndMark(_) => return Ok(None),
+                Found::EndMark(mark) => {
+                    nothing_follows(&self.blob, mark)?;
+                    return Ok(None);
+                }
                 Found::EndOfBytes => {
                     return Err(broken(&self.blob, self.position, NO_END_MARK.into()));
                 }
@@ -132,6 +135,27 @@ pub(crate) fn end_mark(blob: &Blob, mut at: u64) -> Result<u64> {
             Found::EndOfBytes => return Err(broken(blob, at, NO_END_MARK.into())),
         }
     }
+}
+
+/// An archive ends with zeros. What else is behind them would be lost without a word: the header before it is zeroed, or
+/// archives were joined.
+fn nothing_follows(blob: &Blob, mark: u64) -> Result<()> {
+    const AT_ONCE: u64 = 1 << 20;
+    let mut at = mark;
+    while at < blob.len() {
+        let count = AT_ONCE.min(blob.len() - at);
+        let bytes =
+            blob.read(at, count).map_err(|cause| Error::Io { path: blob.location().into(), cause })?;
+        if let Some(place) = bytes.iter().position(|&byte| byte != 0) {
+            let detail = format!(
+                "an end mark, and something that is not zero behind it, at byte {}: a header was lost, or archives were joined",
+                at + place as u64
+            );
+            return Err(broken(blob, mark, detail));
+        }
+        at += count;
+    }
+    Ok(())
 }
 
 /// Whether a block is a member's header: its checksum says so.

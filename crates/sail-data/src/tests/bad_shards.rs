@@ -45,6 +45,8 @@ fn refused() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ("a checksum that is wrong", spoilt, "checksum"),
         ("a checksum that is no number", no_sum, "checksum"),
         ("noise", vec![0xa5; 512], "checksum"),
+        ("a header of zeros, which ended the shard without a word", vec![0; 512], "behind it"),
+        ("the end mark of another archive", vec![0; 1024], "behind it"),
         ("text", b"once upon a time".repeat(32), "checksum"),
         ("2^60 bytes, in base 256", claims(&binary), "the file ends"),
         ("a negative size", claims(&negative), "impossible size"),
