@@ -2,7 +2,7 @@
 //! out holds it up or ends the process.
 //!
 //! Called by `report --serve` and for Prometheus. No bodies are read, no connections kept, and no more than
-//! [`MOST_AT_ONCE`] answered at once; a client has [`PATIENCE`] for its request and as long to take the answer.
+//! [`MOST_AT_ONCE`] answered at once; a client has [`PATIENCE`] for its request and [`TAKING`] to take the answer.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -18,6 +18,7 @@ const LONGEST_HEAD: usize = 16 << 10;
 const MOST_HEADERS: usize = 64;
 const MOST_AT_ONCE: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(5);
+const TAKING: Duration = Duration::from_secs(60);
 /// How long what a client still sends is thrown away behind its answer.
 const LINGERING: Duration = Duration::from_secs(1);
 
@@ -31,7 +32,7 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// A header by its name, in any case; None also where it is no text.
+    /// A header by its name, case-insensitively; None also where it is no text.
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         let mut named = self.headers.iter().filter(|(known, _)| known.eq_ignore_ascii_case(name));
         named.next().map(|(_, value)| value.as_str())
@@ -57,7 +58,7 @@ impl Response {
         Self::new(status, "text/plain; charset=utf-8", format!("{line}\n"))
     }
 
-    /// The same with a header more, whose value has no line end.
+    /// The same with one more header, whose value has no line end.
     pub(crate) fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
         self
@@ -170,14 +171,31 @@ fn accept(listener: &TcpListener, closing: &AtomicBool, answer: &Arc<Answer>) {
 }
 
 fn serve(mut stream: TcpStream, answer: &Answer) -> io::Result<()> {
-    stream.set_write_timeout(Some(PATIENCE))?;
     let (response, with_body) = match request(&mut stream)? {
         Some((method, request)) if method == "GET" || method == "HEAD" => (answer(&request), method == "GET"),
         Some(_) => (Response::text(405, "only GET is answered"), true),
         None => (Response::text(400, "this is no request, or one with too many headers"), true),
     };
-    response.write(&mut stream, with_body)?;
+    response.write(&mut Timely { stream: &stream, until: Instant::now() + TAKING }, with_body)?;
     linger(stream)
+}
+
+/// A connection that must have taken everything by a time, however slowly its client reads.
+struct Timely<'a> {
+    stream: &'a TcpStream,
+    until: Instant,
+}
+
+impl Write for Timely<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut stream = self.stream;
+        stream.set_write_timeout(Some(left_until(self.until)?))?;
+        stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Closes behind the answer. Where bytes are left unread, a system resets the connection at once, and the client may lose
@@ -285,6 +303,26 @@ mod tests {
             assert!(asked(&server, &endless).starts_with("HTTP/1.1 400"));
             assert!(asked(&server, &body).starts_with("HTTP/1.1 200"));
         }
+    }
+
+    /// A client that took a little of its answer now and then kept its server's thread.
+    #[test]
+    fn an_answer_must_be_taken_in_time() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let slow = thread::spawn(move || {
+            let mut some = [0; 4096];
+            while (&client).read(&mut some).is_ok_and(|count| count > 0) {
+                thread::sleep(Duration::from_millis(50));
+            }
+        });
+        let started = Instant::now();
+        let until = started + Duration::from_millis(500);
+        let taken = Timely { stream: &stream, until }.write_all(&vec![0; 64 << 20]);
+        assert!(taken.is_err() && started.elapsed() < Duration::from_secs(5), "{taken:?}");
+        drop(stream);
+        slow.join().unwrap();
     }
 
     /// A request that announced a body it did not send kept its server's thread, and a length beyond all memory ended the

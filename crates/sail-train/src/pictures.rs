@@ -4,10 +4,12 @@
 //! Written when a run begins or goes on, read by what shows its answers.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use sail_model::weights::read_json;
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 
@@ -42,9 +44,18 @@ pub(crate) fn list(run_dir: &Path) -> Result<BTreeMap<String, PathBuf>> {
     if !folder.join(INDEX).exists() {
         return Ok(BTreeMap::new());
     }
-    let index = read_json(&folder.join(INDEX))?;
+    let path = folder.join(INDEX);
+    let index = read_json(&path)?;
     let files = index.as_object().into_iter().flatten();
-    Ok(files.filter_map(|(sample, name)| Some((sample.clone(), folder.join(name.as_str()?)))).collect())
+    let file = |(sample, name): (&String, &Value)| {
+        // A page shows these files to others.
+        let name = name.as_str().filter(|name| Path::new(name).file_name() == Some(OsStr::new(name)));
+        let name = name.ok_or_else(|| {
+            Error::io(&path)(io::Error::other(format!("`{sample}` has no file in its folder")))
+        })?;
+        Ok((sample.clone(), folder.join(name)))
+    };
+    files.map(file).collect()
 }
 
 #[cfg(test)]
@@ -63,7 +74,14 @@ mod tests {
             .map(|(sample, path)| (sample, fs::read(path).unwrap()))
             .collect::<BTreeMap<_, _>>();
         assert_eq!(read, pictures);
-        fs::write(dir.path().join(FOLDER).join(INDEX), "{").unwrap();
-        assert!(list(dir.path()).is_err());
+        for wrong in [
+            "{",
+            r#"{"a/0.tar/x": "../plan.yaml"}"#,
+            r#"{"a/0.tar/x": "/etc/hosts"}"#,
+            r#"{"a/0.tar/x": ".."}"#,
+        ] {
+            fs::write(dir.path().join(FOLDER).join(INDEX), wrong).unwrap();
+            assert!(list(dir.path()).is_err(), "{wrong}");
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! A page about runs: what was trained when, how losses and rates went, what came of it. One HTML file that needs nothing
 //! else, neither another file nor a network.
 //!
-//! Called by `sail-train report`, and by [`serve`] for each answer. Reads a run's folder as any other program can: `plan.yaml`, `metrics.jsonl`,
-//! `trips.jsonl`, `summary.json`, and of the newest checkpoint what it says of itself. A run that still trains may be
-//! read. `page.js` draws the page in the browser from the JSON that is put into it here.
+//! Called by `sail-train report`, and by [`serve`]. Reads a run's folder as any other program can: `plan.yaml`,
+//! `metrics.jsonl`, `trips.jsonl`, `summary.json`, and of the newest checkpoint what it says of itself. A run that still
+//! trains may be read. `page.js` draws the page in the browser from the JSON that is put into it here.
 
 mod curve;
 pub mod serve;
@@ -66,7 +66,7 @@ struct Course {
 #[derive(Debug, Serialize)]
 struct Stage {
     name: String,
-    dir: PathBuf,
+    dir: String,
     finished: bool,
     /// Steps done.
     steps: u64,
@@ -78,7 +78,7 @@ struct Stage {
     modules: Option<FreezeTable>,
     totals: Option<Totals>,
     train_loss: Option<f64>,
-    export: Option<PathBuf>,
+    export: Option<String>,
     lineage: Option<Value>,
     curve: Curve,
     evaluations: Vec<Evaluation>,
@@ -135,7 +135,7 @@ impl Course {
                 "name the `run.dir` of a stage, or the folder that those of a curriculum are in",
             ));
         }
-        let mut stages = runs.into_iter().map(Stage::read).collect::<Result<Vec<_>>>()?;
+        let mut stages = runs.iter().map(|run| Stage::read(run)).collect::<Result<Vec<_>>>()?;
         stages.sort_by_key(Stage::ancestors);
         let name =
             dir.file_name().map_or_else(|| stages[0].name.clone(), |name| name.to_string_lossy().into());
@@ -159,22 +159,22 @@ fn find_runs(dir: &Path, depth: usize, runs: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 impl Stage {
-    fn read(dir: PathBuf) -> Result<Self> {
+    fn read(dir: &Path) -> Result<Self> {
         let plan_path = dir.join(PLAN);
         let plan_text = fs::read_to_string(&plan_path).map_err(Error::io(&plan_path))?;
         let plan: Value = serde_yaml::from_str(&plan_text).map_err(|error| broken(&plan_path, 0, &error))?;
-        let state = checkpoint::newest_state(&dir)?;
+        let state = checkpoint::newest_state(dir)?;
         let mut recorded = Recorded::default();
         recorded.read(&dir.join(METRICS))?;
         let steps: Vec<StepLine> = recorded.steps.into_values().collect();
         let last = steps.last().map_or(0, |last| last.step);
         // One that went on since then has not finished yet.
-        let summary = summary_of(&dir)?.filter(|summary| summary.steps >= last);
+        let summary = summary_of(dir)?.filter(|summary| summary.steps >= last);
         let finished = summary.is_some();
         let (modules, totals, train_loss, export) = summary.map_or((None, None, None, None), |summary| {
             (Some(summary.modules), Some(summary.totals), summary.train_loss, summary.export)
         });
-        let mut trips = trips(&dir)?;
+        let mut trips = trips(dir)?;
         trips.reverse();
         Ok(Self {
             name: plan["run"]["name"].as_str().unwrap_or_default().to_owned(),
@@ -190,12 +190,13 @@ impl Stage {
             trials: recorded.trials,
             trips,
             saves: recorded.saves,
-            pictures: pictures(&dir)?,
+            pictures: pictures(dir)?,
             modules,
             totals,
             train_loss,
-            export,
-            dir,
+            export: export.map(|export| export.to_string_lossy().into_owned()),
+            // JSON has no bytes that are no text.
+            dir: dir.to_string_lossy().into_owned(),
         })
     }
 
@@ -302,6 +303,19 @@ mod tests {
     }
 
     pub(super) const STEP: &str = r#"{"kind":"train","step":1,"loss":2.5,"grad_norm":1.0,"lr":{"projector":0.001},"tokens":100,"step_secs":2.0,"data_wait_secs":0.5,"parts_secs":{"llm":1.0},"mfu":null,"peak_memory_bytes":null}"#;
+
+    /// It ended the process.
+    #[test]
+    fn a_folder_may_have_any_name() {
+        use std::ffi::OsStr;
+        use std::os::unix::ffi::OsStrExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join(OsStr::from_bytes(b"not\xffutf8"));
+        run_in(&run, &format!("{STEP}\n"));
+        let page = fs::read_to_string(report(&[run], None).unwrap()).unwrap();
+        assert!(page.contains("not\u{fffd}utf8"), "{page}");
+    }
 
     #[test]
     fn what_a_run_wrote_is_in_the_page_and_ends_no_element() {

@@ -6,7 +6,8 @@
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::UNIX_EPOCH;
+use std::sync::Mutex;
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use rand::random;
 use sha2::{Digest, Sha256};
@@ -18,11 +19,14 @@ use crate::error::{Error, Result};
 use crate::events::{METRICS, TRIPS};
 use crate::http::{Request, Response, Server};
 use crate::resume::PLAN;
+use crate::threads::lock;
 use crate::train_loop::SUMMARY;
 use crate::world::host_name;
 
 /// Seconds from an answer to an open page to its next question for newer figures.
 const REFRESH_SECS: u64 = 5;
+/// Runs are not read again before so many times what reading them took has passed: the machine has to train them.
+const REST: u32 = 10;
 
 /// A server of the page about some folders, which answers from when it is made until it is dropped.
 pub struct Serving {
@@ -39,9 +43,10 @@ impl Serving {
     pub fn begin(dirs: &[PathBuf], at: Listen) -> Result<Self> {
         Report::of(dirs)?;
         let token = (!at.0.ip().is_loopback()).then(|| format!("{:032x}", random::<u128>()));
-        let (dirs, asked) = (dirs.to_vec(), token.clone());
-        let server =
-            Server::begin("sail-report", at.0, move |request| answer(request, &dirs, asked.as_deref()));
+        let (dirs, asked, kept) = (dirs.to_vec(), token.clone(), Mutex::new(None));
+        let server = Server::begin("sail-report", at.0, move |request| {
+            answer(request, &dirs, asked.as_deref(), &mut lock(&kept))
+        });
         let server = server.map_err(|error| {
             Error::usage(
                 format!("cannot serve at {}: {error}", at.0),
@@ -65,7 +70,31 @@ impl Serving {
     }
 }
 
-fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>) -> Response {
+/// What was read last, for all open pages.
+struct Kept {
+    tag: Option<String>,
+    read_at: Instant,
+    took: Duration,
+    page: String,
+    data: Vec<u8>,
+}
+
+impl Kept {
+    fn read(dirs: &[PathBuf], tag: Option<String>) -> Result<Self> {
+        let read_at = Instant::now();
+        let report = Report { refresh_secs: Some(REFRESH_SECS), ..Report::of(dirs)? };
+        let data = serde_json::to_vec(&report).expect("invariant: text, numbers and lists");
+        Ok(Self { tag, read_at, took: read_at.elapsed(), page: page(&report), data })
+    }
+
+    /// Whether it is what would be read now, or reading it again so soon would take too much of the machine's time.
+    fn will_do(&self, tag: Option<&String>, age: Duration) -> bool {
+        let rest = (REST * self.took).saturating_sub(Duration::from_secs(REFRESH_SECS));
+        (tag.is_some() && tag == self.tag.as_ref()) || age < rest
+    }
+}
+
+fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>, kept: &mut Option<Kept>) -> Response {
     if let Some((status, line)) = refusal(request, token) {
         return Response::text(status, line);
     }
@@ -74,20 +103,22 @@ fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>) -> Response 
         return Response::text(404, "there is one page here, `/`");
     }
     let tag = tag_of(dirs);
+    let known = kept.take().filter(|known| known.will_do(tag.as_ref(), known.read_at.elapsed()));
+    let known = match known.map_or_else(|| Kept::read(dirs, tag), Ok) {
+        Ok(known) => kept.insert(known),
+        Err(error) => {
+            warn!("{error}");
+            return Response::text(500, &error.to_string());
+        }
+    };
+    let Kept { tag, page, data, .. } = known;
     if !is_page && tag.is_some() && request.header("If-None-Match") == tag.as_deref() {
         return Response::text(304, "");
     }
-    let answer = Report::of(dirs).map(|mut report| {
-        report.refresh_secs = Some(REFRESH_SECS);
-        if is_page { html(&report) } else { data(&report) }
-    });
-    match (answer, tag) {
-        (Ok(answer), Some(tag)) => answer.with("ETag", tag),
-        (Ok(answer), None) => answer,
-        (Err(error), _) => {
-            warn!("{error}");
-            Response::text(500, &error.to_string())
-        }
+    let answer = if is_page { html(page) } else { Response::new(200, "application/json", data.as_slice()) };
+    match tag {
+        Some(tag) => answer.with("ETag", tag.as_str()),
+        None => answer,
     }
 }
 
@@ -123,15 +154,10 @@ fn refusal(request: &Request, token: Option<&str>) -> Option<(u16, &'static str)
     (!given.is_some_and(|given| same(given, token))).then_some((401, refused))
 }
 
-fn html(report: &Report) -> Response {
+fn html(page: &str) -> Response {
     // It fetches from here alone. What texts of data sets it holds are data to its script, which makes text nodes of them.
     let policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'";
-    Response::new(200, "text/html; charset=utf-8", page(report)).with("Content-Security-Policy", policy)
-}
-
-fn data(report: &Report) -> Response {
-    let body = serde_json::to_vec(report).expect("invariant: text, numbers and lists");
-    Response::new(200, "application/json", body)
+    Response::new(200, "text/html; charset=utf-8", page).with("Content-Security-Policy", policy)
 }
 
 /// Compared by digest, so that how long it takes says nothing of the token.
@@ -166,6 +192,22 @@ mod tests {
         for other in ["", "example.org", "localhost.example.org:80", "10.0.0.1:80", "127.0.0.1.example.org"] {
             assert!(!is_local_name(other), "{other}");
         }
+    }
+
+    #[test]
+    fn what_took_long_to_read_is_not_read_again_at_once() {
+        let of = |took| Kept {
+            tag: Some("a".to_owned()),
+            read_at: Instant::now(),
+            took: Duration::from_secs_f64(took),
+            page: String::new(),
+            data: Vec::new(),
+        };
+        let (same, other) = ("a".to_owned(), "b".to_owned());
+        let after = Duration::from_secs(6);
+        assert!(of(0.1).will_do(Some(&same), after) && !of(0.1).will_do(Some(&other), after));
+        assert!(of(2.0).will_do(Some(&other), after) && !of(2.0).will_do(Some(&other), 3 * after));
+        assert!(!of(0.1).will_do(None, after), "files that cannot be looked at may be any");
     }
 
     fn asked(serving: &Serving, request: &str) -> (u16, String) {
