@@ -7,6 +7,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use tracing::warn;
 
 use super::appender::Appender;
 use crate::error::{Error, Result};
@@ -68,14 +69,27 @@ fn keep_if(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Error::io(path)(error)),
     };
-    let mut kept = Vec::new();
+    let (mut kept, mut damaged) = (Vec::new(), Vec::new());
+    let (mut file, mut line) = (BufReader::new(file), Vec::new());
     // Bytes: a line may be cut within a character.
-    for line in BufReader::new(file).split(b'\n') {
-        let line = line.map_err(Error::io(path))?;
-        if serde_json::from_slice::<Value>(&line).is_ok_and(|line| keep(&line)) {
-            kept.extend(line);
-            kept.push(b'\n');
+    for number in 1.. {
+        line.clear();
+        if file.read_until(b'\n', &mut line).map_err(Error::io(path))? == 0 {
+            break;
         }
+        match serde_json::from_slice::<Value>(&line) {
+            Ok(known) if line.ends_with(b"\n") && keep(&known) => kept.extend_from_slice(&line),
+            Err(_) if line.ends_with(b"\n") => damaged.push(number),
+            // Not to be kept, or cut off.
+            _ => {}
+        }
+    }
+    if let Some(first) = damaged.first() {
+        warn!(
+            "{}: {} damaged lines are taken out, the first is line {first}; the run's checkpoints are not concerned",
+            path.display(),
+            damaged.len()
+        );
     }
     let temporary = path.with_extension("tmp");
     let written = File::create(&temporary).and_then(|mut file| {

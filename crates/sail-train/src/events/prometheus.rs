@@ -238,13 +238,13 @@ impl State {
         page.family(
             "eval_loss",
             "gauge",
-            "Mean held-out loss by source and image (own, true or shuffled), nats a token.",
+            "Mean held-out loss by source, nats a token: of all samples, and of those whose images can be exchanged with the true and a shuffled one.",
         );
         let sources = self.eval["report"]["sources"].as_object();
         for (source, losses) in sources.into_iter().flatten() {
             let images = &losses["images"];
             for (image, loss) in [
-                ("own", &losses["loss"]),
+                ("all", &losses["loss"]),
                 ("true", &images["true_image"]),
                 ("shuffled", &images["shuffled_image"]),
             ] {

@@ -35,8 +35,8 @@ pub enum Ending {
     Failed,
 }
 
-/// A place besides `metrics.jsonl` that records go to. A record waits for no disk and no server; going back takes as long
-/// as the files of the run take to be written anew.
+/// A place besides `metrics.jsonl` that records go to. A record waits for no server, and for a file as long as the system
+/// takes to buffer it; going back takes as long as the files of the run take to be written anew.
 pub(super) trait Sink {
     /// Takes a record that is in `metrics.jsonl` already.
     fn record(&mut self, record: &Record);
