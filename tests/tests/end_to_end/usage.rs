@@ -1,6 +1,6 @@
 //! Mistakes of the user end with exit code 2 and a message that says what to do.
 
-use crate::{run, stderr, under};
+use crate::{run, sail_train, stderr, under};
 
 /// A warning that could not be written ended the training.
 #[test]
@@ -186,4 +186,22 @@ fn planning_that_makes_no_sense_is_refused() {
         let error = stderr(&run(&[&stage[..], options].concat(), 2));
         assert!(error.contains(problem) && error.contains(hint), "{options:?}: {error}");
     }
+}
+
+/// A part of the log was asked for, and errors went with the rest of it.
+#[test]
+fn errors_are_shown_whatever_of_the_log_is_asked_for() {
+    let wrong = ["--config", "missing.yaml", "--log-format", "json"];
+    for asked in ["sail_data=debug", "off", ""] {
+        let output = sail_train(&wrong).env("SAIL_LOG", asked).output().unwrap();
+        let error = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{asked}: {error}");
+        let line: serde_json::Value = serde_json::from_str(error.trim()).unwrap();
+        assert!(line["message"].as_str().unwrap().contains("missing.yaml"), "{asked}: {error}");
+    }
+    let output =
+        sail_train(&["--config", "configs/tiny/stage1.yaml"]).env("SAIL_LOG", "a=b=c").output().unwrap();
+    let error = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("`SAIL_LOG` is `a=b=c`") && error.contains("hint: write levels"), "{error}");
 }

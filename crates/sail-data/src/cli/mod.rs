@@ -73,7 +73,15 @@ pub fn main(commit: &str) -> ExitCode {
     let program = Args::command().version(&*version::version(commit).leak());
     let matches = program.clone().get_matches();
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    let filter = EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let wished = std::env::var("SAIL_LOG").unwrap_or_default();
+    let filter = match EnvFilter::try_new(if wished.is_empty() { "warn" } else { &wished }) {
+        Ok(filter) => filter,
+        Err(error) => {
+            let hint = "write levels by target, as in `SAIL_LOG=info,sail_data=debug`, or unset it";
+            terminal::warn(&format!("error: `SAIL_LOG` is `{wished}`: {error}\n\nhint: {hint}"));
+            return ExitCode::from(2);
+        }
+    };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).without_time();
     log.with_ansi(terminal::colour_on_stderr()).with_writer(std::io::stderr).init();
     match run(args.command, program) {

@@ -3,16 +3,18 @@
 use std::io::IsTerminal;
 
 use clap::{ArgAction, ValueEnum};
-use tracing_subscriber::filter::EnvFilter;
+use tracing_subscriber::filter::{Directive, EnvFilter};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::Registry;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::error::{Error, Result};
 use crate::events::{Console, SAID};
 use crate::world::Place;
 
 /// Options of every command.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Log")]
 pub(super) struct LogArgs {
     /// Shows more of the log; twice also that of libraries
     #[arg(short, long, action = ArgAction::Count, global = true, conflicts_with = "quiet")]
@@ -35,12 +37,18 @@ enum LogFormat {
 
 impl LogArgs {
     /// Begins to log, and gives what else is printed with.
-    pub(super) fn start(&self) -> Console {
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a `SAIL_LOG` that is no filter.
+    pub(super) fn start(&self) -> Result<Console> {
         let json = self.log_format == LogFormat::Json;
         let console = Console::new().talking(!self.quiet).logging_alone(json);
         // Among ranks one tells what happens, the others what is wrong; their files have it all.
         let is_main = !Place::from_env().is_ok_and(|place| !place.is_main());
-        let shown = self.filter(is_main);
+        // What is said is shown whatever part of the log is asked for.
+        let said = format!("{SAID}={}", if self.quiet { "error" } else { "info" });
+        let shown = wished()?.map(|wished| wished.add_directive(directive(&said)));
+        let shown = shown.unwrap_or_else(|| self.filter(is_main));
         let stderr = {
             let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
             // A log that nobody can read any more is no reason to end a run.
@@ -50,14 +58,16 @@ impl LogArgs {
                 layer.json().flatten_event(true).with_filter(shown).boxed()
             } else {
                 // What is said is printed without being an event.
-                let no = format!("{SAID}=off").parse().expect("invariant: a target and a level");
-                layer.with_target(false).with_filter(shown.add_directive(no)).boxed()
+                layer
+                    .with_target(false)
+                    .with_filter(shown.add_directive(directive(&format!("{SAID}=off"))))
+                    .boxed()
             }
         };
         let file = {
             let layer = tracing_subscriber::fmt::layer().with_ansi(false).log_internal_errors(false);
             let layer = layer.with_writer(console.file());
-            // Also where the terminal is to be quiet.
+            // Also where the terminal is to be quiet, or to show a part alone.
             let kept = Self { quiet: false, ..*self }.filter(true);
             if json {
                 layer.json().flatten_event(true).with_filter(kept).boxed()
@@ -66,10 +76,10 @@ impl LogArgs {
             }
         };
         Registry::default().with(vec![stderr, file]).init();
-        console
+        Ok(console)
     }
 
-    /// As `SAIL_LOG` says it, else as the options do.
+    /// As the options say it.
     fn filter(&self, is_main: bool) -> EnvFilter {
         let own = |level: &str| {
             ["sail_data", "sail_model", "sail_torch", "sail_train"]
@@ -83,6 +93,24 @@ impl LogArgs {
             1 => format!("info,{}", own("debug")),
             _ => format!("debug,{}", own("trace")),
         };
-        EnvFilter::try_from_env("SAIL_LOG").unwrap_or_else(|_| EnvFilter::new(usual))
+        EnvFilter::new(usual)
     }
+}
+
+/// What `SAIL_LOG` asks for, if it is set to something.
+fn wished() -> Result<Option<EnvFilter>> {
+    let Some(wished) = std::env::var_os("SAIL_LOG").filter(|wished| !wished.is_empty()) else {
+        return Ok(None);
+    };
+    let wished = wished.to_string_lossy();
+    EnvFilter::try_new(&wished).map(Some).map_err(|error| {
+        Error::usage(
+            format!("`SAIL_LOG` is `{wished}`: {error}"),
+            "write levels by target, as in `SAIL_LOG=info,sail_data=debug`, or unset it",
+        )
+    })
+}
+
+fn directive(text: &str) -> Directive {
+    text.parse().expect("invariant: a target and a level")
 }

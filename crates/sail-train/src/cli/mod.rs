@@ -134,7 +134,13 @@ pub fn main(commit: &'static str) -> ExitCode {
     let (short, long) = (program::version().leak(), program::with_torch().leak());
     let command = Args::command().version(&*short).long_version(&*long);
     let args = parse(command.clone());
-    let console = args.log.start();
+    let console = match args.log.start() {
+        Ok(console) => console,
+        Err(error) => {
+            show(&error, &Console::new());
+            return ExitCode::from(error.exit_code());
+        }
+    };
     exit_on_panic(console.clone());
     match run(args, command, &console) {
         Ok(code) => code,
