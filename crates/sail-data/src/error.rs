@@ -180,7 +180,7 @@ pub enum Error {
     },
     /// Too large a share of a source's samples is bad.
     #[error(
-        "source `{name}`: {skipped} of {seen} samples are bad, more than the limit of {limit}; the commonest reason is `{reason}` ({count} times)\n\nhint: does the source need another `layout`, or `images`? else mend the samples named above, or raise `data.max_error_rate`"
+        "source `{name}`: {skipped} of {seen} samples are bad, more than the limit of {limit}; the commonest reason is `{reason}` ({count} times)\n\nhint: does the source need another `layout`, or `images`? where samples are too long, raise `batch.tokens_per_pack`; else mend the samples named above, or raise `data.max_error_rate`"
     )]
     TooManyBad {
         /// The source's name.
@@ -234,7 +234,7 @@ pub enum Error {
     },
     /// A sample has more tokens than a pack, and the specification says that this stops the run.
     #[error(
-        "source `{source_name}`: the sample `{key}` of shard `{shard}` has {tokens} tokens, more than the {limit} of a pack\n\nhint: raise `batch.tokens_per_pack`, or set `data.too_long` to `drop` or `truncate_text`"
+        "source `{source_name}`: the sample `{key}` of shard `{shard}` has {tokens} tokens, more than the {limit} of a pack\n\nhint: raise `batch.tokens_per_pack`, or of a task `tokens_per_pack`; a stage may also set `data.too_long` to `drop` or `truncate_text`"
     )]
     SampleTooLong {
         /// The source's name.

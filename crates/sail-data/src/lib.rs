@@ -107,3 +107,4 @@ pub use spec::{
 pub use state::{Position, StreamState};
 pub use tally::Tally;
 pub use text::{Encoded, JinjaTemplate, StructureTokens, TextEncoder};
+pub use tools::page::printable;

@@ -8,6 +8,8 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use sail_data::printable;
+
 use crate::config::{Module, Plan};
 use crate::error::Result;
 use crate::freeze::FreezeTable;
@@ -96,10 +98,10 @@ impl fmt::Display for Summary {
             for generation in &report.generations {
                 let question = generation.question.replace("<image>", "").replace('\n', " ");
                 writeln!(f, "  {}", generation.sample)?;
-                writeln!(f, "    asked  {}", question.trim())?;
-                writeln!(f, "    truth  {}", generation.truth)?;
+                writeln!(f, "    asked  {}", printable(question.trim()))?;
+                writeln!(f, "    truth  {}", printable(&generation.truth))?;
                 let answer = if generation.answer.is_empty() { "(empty)" } else { &generation.answer };
-                writeln!(f, "    model  {answer}")?;
+                writeln!(f, "    model  {}", printable(answer))?;
             }
         }
         if let Some(export) = &last.export {

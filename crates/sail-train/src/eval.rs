@@ -257,6 +257,9 @@ impl Evaluator {
         for rank in world.gather_numbers(&[sum.loss, sum.tokens])? {
             all.add(Sum { loss: rank[0], tokens: rank[1] });
         }
+        if !all.loss.is_finite() {
+            return Err(Error::HeldOutNotFinite { name: "without images".to_owned() });
+        }
         Ok((all.tokens > 0.0).then(|| all.mean()))
     }
 

@@ -33,7 +33,7 @@ pub(crate) fn escape(text: &str) -> String {
 }
 
 /// Text for a terminal: what a sample says must not steer it.
-pub(crate) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {
         match character {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Subcommand, ValueEnum};
+use sail_data::printable;
 use sail_model::generate::GenerateOptions;
 use sail_model::vision::VitLayout;
 use tch::Kind;
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::events::Console;
 use crate::export::{self, MllmLayout};
 use crate::generate::{Question, answer};
+use crate::output;
 use crate::replay::replay;
 use crate::report::report;
 use crate::report::serve::Serving;
@@ -71,7 +73,7 @@ pub(super) enum Command {
         /// Instead of a checkpoint: a vision encoder's folder, exported or as published
         #[arg(long, value_name = "DIR", requires = "tasks", conflicts_with = "checkpoint")]
         vit: Option<PathBuf>,
-        /// The folder for results; tasks that are done there are not measured again
+        /// The folder for results; the same command goes on with what is not measured yet, other tasks need another
         #[arg(long, value_name = "DIR", requires = "tasks")]
         out: Option<PathBuf>,
     },
@@ -351,13 +353,14 @@ fn generate(trained: &Trained, question: &Question, json: bool) -> Result<()> {
 
 /// Prints the tables; they are in the folder `out` as well.
 fn measure(tasks: &Path, subject: Subject, out: &Path) -> Result<()> {
-    tasks::run(&load_tasks(tasks)?, subject, out)?;
-    let tables = out.join("results.md");
-    let text = std::fs::read_to_string(&tables).map_err(Error::io(&tables))?;
-    print(format_args!("{text}{}\n", tables.display()))
+    let results = tasks::run(&load_tasks(tasks)?, subject, out)?;
+    print(format_args!("{results}{}\n", out.join("results.md").display()))
 }
 
 fn eval(checkpoint: &Path, json: Option<&Path>) -> Result<()> {
+    if let Some(path) = json {
+        output::check(path, &[])?;
+    }
     let checkpoint = open_any(checkpoint)?;
     let world = Arc::new(World::alone());
     let mut session = Session::build(&checkpoint.state().plan, &world, Some(&checkpoint))?;
@@ -366,13 +369,13 @@ fn eval(checkpoint: &Path, json: Option<&Path>) -> Result<()> {
     };
     print(&report)?;
     for generation in &report.generations {
-        let (sample, truth) = (&generation.sample, &generation.truth);
-        print(format_args!("{sample}\n  truth  {truth}\n  model  {}\n", generation.answer))?;
+        let (truth, answer) = (printable(&generation.truth), printable(&generation.answer));
+        print(format_args!("{}\n  truth  {truth}\n  model  {answer}\n", generation.sample))?;
     }
     if let Some(path) = json {
         let text =
             serde_json::to_vec_pretty(&report).map_err(|error| Error::checkpoint(path, error.to_string()))?;
-        std::fs::write(path, text).map_err(Error::io(path))?;
+        output::replace(path, |partial| std::fs::write(partial, text).map_err(Error::io(partial)))?;
     }
     Ok(())
 }

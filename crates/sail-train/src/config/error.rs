@@ -106,7 +106,7 @@ impl Problem {
     fn usual_hint(&self) -> Option<&'static str> {
         match self {
             Self::Unreadable { .. } => Some(
-                "is the name right, and the folder that it is seen from? a stage or a curriculum is a YAML file",
+                "is the name right, and the folder that it is seen from? stages, curricula and tasks are YAML files",
             ),
             Self::Syntax { reason, .. } if reason.contains("tabs") => Some("indent with spaces"),
             Self::Syntax { reason, .. } if reason.contains("flow") => {

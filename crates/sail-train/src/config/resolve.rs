@@ -152,6 +152,8 @@ fn run(checker: &mut Checker<'_>, raw: RawRunSection) -> Option<RunPlan> {
     let dir = under(&raw.root, &dir);
     if dir.as_os_str().is_empty() {
         checker.invalid("run.dir", "must not be empty");
+    } else if dir.parent().is_none() {
+        checker.invalid("run.dir", "must be a folder of its own");
     }
     let RawRunSection { seed, device, precision, time_limit_secs, time_margin_secs, .. } = raw;
     if let Some(limit) = time_limit_secs {
@@ -299,7 +301,8 @@ fn batch(checker: &mut Checker<'_>, raw: &RawBatch) -> Option<BatchPlan> {
         recompute: RecomputePlan { vision, llm },
     };
     let (tokens, packs) = (plan.tokens_per_pack, plan.packs_per_step);
-    checker.expect(tokens >= 2, "batch.tokens_per_pack", "must be at least 2", tokens);
+    let between = "must be from 2 to 16777216";
+    checker.expect((2..=1 << 24).contains(&tokens), "batch.tokens_per_pack", between, tokens);
     checker.expect(packs >= 1, "batch.packs_per_step", "must be at least 1", packs);
     let at_least = "must be at least 1";
     checker.expect(vision_images >= 1, "batch.vision_images", at_least, vision_images);
@@ -355,6 +358,12 @@ fn mlflow(checker: &mut Checker<'_>, raw: RawMlflow) -> Option<MlflowPlan> {
             "log.mlflow.url",
             format!("is no web address, found `{url}`"),
             "an MLflow server is needed, like `http://127.0.0.1:5000`; `mlflow server` starts one",
+        );
+    } else if url.contains(['?', '#']) {
+        checker.invalid_with_hint(
+            "log.mlflow.url",
+            "must be an address without `?` and `#`, of which what follows would be written to the run's folder",
+            "give a token in `MLFLOW_TRACKING_TOKEN`",
         );
     } else if url.contains('@') {
         checker.invalid_with_hint(

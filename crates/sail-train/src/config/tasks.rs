@@ -343,61 +343,84 @@ fn resolve(checker: &mut Checker<'_>, raw: RawTasks) -> Option<TasksPlan> {
         checker.invalid_with_hint("recognition", "no task is given", hint);
     }
     let mut names = BTreeSet::new();
-    let recognition: Vec<_> = (0..)
-        .zip(raw.recognition)
-        .map(|(i, raw)| recognition(checker, &format!("recognition[{i}]"), raw, &mut names))
-        .collect();
-    let affinity: Vec<_> = (0..)
-        .zip(raw.affinity)
-        .map(|(i, raw)| affinity(checker, &format!("affinity[{i}]"), raw, &mut names))
-        .collect();
-    let mut losses = Vec::new();
-    for (i, raw) in raw.loss.into_iter().enumerate() {
-        let at = format!("loss[{i}]");
-        let name = name(checker, &format!("{at}.name"), raw.name, &mut names);
-        at_least_1(checker, &format!("{at}.tokens_per_pack"), raw.tokens_per_pack as u64);
-        let samples = samples(checker, &at, raw.shards, raw.layout, raw.samples);
-        let plan = || Some(LossPlan { name: name?, samples: samples?, tokens_per_pack: raw.tokens_per_pack });
-        losses.push(plan());
-    }
-    let mut generations = Vec::new();
-    for (i, raw) in raw.generation.into_iter().enumerate() {
-        let at = format!("generation[{i}]");
-        let name = name(checker, &format!("{at}.name"), raw.name, &mut names);
-        at_least_1(checker, &format!("{at}.max_new_tokens"), raw.max_new_tokens as u64);
-        let samples = samples(checker, &at, raw.shards, raw.layout, raw.samples);
-        let (max_new_tokens, references) = (raw.max_new_tokens, raw.references);
-        let plan = || Some(GenerationPlan { name: name?, samples: samples?, max_new_tokens, references });
-        generations.push(plan());
-    }
-    let mut choices = Vec::new();
-    for (i, raw) in raw.choice.into_iter().enumerate() {
-        let at = format!("choice[{i}]");
-        let name = name(checker, &format!("{at}.name"), raw.name, &mut names);
-        // As answers are compared.
-        let different: BTreeSet<String> = raw.choices.iter().map(|choice| folded(choice)).collect();
-        if different.len() < 2 || different.len() < raw.choices.len() || different.contains("") {
-            let path = format!("{at}.choices");
-            checker.invalid_with_hint(
-                &path,
-                "are not at least two texts that differ in more than case and white space",
-                "list what may be answered",
-            );
-        }
-        let samples = samples(checker, &at, raw.shards, raw.layout, raw.samples);
-        let plan = || Some(ChoicePlan { name: name?, samples: samples?, choices: raw.choices });
-        choices.push(plan());
-    }
+    let mut each = Each { checker, names: &mut names };
+    let recognition = each.of("recognition", raw.recognition, recognition);
+    let affinity = each.of("affinity", raw.affinity, affinity);
+    let loss = each.of("loss", raw.loss, loss);
+    let generation = each.of("generation", raw.generation, generation);
+    let choice = each.of("choice", raw.choice, choice);
     Some(TasksPlan {
-        loss: losses.into_iter().collect::<Option<_>>()?,
-        generation: generations.into_iter().collect::<Option<_>>()?,
-        choice: choices.into_iter().collect::<Option<_>>()?,
         device: raw.device,
         seed: raw.seed,
         batch_images: raw.batch_images,
-        recognition: recognition.into_iter().collect::<Option<_>>()?,
-        affinity: affinity.into_iter().collect::<Option<_>>()?,
+        recognition: recognition?,
+        affinity: affinity?,
+        loss: loss?,
+        generation: generation?,
+        choice: choice?,
     })
+}
+
+/// What the tasks of a file share.
+struct Each<'a, 'b> {
+    checker: &'a mut Checker<'b>,
+    /// Those that are taken.
+    names: &'a mut BTreeSet<String>,
+}
+
+impl<'b> Each<'_, 'b> {
+    /// All tasks of a kind; what is wrong with any of them is noted.
+    fn of<R, P>(
+        &mut self,
+        kind: &str,
+        raw: Vec<R>,
+        resolve: impl Fn(&mut Checker<'b>, &str, R, &mut BTreeSet<String>) -> Option<P>,
+    ) -> Option<Vec<P>> {
+        let plans =
+            (0..).zip(raw).map(|(i, raw)| resolve(self.checker, &format!("{kind}[{i}]"), raw, self.names));
+        plans.collect::<Vec<_>>().into_iter().collect()
+    }
+}
+
+fn loss(checker: &mut Checker<'_>, at: &str, raw: RawLoss, names: &mut BTreeSet<String>) -> Option<LossPlan> {
+    let name = name(checker, &format!("{at}.name"), raw.name, names);
+    at_least_1(checker, &format!("{at}.tokens_per_pack"), raw.tokens_per_pack as u64);
+    let samples = samples(checker, at, raw.shards, raw.layout, raw.samples);
+    Some(LossPlan { name: name?, samples: samples?, tokens_per_pack: raw.tokens_per_pack })
+}
+
+fn generation(
+    checker: &mut Checker<'_>,
+    at: &str,
+    raw: RawGeneration,
+    names: &mut BTreeSet<String>,
+) -> Option<GenerationPlan> {
+    let name = name(checker, &format!("{at}.name"), raw.name, names);
+    at_least_1(checker, &format!("{at}.max_new_tokens"), raw.max_new_tokens as u64);
+    let samples = samples(checker, at, raw.shards, raw.layout, raw.samples);
+    let (max_new_tokens, references) = (raw.max_new_tokens, raw.references);
+    Some(GenerationPlan { name: name?, samples: samples?, max_new_tokens, references })
+}
+
+fn choice(
+    checker: &mut Checker<'_>,
+    at: &str,
+    raw: RawChoice,
+    names: &mut BTreeSet<String>,
+) -> Option<ChoicePlan> {
+    let name = name(checker, &format!("{at}.name"), raw.name, names);
+    // As answers are compared.
+    let different: BTreeSet<String> = raw.choices.iter().map(|choice| folded(choice)).collect();
+    if different.len() < 2 || different.len() < raw.choices.len() || different.contains("") {
+        let path = format!("{at}.choices");
+        checker.invalid_with_hint(
+            &path,
+            "are not at least two texts that differ in more than case and white space",
+            "list what may be answered",
+        );
+    }
+    let samples = samples(checker, at, raw.shards, raw.layout, raw.samples);
+    Some(ChoicePlan { name: name?, samples: samples?, choices: raw.choices })
 }
 
 fn recognition(

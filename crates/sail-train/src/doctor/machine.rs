@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rustix::fs::{StatVfs, statvfs};
@@ -85,14 +85,29 @@ fn meminfo() -> Option<[f64; 2]> {
     Some([of("MemTotal:")?, of("MemAvailable:")?])
 }
 
-/// Limit and use of control groups of both versions, in a container's own view; none where there is no limit.
+/// Limit and use of this process's control group, or of the one around it that limits most; none where there is no limit.
 fn control_group() -> Option<[f64; 2]> {
-    let of = |file: &str| fs::read_to_string(file).ok()?.trim().parse::<f64>().ok();
-    let versions = [
-        ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"],
-        ["/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"],
-    ];
-    versions.iter().find_map(|[limit, used]| Some([of(limit)?, of(used)?]))
+    limit_in(Path::new("/sys/fs/cgroup"), &fs::read_to_string("/proc/self/cgroup").ok()?)
+}
+
+/// The same below where control groups are mounted, of the groups that `/proc/PID/cgroup` names (cgroups(7)). Within a
+/// container the mount may be of the group itself, which has then no such folder: its root is looked at as well.
+fn limit_in(mount: &Path, groups: &str) -> Option<[f64; 2]> {
+    let number = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<f64>().ok();
+    let mut limits = Vec::new();
+    for line in groups.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(group)) = (fields.next(), fields.next()) else { continue };
+        let (root, limit, used) = match controllers {
+            "" => (mount.to_owned(), "memory.max", "memory.current"),
+            "memory" => (mount.join("memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+            _ => continue,
+        };
+        for folder in Path::new(group.trim_start_matches('/')).ancestors().map(|group| root.join(group)) {
+            limits.extend(number(folder.join(limit)).zip(number(folder.join(used))));
+        }
+    }
+    limits.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).map(|(limit, used)| [limit, used])
 }
 
 pub(super) fn folder(folder: &Path) -> Finding {
@@ -163,4 +178,35 @@ pub(super) fn shared_memory() -> Finding {
         "NCCL needs more between GPUs of one host: start the container with `--shm-size=8g`".to_owned()
     });
     Finding::unless(NAME, format!("{:.1} GB in /dev/shm", size / GB), hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A job of Slurm or systemd is a group within groups, of which an outer one may limit it.
+    #[test]
+    fn the_group_around_this_one_may_limit_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let group = |path: &str, limit: &str| {
+            let folder = dir.path().join(path);
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("memory.max"), format!("{limit}\n")).unwrap();
+            fs::write(folder.join("memory.current"), "10\n").unwrap();
+        };
+        group("system.slice/job_7", "500");
+        group("system.slice/job_7/step_0", "max");
+        let limit = |groups| limit_in(dir.path(), groups);
+        assert_eq!(limit("0::/system.slice/job_7/step_0\n"), Some([500.0, 10.0]));
+        assert_eq!(limit("0::/system.slice\n"), None);
+        // A container whose root is its group.
+        group("", "300");
+        assert_eq!(limit("0::/of/its/host\n"), Some([300.0, 10.0]));
+        // The first version has a mount for each controller.
+        let old = dir.path().join("memory/job");
+        fs::create_dir_all(&old).unwrap();
+        fs::write(old.join("memory.limit_in_bytes"), "200\n").unwrap();
+        fs::write(old.join("memory.usage_in_bytes"), "20\n").unwrap();
+        assert_eq!(limit("5:cpu:/job\n4:memory:/job\n"), Some([200.0, 20.0]));
+    }
 }

@@ -1,7 +1,8 @@
 //! What a machine has that training needs, found by using it: libtorch and its devices, collectives between processes,
 //! memory, the folder of runs, limits of the system. What is missing comes with how to mend it.
 //!
-//! Called by `sail-train doctor`. Trains nothing and leaves nothing behind.
+//! Called by `sail-train doctor`. Trains nothing, and leaves nothing behind but what a stage names on a hub: its small
+//! files, in the cache.
 
 mod devices;
 mod machine;
@@ -9,9 +10,10 @@ mod machine;
 use std::fmt;
 use std::path::Path;
 
+use sail_model::weights::ModelRef;
 use serde::Serialize;
 
-use crate::config::Config;
+use crate::config::{Config, ModelSource, Plan};
 use crate::session::preflight;
 
 /// How a thing is.
@@ -97,7 +99,7 @@ pub fn examine(folder: &Path, config: Option<&Config>) -> Findings {
     findings.extend([machine::folder(folder), machine::open_files(), machine::shared_memory()]);
     for plan in config.iter().flat_map(|config| config.plans()) {
         findings.push(match preflight(plan) {
-            Ok(()) => Finding::good(&plan.run.name, "its data, weights and tokenizer are there, and fit"),
+            Ok(()) => Finding::good(&plan.run.name, found_of(plan)),
             Err(error) => {
                 let text = error.to_string();
                 let (found, hint) = text.split_once("\n\nhint: ").unwrap_or((&text, "mend what it names"));
@@ -106,6 +108,22 @@ pub fn examine(folder: &Path, config: Option<&Config>) -> Findings {
         });
     }
     Findings(findings)
+}
+
+/// What was found of a stage that has no fault.
+fn found_of(plan: &Plan) -> String {
+    let sources = [&plan.model.vision.source, &plan.model.llm.source];
+    let of_hub = sources.into_iter().filter_map(|source| match source {
+        ModelSource::From(model @ ModelRef::Hub { .. }) => Some(format!("`{model}`")),
+        _ => None,
+    });
+    let of_hub: Vec<String> = of_hub.collect();
+    let unseen = if of_hub.is_empty() {
+        String::new()
+    } else {
+        format!("; the weights of {} are fetched when it starts", of_hub.join(" and "))
+    };
+    format!("its data, tokenizer and folders of weights are there, and fit{unseen}")
 }
 
 #[cfg(test)]

@@ -20,7 +20,8 @@ impl Pca {
     /// entry of each is positive, as in scikit-learn.
     ///
     /// # Errors
-    /// [`Error::Usage`] for fewer points or dimensions than components; those of libtorch.
+    /// [`Error::Usage`] for fewer points or dimensions than components, and for points that are all the same; those of
+    /// libtorch.
     pub fn new(x_nd: &Tensor, k: i64) -> Result<Self> {
         let (n, d) = x_nd.size2()?;
         if n <= k || d < k {
@@ -39,6 +40,12 @@ impl Pca {
         let largest_k = components_kd.f_abs()?.f_argmax(-1, true)?;
         let signs_k = components_kd.f_gather(1, &largest_k, false)?.f_sign()?;
         let total = variances_d.f_sum(Kind::Double)?.f_double_value(&[])?;
+        if !(total.is_finite() && total > 0.0) {
+            return Err(Error::usage(
+                format!("{n} points of {d} dimensions are all the same, or not finite"),
+                "are the weights broken? look at the losses of the run that made them",
+            ));
+        }
         let first_k = variances_d.f_narrow(0, d - k, k)?.f_flip([0])?;
         let explained = Vec::<f64>::try_from(first_k / total)?;
         Ok(Self { mean_d, components_kd: components_kd * signs_k, explained })
@@ -51,5 +58,20 @@ impl Pca {
     pub fn project(&self, x_nd: &Tensor) -> Result<Tensor> {
         let centred_nd = x_nd.to_kind(Kind::Double).f_sub(&self.mean_d)?;
         Ok(centred_nd.f_matmul(&self.components_kd.f_transpose(0, 1)?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn points_without_a_spread_have_no_components() {
+        let same = Tensor::ones([5, 3], (Kind::Float, Device::Cpu));
+        let message = Pca::new(&same, 2).unwrap_err().to_string();
+        assert!(message.contains("all the same") && message.contains("hint:"), "{message}");
+        assert!(Pca::new(&(&same / 0.0), 2).is_err());
     }
 }

@@ -1,5 +1,6 @@
-//! Answers compared with what the data says, letter by letter, and the perplexity of a text.
+//! Answers compared with what the data says, letter by letter.
 
+use strsim::levenshtein;
 use unicode_segmentation::UnicodeSegmentation;
 
 /// Similarity below which ANLS gives nothing (Biten et al. 2019, arXiv 1905.13648, section 4).
@@ -39,27 +40,6 @@ pub fn char_errors(answer: &str, truths: &[String]) -> (usize, usize) {
     let rate = |(errors, length): (usize, usize)| errors as f64 / length.max(1) as f64;
     let best = truths.iter().map(of).min_by(|a, b| rate(*a).total_cmp(&rate(*b)));
     best.unwrap_or((answer.chars().count(), 0))
-}
-
-/// Fewest insertions, deletions and exchanges of characters that make one text of the other.
-pub fn levenshtein(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let exchanged = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = exchanged.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
-}
-
-/// Perplexity of tokens whose negative log-likelihoods, in nats, sum up to `nats`.
-pub fn perplexity(nats: f64, tokens: f64) -> f64 {
-    (nats / tokens).exp()
 }
 
 /// In lower case, with single spaces between words.
@@ -104,6 +84,14 @@ mod tests {
         assert_eq!(char_errors(" Straße\n", &truths(&["Strasse"])), (2, 7));
         assert_eq!(char_errors("kitten", &truths(&["dog", "sitting"])), (3, 7));
         assert_eq!(char_errors("abc", &truths(&[""])), (3, 0));
-        assert_eq!(levenshtein("", "abc"), 3);
+    }
+
+    #[test]
+    fn words_are_those_of_unicode() {
+        assert_eq!(
+            unicode_words("A red-and-white car's 3.5 m, Straße!"),
+            ["a", "red", "and", "white", "car's", "3.5", "m", "straße"]
+        );
+        assert!(unicode_words(" ... ").is_empty());
     }
 }

@@ -3,7 +3,7 @@
 //! Both ask the first question of each sample. What is known of a sample is a line of JSON, so that a measurement that was
 //! killed goes on with the next one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use sail_data::{DataSpec, LossWeight, Role, Sample, SourceSpec, TextEncoder, Turn, for_each_sample};
@@ -94,7 +94,16 @@ pub(super) fn generate(context: &Context, task: &GenerationPlan) -> Result<Gener
     let path = context.folder(&task.name).join("answers.jsonl");
     let (mut answers, mut lines) = Lines::open::<Answer>(&path)?;
     let known: Vec<String> = answers.iter().map(|line| line.sample.clone()).collect();
+    // `source/shard/key`
+    let mut keys: BTreeSet<String> =
+        known.iter().filter_map(|sample| sample.splitn(3, '/').nth(2)).map(str::to_owned).collect();
     each_new(trained, &task.name, &task.samples, &known, |sample| {
+        if references.is_some() && !keys.insert(sample.id.key.clone()) {
+            return Err(Error::usage(
+                format!("`{}` has the key of another sample of `{}`", sample.id, task.name),
+                "`references` know samples by their keys alone: make a task of each shard, or leave `references` out",
+            ));
+        }
         let references = match &references {
             None => None,
             Some(references) => Some(references.get(&sample.id.key).cloned().ok_or_else(|| {

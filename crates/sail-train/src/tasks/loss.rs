@@ -8,7 +8,6 @@ use super::answers::{feed, spec, whole};
 use crate::config::{EvalPlan, LossPlan};
 use crate::error::Result;
 use crate::eval::{Evaluator, Losses};
-use crate::metrics::perplexity;
 use crate::world::World;
 
 /// What was found of one task; losses are nats a token of the answers.
@@ -40,5 +39,5 @@ pub(super) fn measure(context: &Context, task: &LossPlan) -> Result<LossResult> 
     let (feed, world) = (feed(trained), World::alone());
     let losses = evaluator.run(feed, &trained.encoder, &world)?.total;
     let no_image = evaluator.loss_without_images(feed, &trained.encoder, &world)?;
-    Ok(LossResult { name: task.name.clone(), perplexity: perplexity(losses.loss, 1.0), losses, no_image })
+    Ok(LossResult { name: task.name.clone(), perplexity: losses.loss.exp(), losses, no_image })
 }

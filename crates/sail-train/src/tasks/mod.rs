@@ -17,7 +17,7 @@ mod table;
 
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
-use std::{fs, iter};
+use std::{fmt, fs, iter};
 
 use sail_data::{LabelledImages, Preprocessor, expand_shards};
 use sail_model::params::{Init, RandomSource, TensorSource};
@@ -69,6 +69,13 @@ pub struct Results {
     pub generation: Vec<GenerationResult>,
     /// By task.
     pub choice: Vec<ChoiceResult>,
+}
+
+/// As tables in Markdown.
+impl fmt::Display for Results {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&table::markdown(self))
+    }
 }
 
 /// A subject with its weights.
@@ -134,7 +141,7 @@ pub fn run(plan: &TasksPlan, subject: Subject, out: &Path) -> Result<Results> {
         results.choice.push(context.once(&task.name, || answers::choose(&context, task))?);
     }
     write_json(&out.join("results.json"), &results)?;
-    write(&out.join("results.md"), &table::markdown(&results))?;
+    write(&out.join("results.md"), &results.to_string())?;
     Ok(results)
 }
 
@@ -305,7 +312,10 @@ fn claim(out: &Path, identity: &Value) -> Result<()> {
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read(path).map_err(Error::io(path))?;
-    serde_json::from_slice(&text).map_err(|error| Error::io(path)(error.into()))
+    serde_json::from_slice(&text).map_err(|error| {
+        let what = format!("`{}` is not what this command writes: {error}", path.display());
+        Error::usage(what, "remove the folder that it is in, so that this is measured anew")
+    })
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {

@@ -21,7 +21,7 @@ pub(super) fn markdown(results: &Results) -> String {
         add_table(&mut text, &head, results.loss.iter().map(loss));
     }
     if !results.generation.is_empty() {
-        text += "## Generated answers\n\nPer cent, but CIDEr-D.\n\n";
+        text += "## Generated answers\n\nPer cent, except CIDEr-D.\n\n";
         let head = ["task", "samples", "exact match", "VQA accuracy", "ANLS", "CIDEr-D", "character errors"];
         let row = |task: &GenerationResult| {
             let shares = [task.exact_match, task.vqa_accuracy, task.anls].map(per_cent);

@@ -319,7 +319,7 @@ fn extends() {
     insta::assert_snapshot!(missing, @r"
     error: `extends`: `base.yaml` cannot be read: No such file or directory (os error 2)
       --> stage.yaml:1
-      hint: is the name right, and the folder that it is seen from? a stage or a curriculum is a YAML file
+      hint: is the name right, and the folder that it is seen from? stages, curricula and tasks are YAML files
     ");
     let circle =
         [("stage.yaml", &*format!("extends: other.yaml\n{STAGE}")), ("other.yaml", "extends: stage.yaml")];
@@ -366,7 +366,7 @@ fn curriculum() {
 
     error: `stages[3]`: `four.yaml` cannot be read: No such file or directory (os error 2)
       --> all.yaml:2
-      hint: is the name right, and the folder that it is seen from? a stage or a curriculum is a YAML file
+      hint: is the name right, and the folder that it is seen from? stages, curricula and tasks are YAML files
 
     error: `stages[7].run.dir`: there are 4 stages, from 0
       --> --set stages[7].run.dir=x
