@@ -6,8 +6,9 @@ They need a virtual environment of their own, outside of that of the project:
     pip install --no-deps pycocoevalcap==1.2 salesforce-lavis==1.0.2
 
 `metrics/` gets
-- `answers.json`: random answers with random truths, with VQA accuracy (the challenge's `vqaEval.py` as LAVIS ships it),
-  ANLS (`anls`), errors in characters of the first truth (`jiwer`) and CIDEr-D (`pycocoevalcap`) of tokens given,
+- `answers.json`: random answers with random truths, all equal in one of ten, with VQA accuracy (the challenge's
+  `vqaEval.py` as LAVIS ships it), ANLS (`anls`), errors in characters of the first truth (`jiwer`) and CIDEr-D
+  (`pycocoevalcap`) of tokens given,
 - `normalised.json`: answers as `vqaEval.py` compares them, every contraction of it among them,
 - `neighbours.json`: classes by the nearest neighbours (scikit-learn),
 - `clouds.json`: principal components (scikit-learn) and distances of clouds (SciPy, POT),
@@ -87,11 +88,18 @@ def mutated(text):
 
 def answers():
     samples = []
-    for _ in range(240):
+    # Its own generator: all that is drawn from the other one stays as it is.
+    of_equal = np.random.default_rng(8)
+    for i in range(240):
         common = " ".join(pick(WORDS, 1, 4))
         agree = rng.uniform(0.1, 0.6)
         truths = [common if rng.random() < agree else " ".join(pick(WORDS, 1, 4)) for _ in range(10)]
         answer = [common, mutated(common), mutated(truths[0]), " ".join(pick(WORDS, 0, 5))][rng.integers(0, 4)]
+        if i % 10 == 4:
+            # `vqaEval.py` leaves truths as they are written where all are equal.
+            text = " ".join(of_equal.choice(WORDS, of_equal.integers(1, 3)))
+            truths = [text] * 10
+            answer = [text, f"{text.capitalize()}."][of_equal.integers(0, 2)]
         words = jiwer.process_characters(truths[0].strip(), answer.strip())
         errors = words.substitutions + words.deletions + words.insertions
         caption = pick(WORDS, 0, 9)
