@@ -30,7 +30,7 @@ try {
   const lines = () => page.$$eval("#figure-held-out-loss polyline", (all) => all.length);
   const all = await lines();
   await page.$eval("figure:has(#figure-held-out-loss) .legend button", (button) => button.click());
-  await page.focus("#figure-training-loss");
+  await page.$eval("#figure-training-loss", (picture) => picture.focus());
   for (const key of ["ArrowRight", "ArrowRight", "+"]) await page.keyboard.press(key);
   await page.$eval("#gallery-text", (input) => { input.value = "no text has these words"; input.dispatchEvent(new Event("input")); });
 
