@@ -1,4 +1,4 @@
-// Opens pages in headless Chromium for report.mjs and live.mjs, and keeps what their console says. CHROMIUM names the browser.
+// Opens pages in headless Chromium for the other files here, and keeps what their console says. CHROMIUM names the browser.
 
 import puppeteer from "puppeteer-core";
 

@@ -28,7 +28,8 @@ function fill(element, attributes, children) {
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
     else if (value !== null) element.setAttribute(key, value);
   }
-  element.append(...children.flat());
+  // One by one: a call takes some ten thousand arguments at most.
+  for (const child of children.flat()) element.append(child);
   return element;
 }
 
@@ -40,6 +41,11 @@ function table(caption, columns, rows) {
   const body = el("tbody", {}, rows.map(row));
   return el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": caption },
     el("table", {}, el("caption", {}, caption), el("thead", {}, head), body));
+}
+
+/** Puts children, however many, in place of those that an element has. */
+function put(element, children) {
+  element.replaceChildren(fill(new DocumentFragment(), {}, children));
 }
 
 // ---- Numbers ----
@@ -55,6 +61,16 @@ function shown(value) {
 
 function seconds(value) {
   return value >= 60 ? `${Math.floor(value / 60)} min ${Math.round(value % 60)} s` : `${value.toFixed(1)} s`;
+}
+
+/** The least and the greatest of some numbers, however many. */
+function span(values) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
 }
 
 /** About `count` round numbers between two. */
@@ -79,7 +95,7 @@ function chart({ title, unit, series, marks = [] }) {
   // `view` null is all of it, however far that reaches.
   const kept = remembered(title, { view: null, off: new Set() });
   series = series.map((line, index) => ({ ...line, colour: `var(--c${index % 8})`, on: !kept.off.has(line.name) }));
-  const all = [Math.min(...series.flatMap((s) => s.x)), Math.max(...series.flatMap((s) => s.x))];
+  const all = span(series.flatMap((s) => s.x));
   if (all[0] === all[1]) all[1] += 1;
   let view = (kept.view ?? all).slice(), at = null, dragged = null, wide = 600;
   const picture = drawn("svg", { id: `figure-${slug(title)}`, tabindex: "0", role: "img" });
@@ -100,7 +116,7 @@ function chart({ title, unit, series, marks = [] }) {
   function draw() {
     const lines = series.filter((line) => line.on);
     const values = lines.flatMap((line) => within(line).flatMap((i) => [line.y[i], line.low?.[i] ?? line.y[i], line.high?.[i] ?? line.y[i]]));
-    let low = values.length ? Math.min(...values) : 0, high = values.length ? Math.max(...values) : 1;
+    let [low, high] = values.length ? span(values) : [0, 1];
     if (low === high) { const room = Math.abs(low) * 0.1 || 1; low -= room; high += room; }
     const toY = (y) => HIGH - BOTTOM - ((y - low) / (high - low)) * (HIGH - TOP - BOTTOM);
     const parts = [];
@@ -131,7 +147,7 @@ function chart({ title, unit, series, marks = [] }) {
       parts.push(drawn("rect", { x: a, y: TOP, width: b - a, height: HIGH - TOP - BOTTOM, fill: "var(--accent)", opacity: "0.15" }));
     }
     picture.setAttribute("viewBox", `0 0 ${wide} ${HIGH}`);
-    picture.replaceChildren(...parts);
+    put(picture, parts);
     picture.setAttribute("aria-label", `${title}: ${series.map(spoken).join("; ")}. Arrow keys read values, plus and minus zoom, Escape shows all.`);
     whole.hidden = view[0] === all[0] && view[1] === all[1];
   }
@@ -277,7 +293,7 @@ function heldOut() {
   const of = (value) => ({ evaluations }) => ({ x: evaluations.map((e) => e.step), y: evaluations.map((e) => value(e.report.total) ?? null) });
   const series = [
     ...lines(of((total) => total.images?.true_image), "true image"),
-    ...lines(of((total) => total.images?.shuffled_image), "another's image"),
+    ...lines(of((total) => total.images?.shuffled_image), "shuffled image"),
     ...lines(of((total) => total.loss), "all samples"),
   ];
   return { title: "Held-out loss", unit: "nats a token", series: several ? series : joinedByLabel(series), marks };
@@ -333,7 +349,7 @@ function evaluations(stage) {
     ...Object.entries(evaluation.report.sources).map(([name, losses]) => row(name, evaluation)(losses)),
     row("all", evaluation)(evaluation.report.total),
   ]);
-  return table(`${named(stage)}, nats a token`, ["source", "samples", "loss", "true image", "another's image", "gap"], rows);
+  return table(`${named(stage)}, nats a token`, ["source", "samples", "loss", "true image", "shuffled image", "gap"], rows);
 }
 
 function gallery() {
@@ -358,7 +374,7 @@ function gallery() {
     const found = answers.filter((a) => a.when === when.value && (!source.value || a.source === source.value) &&
       [a.sample, a.question, a.truth, a.answer].some((part) => part.toLowerCase().includes(wanted)));
     count.value = `${found.length} of ${answers.filter((a) => a.when === when.value).length} answers`;
-    cards.replaceChildren(...found.map((a) => el("article", { class: "card" },
+    put(cards, found.map((a) => el("article", { class: "card" },
       a.picture ? el("img", { src: a.picture, alt: `What the encoder sees of ${a.sample}` }) : [],
       el("p", { class: "quiet" }, a.sample), el("p", {}, el("strong", {}, "Question "), a.question),
       el("p", {}, el("strong", {}, "Truth "), a.truth), el("p", {}, el("strong", {}, "Answer "), a.answer || "(nothing)"))));
