@@ -5,8 +5,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
-QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 OURS = "three-stages"
 
 
@@ -14,7 +12,7 @@ OURS = "three-stages"
 class Metric:
     group: str
     name: str
-    higher_is_better: bool
+    higher_is_better: bool | None  # None where nobody says so
     of: Callable[[dict], float]
 
 
@@ -34,7 +32,8 @@ def metrics(figures: dict) -> list[Metric]:
     for side in ["before", "after"]:
         for distance in ["nearest", "wasserstein", "mean"]:
             # In which direction it should move the paper says only of the nearest word, behind the projector.
-            found.append(Metric("affinity", f"{distance}, {side}", False, affinity(side, distance)))
+            higher_is_better = False if (distance, side) == ("nearest", "after") else None
+            found.append(Metric("affinity", f"{distance}, {side}", higher_is_better, affinity(side, distance)))
     return found
 
 
@@ -62,13 +61,31 @@ def affinity(side: str, distance: str) -> Callable[[dict], float]:
     return lambda figures: figures["fresh"]["affinity"][0][side][distance]
 
 
+def quantile(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t, by degrees of freedom."""
+
+    def share(angle: float) -> float:
+        # Of values within √freedom tan(angle): Abramowitz and Stegun, 26.7.3 and 26.7.4.
+        is_odd = freedom % 2
+        term, total = math.cos(angle) ** is_odd, 0.0
+        for i in range(is_odd, freedom - 1, 2):
+            total += term
+            term *= (i + 1) / (i + 2) * math.cos(angle) ** 2
+        return 2 / math.pi * (angle + math.sin(angle) * total) if is_odd else math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) < 0.95 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval; infinite for one value."""
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return mean, math.inf
-    quantile = QUANTILES[min(n - 2, len(QUANTILES) - 1)]
-    return mean, quantile * statistics.stdev(values) / math.sqrt(n)
+    return mean, quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
 
 
 def shown(mean: float, half: float) -> str:
@@ -76,7 +93,7 @@ def shown(mean: float, half: float) -> str:
 
 
 def verdict(metric: Metric, ours: list[float], others: list[float]) -> tuple[str, str]:
-    """The difference to another way, of the same seeds, and what it says."""
+    """The difference to another way, of the same seeds, and what it says of a metric that has a direction."""
     mean, half = interval([a - b for a, b in zip(ours, others, strict=True)])
     better = mean if metric.higher_is_better else -mean
     said = "undecided" if abs(mean) <= half else "better" if better > 0 else "worse"
@@ -117,7 +134,8 @@ def draw(results: dict) -> tuple[str, str]:
         lines += [f"## {title}", "", f"| | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
         for metric in (metric for metric in known if metric.group == group):
             cells = " | ".join(shown(*interval(values[metric][way])) for way in ways)
-            lines.append(f"| {metric.name} ({'higher' if metric.higher_is_better else 'lower'} is better) | {cells} |")
+            direction = {True: " (higher is better)", False: " (lower is better)", None: ""}[metric.higher_is_better]
+            lines.append(f"| {metric.name}{direction} | {cells} |")
         lines.append("")
     return "\n".join(lines), plot(values, ways)
 
@@ -128,7 +146,8 @@ def conclusions(values: dict, ways: list[str]) -> list[str]:
     for way in ways:
         if way == OURS:
             continue
-        told = {metric: verdict(metric, of[OURS], of[way]) for metric, of in values.items() if metric.group != "affinity"}
+        judged = {metric: of for metric, of in values.items() if metric.higher_is_better is not None}
+        told = {metric: verdict(metric, of[OURS], of[way]) for metric, of in judged.items()}
         count = {said: sum(found == said for _, found in told.values()) for said in ["better", "worse", "undecided"]}
         lines.append(f"* against `{way}`: {count['better']} better, {count['worse']} worse, {count['undecided']} undecided of {len(told)}.")
         for wanted in ["better", "worse"]:

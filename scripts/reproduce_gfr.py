@@ -242,6 +242,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--program", type=Path, default=ROOT / "target/release/sail-train")
     args = parser.parse_args()
+    if twice := sorted({seed for seed in args.seeds if args.seeds.count(seed) > 1}):
+        named = ", ".join(map(str, twice))
+        sys.exit(f"error: `--seeds` has {named} more than once\n\nhint: each counts as a measurement of its own, so name others")
     experiment = Experiment(args)
     experiment.out.mkdir(parents=True, exist_ok=True)
     about = {
