@@ -4,8 +4,8 @@
 #   ./scripts/test.sh              everything that is quick enough to run before each change
 #   ./scripts/test.sh --extended   also the long fault-injection loops, the C++ code under AddressSanitizer, all of the
 #                                  check of GPU machines, pages in headless Chromium, the archive of package.sh, the
-#                                  documentation as a book, runs on an MLflow server, and the larger corpus, for which
-#                                  520 MB are downloaded once
+#                                  documentation as a book, runs on an MLflow server, exports in VLMEvalKit, and the
+#                                  larger corpus, for which 520 MB are downloaded once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -69,6 +69,7 @@ if [ "$extended" = yes ]; then
   step diff -r target/corpus-once target/corpus-again
   step ./scripts/check_docs.sh
   step ./scripts/check_mlflow.sh
+  step ./scripts/check_vlmevalkit.sh
   step cargo test --release --workspace -- --ignored
 fi
 printf '\nall checks passed\n'
