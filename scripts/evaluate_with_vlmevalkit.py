@@ -19,6 +19,7 @@ import argparse
 import base64
 import csv
 import glob
+import importlib.util
 import json
 import os
 import random
@@ -229,6 +230,9 @@ def measure(args, name: str) -> None:
 
 def run(args) -> None:
     csv.field_size_limit(sys.maxsize)  # an image is one field
+    if importlib.util.find_spec("vlmeval") is None:
+        hint = "./scripts/check_vlmevalkit.sh --install, then use target/vlmevalkit/bin/python"
+        raise InputError("VLMEvalKit is not installed", hint)
     differences = check_model(args.model, args.msac)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"`{args.out}` is not empty", "name a new folder for `--out`")
@@ -244,9 +248,11 @@ def run(args) -> None:
         shards = sorted(Path(path) for pattern in args.shards for path in glob.glob(pattern))
         choices = {line: line.split(",") for line in args.choices} or CHOICES
         rows = make_questions(shards, choices, args.seed)
+        if not shards:
+            raise InputError(f"`{' '.join(args.shards)}` matches no file", "name shards as `data/demo/vqa-heldout-*.tar`")
         if not rows:
-            what = "question about one image whose answer is of a closed set" if shards else "shards"
-            raise InputError(f"`{' '.join(args.shards)}` has no {what}", "`--choices` names the answers of a set")
+            message = f"`{' '.join(args.shards)}` has no question about one image whose answer is of a closed set"
+            raise InputError(message, "`--choices` names the answers of a set")
         data.mkdir(parents=True)
         write_tsv(data / f"{name}.tsv", rows)
     for difference in differences:
@@ -277,9 +283,6 @@ def main() -> int:
         hint = f"{args.out}/vlmevalkit has VLMEvalKit's log and files"
         print(f"error: {error}\n\nhint: {hint}", file=sys.stderr)
         return 1
-    except ImportError as error:
-        print(f"error: {error}\n\nhint: ./scripts/check_vlmevalkit.sh --install, then use target/vlmevalkit/bin/python", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":
