@@ -73,17 +73,22 @@ fn close(found: f64, expected: f64, what: &str) {
 fn answers_are_scored_as_by_the_references() {
     let answers: Vec<Answers> = golden("answers.json");
     assert!(answers.len() >= 200);
-    let mut partly = 0;
+    let (mut partly, mut agreed) = (0, 0);
     for (i, sample) in answers.iter().enumerate() {
         let what = format!("{i}: {:?} of {:?}", sample.answer, sample.truths);
         let vqa = vqa_accuracy(&sample.answer, &sample.truths);
         partly += usize::from(vqa > 0.0 && vqa < 1.0);
+        agreed += usize::from(sample.truths.iter().all(|truth| *truth == sample.truths[0]));
         close(vqa, sample.vqa, &what);
         close(anls(&sample.answer, &sample.truths), sample.anls, &what);
         let first = &sample.truths[..1];
         assert_eq!(char_errors(&sample.answer, first), (sample.errors, sample.length), "{what}");
     }
     assert!(partly > 20, "only {partly} answers are partly right");
+    assert!(
+        agreed > 20,
+        "only {agreed} samples have truths that are all the same, which are compared as they are written"
+    );
     let captions: Vec<_> =
         answers.iter().map(|sample| (sample.tokens.clone(), sample.references.clone())).collect();
     for (i, (score, sample)) in cider_d(&captions).into_iter().zip(&answers).enumerate() {
