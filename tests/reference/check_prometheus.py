@@ -44,7 +44,7 @@ def main() -> None:
     losses = {sample.labels["image"]: sample.value for sample in of_eval}
     (evaluation,) = [line for line in lines if line["kind"] == "eval" and line["step"] == one("eval_step")]
     report = evaluation["report"]["sources"]["caption"]
-    assert losses["own"] == report["loss"] and losses["shuffled"] == report["images"]["shuffled_image"], losses
+    assert losses["all"] == report["loss"] and losses["shuffled"] == report["images"]["shuffled_image"], losses
     print(f"{len(families)} families after {steps} steps")
 
 
