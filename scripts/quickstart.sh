@@ -41,3 +41,4 @@ step "$train" report "$runs"
 
 printf '\n== summary (also in %s/summary.txt)\n' "$runs"
 cat "$runs/summary.txt"
+printf '\nOpen %s/report.html in a browser; docs/tutorial.md goes on with images of your own.\n' "$runs"

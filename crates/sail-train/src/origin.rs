@@ -108,7 +108,7 @@ impl Folders {
                 {
                     return Err(Error::usage(
                         format!("`model.{module}.from`: there is no folder `{}`", folder.display()),
-                        "paths are relative to the working folder; `python3 scripts/fetch_demo_weights.py` brings the demo's",
+                        "paths are relative to the working folder; `.venv/bin/python scripts/fetch_demo_weights.py` brings the demo's",
                     ));
                 }
                 folders.insert(module, model.fetch(wanted(module))?);

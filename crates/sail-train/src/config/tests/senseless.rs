@@ -86,7 +86,7 @@ fn values_that_make_no_sense() {
       --> stage.yaml:14
       hint: add a source: `- { name: NAME, shards: "PATH-*.tar" }`
 
-    error: `batch.tokens_per_pack`: must be at least 2, found 1
+    error: `batch.tokens_per_pack`: must be from 2 to 16777216, found 1
       --> stage.yaml:15
 
     error: `batch.packs_per_step`: must be at least 1, found 0
