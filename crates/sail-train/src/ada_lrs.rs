@@ -42,6 +42,7 @@ pub struct AdaLrs {
     #[serde(skip)]
     window: Option<Window>,
     /// Whether windows before this one were made at the same rate, and left: nothing has shown yet that it is not too high.
+    /// While it counts, checkpoints are of where it was not so yet.
     #[serde(skip)]
     has_left: bool,
 }

@@ -18,7 +18,9 @@ pub(super) struct Options {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Lists every fault of a stage or a curriculum and of the YAML files that it names; `doctor --config` looks at data and weights
+    /// Lists every fault of a stage or a curriculum and of the YAML files that it names
+    ///
+    /// `sail-train doctor --config FILE` also looks at the data and the weights.
     #[command(after_help = "Example:\n  sail-train config check configs/demo/curriculum.yaml")]
     Check(File),
     /// Prints it with every default filled in

@@ -77,10 +77,14 @@ fn keep_if(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<()> {
         if file.read_until(b'\n', &mut line).map_err(Error::io(path))? == 0 {
             break;
         }
+        let is_ended = line.pop_if(|last| *last == b'\n').is_some();
         match serde_json::from_slice::<Value>(&line) {
-            Ok(known) if line.ends_with(b"\n") && keep(&known) => kept.extend_from_slice(&line),
-            Err(_) if line.ends_with(b"\n") => damaged.push(number),
-            // Not to be kept, or cut off.
+            Ok(known) if keep(&known) => {
+                kept.extend_from_slice(&line);
+                kept.push(b'\n');
+            }
+            Err(_) if is_ended => damaged.push(number),
+            // Not to be kept, or cut off in writing.
             _ => {}
         }
     }

@@ -45,7 +45,7 @@ impl Serving {
         let token = (!at.0.ip().is_loopback()).then(|| format!("{:032x}", random::<u128>()));
         let (dirs, asked, kept) = (dirs.to_vec(), token.clone(), Mutex::new(None));
         let server = Server::begin("sail-report", at.0, move |request| {
-            answer(request, &dirs, asked.as_deref(), &mut lock(&kept))
+            answer(request, &dirs, asked.as_deref(), &kept)
         });
         let server = server.map_err(|error| {
             Error::usage(
@@ -94,7 +94,7 @@ impl Kept {
     }
 }
 
-fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>, kept: &mut Option<Kept>) -> Response {
+fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>, kept: &Mutex<Option<Kept>>) -> Response {
     if let Some((status, line)) = refusal(request, token) {
         return Response::text(status, line);
     }
@@ -102,6 +102,8 @@ fn answer(request: &Request, dirs: &[PathBuf], token: Option<&str>, kept: &mut O
     if !is_page && request.path != "/data.json" {
         return Response::text(404, "there is one page here, `/`");
     }
+    // Who else asks meanwhile waits for what is being read.
+    let kept = &mut *lock(kept);
     let tag = tag_of(dirs);
     let known = kept.take().filter(|known| known.will_do(tag.as_ref(), known.read_at.elapsed()));
     let known = match known.map_or_else(|| Kept::read(dirs, tag), Ok) {

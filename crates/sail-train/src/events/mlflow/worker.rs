@@ -162,17 +162,7 @@ impl Worker {
             if !metrics.is_empty() {
                 for some in metrics.chunks(METRICS_AT_ONCE) {
                     let body = json!({"run_id": self.state.run_id, "metrics": some});
-                    match self.client.post("runs/log-batch", &body) {
-                        // It would be refused the next time as well, and must not keep back all that follows.
-                        Err(Failure::Refused { code, reason }) if code == "INVALID_PARAMETER_VALUE" => {
-                            let name = &self.about.run_name;
-                            warn!(
-                                "{name}: the MLflow server does not take {} of its figures: {reason}",
-                                some.len()
-                            );
-                        }
-                        other => drop(other?),
-                    }
+                    self.client.post("runs/log-batch", &body)?;
                 }
                 self.state.sent.extend(sent);
                 self.save();
