@@ -241,6 +241,41 @@ choice:
     );
 }
 
+/// Two samples of one key shared their truths.
+#[test]
+fn references_know_a_sample_by_its_key_alone() {
+    let job = Job::new(&["schedule.steps=1"]);
+    job.run(job.alone(), 0);
+    let dir = job.dir.path();
+    answers("vqa-heldout-000000.tar", dir);
+    let shards = ["a", "b"].map(|name| {
+        let shard = dir.join(format!("{name}.tar"));
+        let mut tar = Command::new("tar");
+        tar.arg("cf").arg(&shard).arg("-C").arg(dir.join("all")).args(["vqa-00200.json", "vqa-00200.png"]);
+        assert!(tar.status().unwrap().success());
+        shard.display().to_string()
+    });
+    let references = dir.join("references.jsonl");
+    fs::write(&references, "{\"key\": \"vqa-00200\", \"truths\": [\"yes\"]}\n").unwrap();
+    let (tasks, out, checkpoint) = (dir.join("tasks.yaml"), dir.join("out"), job.run_dir());
+    let text = format!(
+        "generation:\n  - {{ name: twice, shards: [{}], max_new_tokens: 2, references: {} }}\n",
+        shards.join(", "),
+        references.display()
+    );
+    fs::write(&tasks, text).unwrap();
+    let [tasks, out, checkpoint] = [&tasks, &out, &checkpoint].map(|path| path.to_str().unwrap());
+    // Also where the first one is done already.
+    for _ in 0..2 {
+        let said = stderr(&run(&["eval", "--tasks", tasks, "--checkpoint", checkpoint, "--out", out], 2));
+        assert!(said.contains("twice/b.tar/vqa-00200` has the key of another sample"), "{said}");
+    }
+    // A place for the report is looked at before anything is measured.
+    let nowhere = dir.join("no/where.json");
+    let said = stderr(&run(&["eval", "--checkpoint", checkpoint, "--json", nowhere.to_str().unwrap()], 2));
+    assert!(said.contains("its folder does not exist"), "{said}");
+}
+
 /// The first answers of a shard, each once, as a list in YAML.
 fn answers(shard: &str, dir: &Path) -> String {
     let unpacked = dir.join("all");

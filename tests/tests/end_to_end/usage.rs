@@ -1,5 +1,9 @@
 //! Mistakes of the user end with exit code 2 and a message that says what to do.
 
+use std::fs;
+use std::process::Command;
+
+use crate::processes::Job;
 use crate::{run, sail_train, stderr, under};
 
 /// A warning that could not be written ended the training.
@@ -204,4 +208,24 @@ fn errors_are_shown_whatever_of_the_log_is_asked_for() {
     let error = stderr(&output);
     assert_eq!(output.status.code(), Some(2), "{error}");
     assert!(error.contains("`SAIL_LOG` is `a=b=c`") && error.contains("hint: write levels"), "{error}");
+}
+
+/// Answers were printed with whatever they held.
+#[test]
+fn what_a_sample_says_does_not_steer_the_terminal() {
+    let mut job = Job::new(&["schedule.steps=1"]);
+    let dir = job.dir.path();
+    let turns =
+        r#"[{"from": "human", "value": "q\u001b[2J"}, {"from": "gpt", "value": "a\u001b]0;title\u0007"}]"#;
+    fs::write(dir.join("x.json"), format!("{{\"conversations\": {turns}}}")).unwrap();
+    let shard = dir.join("x.tar");
+    let made = Command::new("tar").arg("cf").arg(&shard).arg("-C").arg(dir).arg("x.json").status();
+    assert!(made.unwrap().success());
+    let source = format!("{{name: x, shards: \"{}\"}}", shard.display());
+    job.set(&[&format!("eval={{sources: [{source}], samples: 1, generate: 1, max_new_tokens: 2}}")]);
+    let trained = job.run(job.alone(), 0);
+    let measured = run(&["eval", "--checkpoint", job.run_dir().to_str().unwrap()], 0);
+    for said in [trained, String::from_utf8(measured.stdout).unwrap()] {
+        assert!(said.contains(r"a\u{1b}]0;title\u{7}") && !said.contains('\u{1b}'), "{said}");
+    }
 }

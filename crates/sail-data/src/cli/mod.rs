@@ -5,6 +5,7 @@
 mod check;
 mod index;
 mod inspect;
+pub mod log;
 mod options;
 mod pack;
 mod rebalance;
@@ -73,12 +74,10 @@ pub fn main(commit: &str) -> ExitCode {
     let program = Args::command().version(&*version::version(commit).leak());
     let matches = program.clone().get_matches();
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    let wished = std::env::var("SAIL_LOG").unwrap_or_default();
-    let filter = match EnvFilter::try_new(if wished.is_empty() { "warn" } else { &wished }) {
-        Ok(filter) => filter,
+    let filter = match log::filter_from_env() {
+        Ok(wished) => wished.unwrap_or_else(|| EnvFilter::new("warn")),
         Err(error) => {
-            let hint = "write levels by target, as in `SAIL_LOG=info,sail_data=debug`, or unset it";
-            terminal::warn(&format!("error: `SAIL_LOG` is `{wished}`: {error}\n\nhint: {hint}"));
+            terminal::warn(&format!("error: {error}"));
             return ExitCode::from(2);
         }
     };

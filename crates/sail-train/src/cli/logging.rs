@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 
 use clap::{ArgAction, ValueEnum};
+use sail_data::cli::log::filter_from_env;
 use tracing_subscriber::filter::{Directive, EnvFilter};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::Registry;
@@ -47,8 +48,9 @@ impl LogArgs {
         let is_main = !Place::from_env().is_ok_and(|place| !place.is_main());
         // What is said is shown whatever part of the log is asked for.
         let said = format!("{SAID}={}", if self.quiet { "error" } else { "info" });
-        let shown = wished()?.map(|wished| wished.add_directive(directive(&said)));
-        let shown = shown.unwrap_or_else(|| self.filter(is_main));
+        let wished = filter_from_env().map_err(|wrong| Error::usage(wrong.what, wrong.hint))?;
+        let shown =
+            wished.map_or_else(|| self.filter(is_main), |wished| wished.add_directive(directive(&said)));
         let stderr = {
             let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
             // A log that nobody can read any more is no reason to end a run.
@@ -95,20 +97,6 @@ impl LogArgs {
         };
         EnvFilter::new(usual)
     }
-}
-
-/// What `SAIL_LOG` asks for, if it is set to something.
-fn wished() -> Result<Option<EnvFilter>> {
-    let Some(wished) = std::env::var_os("SAIL_LOG").filter(|wished| !wished.is_empty()) else {
-        return Ok(None);
-    };
-    let wished = wished.to_string_lossy();
-    EnvFilter::try_new(&wished).map(Some).map_err(|error| {
-        Error::usage(
-            format!("`SAIL_LOG` is `{wished}`: {error}"),
-            "write levels by target, as in `SAIL_LOG=info,sail_data=debug`, or unset it",
-        )
-    })
 }
 
 fn directive(text: &str) -> Directive {

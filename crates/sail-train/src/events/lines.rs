@@ -116,6 +116,11 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
         keep_if(&dir.path().join("absent"), |_| true).unwrap();
 
+        // Damaged lines were taken out without a word, and lines behind them are none of theirs. The last one is whole.
+        fs::write(&path, "x{\"step\":1}\n{\"step\":2}\n\n{\"step\":1}").unwrap();
+        keep_if(&path, |line| is_at_most(line, "step", 2)).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":2}\n{\"step\":1}\n");
+
         // Within a character, as a kill or a full disk cuts it.
         let whole = "{\"step\":1,\"source\":\"\u{e9}\"}\n";
         fs::write(&path, [whole.as_bytes(), &whole.as_bytes()[..21]].concat()).unwrap();

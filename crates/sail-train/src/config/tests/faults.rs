@@ -307,6 +307,13 @@ fn places_that_figures_cannot_go_to() {
       --> stage.yaml:10
       hint: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead
     ");
+    // What a query holds would be in the run's folder, and in warnings.
+    let log = "log: { mlflow: { url: \"http://x?token=secret\" } }";
+    insta::assert_snapshot!(faults(&[("{ steps: 60 }", &format!("{{ steps: 60 }}\n{log}"))]), @r"
+    error: `log.mlflow.url`: must be an address without `?` and `#`, of which what follows would be written to the run's folder
+      --> stage.yaml:10
+      hint: give a token in `MLFLOW_TRACKING_TOKEN`
+    ");
     insta::assert_snapshot!(faults(&[("{ steps: 60 }", "{ steps: 60 }\nlog: { mlflow: {} }")]), @r"
     error: `log.mlflow.url`: missing
       --> stage.yaml:10

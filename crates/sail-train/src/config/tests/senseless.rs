@@ -390,3 +390,19 @@ fn features_that_change_are_not_kept() {
     let never = "streams: 2\n  feature_cache: { dir: x, max_bytes: 9 }\n  reencode: { probability: 0 }";
     super::plan(&super::edited(&[("streams: 2", never)]), &[]);
 }
+
+/// A run went into the root of the file system, and a plan for packs that no machine has ended in an abort.
+#[test]
+fn values_that_no_machine_has() {
+    let edits = [
+        ("name: demo, dir: runs/demo", "name: demo, dir: /"),
+        ("tokens_per_pack: 512", "tokens_per_pack: 1000000000000"),
+    ];
+    insta::assert_snapshot!(faults(&edits), @r"
+    error: `run.dir`: must be a folder of its own
+      --> stage.yaml:1
+
+    error: `batch.tokens_per_pack`: must be from 2 to 16777216, found 1000000000000
+      --> stage.yaml:10
+    ");
+}
