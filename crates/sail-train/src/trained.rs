@@ -100,7 +100,11 @@ pub(crate) fn specs(plan: &Plan, config: &VlmConfig) -> Result<(ImageSpec, TextS
 pub fn open_any(path: &Path) -> Result<Checkpoint> {
     checkpoint::open_or_newest(path)?.ok_or_else(|| {
         Error::usage(
-            format!("`{}` is neither a complete checkpoint nor a run that holds one", path.display()),
+            if path.exists() {
+                format!("`{}` is neither a complete checkpoint nor a run that holds one", path.display())
+            } else {
+                format!("there is no `{}`", path.display())
+            },
             "name a run's folder or one of its `step-…` folders; `generate`, `score` and `export --what mllm` also take \
              an exported whole model",
         )

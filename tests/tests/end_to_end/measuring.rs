@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::processes::Job;
-use crate::{root, run, stderr};
+use crate::processes::{Job, all_end};
+use crate::{root, run, sail_train, stderr};
 
 /// Images of one shape each, in a folder for each shape, from a shard of the demo corpus; how many of each.
 fn shapes(shard: &str, dir: &Path) -> BTreeMap<String, usize> {
@@ -66,6 +67,7 @@ fn a_checkpoint_and_its_encoder_are_measured_once() {
       - {{ name: new, folder: {test}, own_classes: true }}
     knn: {{ k: 1 }}
     mlp: {{ hidden: 64, epochs: 20, batch: 16 }}
+    attentive: {{ heads: 4, epochs: 20, batch: 16 }}
 "
     );
     let affinity = "affinity:
@@ -81,15 +83,22 @@ fn a_checkpoint_and_its_encoder_are_measured_once() {
     assert_eq!(shapes["tests"][0]["top1"]["knn"], 1.0, "each image is its own nearest neighbour");
     // It has learned something of the images it was trained on: better than any guess.
     let (classes, largest) = (counts.len() as f64, *counts.values().max().unwrap() as f64);
-    assert!(shapes["mlp_loss"].as_f64().unwrap() < classes.ln(), "{shapes}");
     let commonest = largest / counts.values().sum::<usize>() as f64;
-    assert!(shapes["tests"][0]["top1"]["mlp"].as_f64().unwrap() > commonest, "{shapes}");
+    for probe in ["mlp", "attentive"] {
+        assert!(shapes[format!("{probe}_loss")].as_f64().unwrap() < classes.ln(), "{shapes}");
+        assert!(shapes["tests"][0]["top1"][probe].as_f64().unwrap() > commonest, "{shapes}");
+    }
     let lines = fs::read_to_string(dir.join("whole/shapes/new.jsonl")).unwrap();
     assert_eq!(lines.lines().count(), tested.values().sum::<usize>());
     for line in lines.lines() {
         let line: Value = serde_json::from_str(line).unwrap();
-        assert!(["image", "class", "knn", "mlp"].iter().all(|field| line[field].is_string()), "{line}");
-        assert!(tested.contains_key(line["mlp"].as_str().unwrap()), "{line}");
+        assert!(
+            ["image", "class", "knn", "mlp", "attentive"].iter().all(|field| line[field].is_string()),
+            "{line}"
+        );
+        for probe in ["mlp", "attentive"] {
+            assert!(tested.contains_key(line[probe].as_str().unwrap()), "{line}");
+        }
     }
     let words = &results["affinity"][0];
     assert_eq!((words["words"].as_i64(), words["samples"].as_array().unwrap().len()), (Some(2048), 3));
@@ -129,6 +138,50 @@ fn a_checkpoint_and_its_encoder_are_measured_once() {
     assert!(stderr(&other).contains("holds results of other tasks"), "{}", stderr(&other));
     let other = run(&["eval", "--tasks", &tasks, "--checkpoint", &checkpoint, "--out", &alone], 2);
     assert!(stderr(&other).contains("holds results of other weights"), "{}", stderr(&other));
+}
+
+/// Every checkpoint, by a process that began before there was one, and by another after checkpoints are gone.
+#[test]
+fn checkpoints_are_measured_as_they_are_written() {
+    let sets = ["schedule.steps=3", "data.tiling.max=1", "checkpoint.every=1", "checkpoint.keep_last=3"];
+    let job = Job::new(&sets);
+    let dir = job.dir.path();
+    shapes("vqa-heldout-000000.tar", &dir.join("test"));
+    let images = dir.join("test/classes");
+    let tasks = dir.join("tasks.yaml");
+    let images = images.display();
+    let probe = format!(
+        "{{ name: shapes, train: {{ folder: {images} }}, tests: [{{ name: same, folder: {images} }}], knn: {{}} }}"
+    );
+    fs::write(&tasks, format!("recognition: [{probe}]\n")).unwrap();
+    let (run_dir, out) = (job.run_dir(), dir.join("out"));
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let [tasks, run_path, out_path] = [&tasks, &run_dir, &out].map(|path| text(path));
+    let args = ["eval", "--tasks", &tasks, "--checkpoint", &run_path, "--out", &out_path, "--follow"];
+    let refused = run(&args, 2);
+    assert!(stderr(&refused).contains("is not a run's folder"), "{}", stderr(&refused));
+    fs::create_dir_all(&run_dir).unwrap();
+    let mut following = [job.start("follow", sail_train(&args))];
+    job.run(job.alone(), 0);
+    all_end(&mut following, Instant::now(), Duration::from_secs(180));
+    assert_eq!(following[0].code(), 0, "{}", following[0].said());
+    let lines = fs::read_to_string(out.join("results.jsonl")).unwrap();
+    let steps: Vec<u64> = lines.lines().map(step_of).collect();
+    assert_eq!(steps, [1, 2, 3], "{lines}");
+    let last = json(&out.join("step-00000003/results.json"));
+    let of_last: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+    assert_eq!(of_last["recognition"], last["recognition"]);
+    for name in ["step-00000001", "step-00000003"] {
+        fs::remove_dir_all(run_dir.join(name)).unwrap();
+    }
+    let measured = written(&out.join("step-00000002/shapes/features"));
+    run(&args, 0);
+    assert_eq!(fs::read_to_string(out.join("results.jsonl")).unwrap(), lines);
+    assert_eq!(written(&out.join("step-00000002/shapes/features")), measured);
+}
+
+fn step_of(line: &str) -> u64 {
+    serde_json::from_str::<Value>(line).unwrap()["step"].as_u64().unwrap()
 }
 
 #[test]

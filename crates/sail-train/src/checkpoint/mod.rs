@@ -112,8 +112,13 @@ pub fn open_or_newest(path: &Path) -> Result<Option<Checkpoint>> {
 
 /// What the newest complete checkpoint of a run says of itself, in its `state.json`; its other files are not looked at.
 pub(crate) fn newest_state(run_dir: &Path) -> Result<Option<Value>> {
-    let newest = list(run_dir)?.into_iter().rev().find(|(_, dir)| dir.join(COMPLETE).is_file());
+    let newest = complete(run_dir)?.pop();
     Ok(newest.map(|(_, dir)| read_json(&dir.join(STATE))).transpose()?)
+}
+
+/// The complete checkpoints in a run folder by step, oldest first; their content is not looked at.
+pub(crate) fn complete(run_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    Ok(list(run_dir)?.into_iter().filter(|(_, dir)| dir.join(COMPLETE).is_file()).collect())
 }
 
 /// What a stage has seen so far.

@@ -31,7 +31,8 @@ const EVAL_HELP: &str = "\
 Examples:
   sail-train eval --checkpoint runs/demo/stage3
   sail-train eval --tasks tasks.yaml --checkpoint runs/demo/stage3 --out measured
-  sail-train eval --tasks tasks.yaml --vit runs/demo/stage3/export/vit --out measured";
+  sail-train eval --tasks tasks.yaml --vit runs/demo/stage3/export/vit --out measured
+  sail-train eval --tasks tasks.yaml --checkpoint runs/demo/stage3 --out measured --follow";
 const GENERATE_HELP: &str = "\
 Examples:
   sail-train generate --checkpoint runs/demo/stage3 --image photo.jpg --prompt \"Describe the image.\"
@@ -76,6 +77,9 @@ pub(super) enum Command {
         /// The folder for results; the same command goes on with what is not measured yet, other tasks need another
         #[arg(long, value_name = "DIR", requires = "tasks")]
         out: Option<PathBuf>,
+        /// Measures every checkpoint of the run as it is written, each into a folder of `--out`, until the run has ended
+        #[arg(long, requires_all = ["tasks", "checkpoint"])]
+        follow: bool,
     },
     /// Makes a step of a run again, pack by pack, from the newest checkpoint before it
     #[command(after_help = "Example:\n  sail-train replay --run runs/demo/stage2 --step 120")]
@@ -236,7 +240,12 @@ pub(super) enum Dtype {
 /// Runs a command.
 pub(super) fn run(command: Command, console: &Console) -> Result<ExitCode> {
     match command {
-        Command::Eval { checkpoint, json, tasks, vit, out } => {
+        Command::Eval { checkpoint: Some(run), tasks: Some(tasks), out: Some(out), follow: true, .. } => {
+            tasks::follow(&load_tasks(&tasks)?, &run, &out, |step, results| {
+                print(format_args!("step {step}: {}\n", results.join("results.md").display()))
+            })?;
+        }
+        Command::Eval { checkpoint, json, tasks, vit, out, .. } => {
             let subject = match (&checkpoint, &vit) {
                 (Some(checkpoint), _) => Subject::Checkpoint(checkpoint),
                 (None, vit) => Subject::Vit(vit.as_deref().expect("invariant: clap requires one of them")),

@@ -55,8 +55,8 @@ pub use plan_data::{AnyResolutionPlan, DataPlan, FeatureCachePlan, VisualShape};
 pub use schema::schema;
 pub use select::Selector;
 pub use tasks::{
-    AffinityPlan, ChoicePlan, GenerationPlan, ImagesPlan, KnnPlan, LossPlan, MlpPlan, RecognitionPlan,
-    SamplesPlan, TasksPlan, TestPlan, load_tasks,
+    AffinityPlan, AttentivePlan, ChoicePlan, GenerationPlan, ImagesPlan, KnnPlan, LossPlan, MlpPlan,
+    RecognitionPlan, SamplesPlan, TasksPlan, TestPlan, load_tasks,
 };
 pub use values::{
     Amount, DeviceChoice, GuardAction, Listen, ModelSource, Module, ModulePlan, Precision, Progress, Rates,

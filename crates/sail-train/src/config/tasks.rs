@@ -64,6 +64,8 @@ pub struct RecognitionPlan {
     pub knn: Option<KnnPlan>,
     /// A perceptron of two layers is trained.
     pub mlp: Option<MlpPlan>,
+    /// A query that looks at all patches is trained.
+    pub attentive: Option<AttentivePlan>,
 }
 
 /// Images with a class each.
@@ -102,6 +104,19 @@ pub struct MlpPlan {
     /// Width of the hidden layer.
     pub hidden: i64,
     /// Times through the training images.
+    pub epochs: u64,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Images of a step.
+    pub batch: i64,
+}
+
+/// `attentive`
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct AttentivePlan {
+    /// Of the attention; they divide the width of the features.
+    pub heads: i64,
+    /// Times through the training images, which are encoded anew in each.
     pub epochs: u64,
     /// Peak learning rate.
     pub lr: f64,
@@ -256,6 +271,7 @@ struct RawRecognition {
     tests: Vec<RawTest>,
     knn: Option<RawKnn>,
     mlp: Option<RawMlp>,
+    attentive: Option<RawAttentive>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -299,6 +315,21 @@ struct RawMlp {
 impl Default for RawMlp {
     fn default() -> Self {
         Self { hidden: 2048, epochs: 10, lr: 1e-3, batch: 256 }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+struct RawAttentive {
+    heads: i64,
+    epochs: u64,
+    lr: f64,
+    batch: i64,
+}
+
+impl Default for RawAttentive {
+    fn default() -> Self {
+        Self { heads: 8, epochs: 10, lr: 1e-3, batch: 256 }
     }
 }
 
@@ -438,8 +469,12 @@ fn recognition(
             "list at least one set to be measured on",
         );
     }
-    if raw.knn.is_none() && raw.mlp.is_none() {
-        checker.invalid_with_hint(at, "has no probe", "write `mlp: {}` or `knn: {}`, or both");
+    if raw.knn.is_none() && raw.mlp.is_none() && raw.attentive.is_none() {
+        checker.invalid_with_hint(
+            at,
+            "has no probe",
+            "write `mlp: {}`, `knn: {}` or `attentive: {}`, or several",
+        );
     }
     let knn = raw.knn.map(|RawKnn { k, temperature }| {
         checker.expect(k >= 1, &format!("{at}.knn.k"), "must be at least 1", k);
@@ -449,10 +484,13 @@ fn recognition(
     });
     let mlp = raw.mlp.map(|RawMlp { hidden, epochs, lr, batch }| {
         at_least_1(checker, &format!("{at}.mlp.hidden"), hidden.max(0) as u64);
-        at_least_1(checker, &format!("{at}.mlp.epochs"), epochs);
-        at_least_1(checker, &format!("{at}.mlp.batch"), batch.max(0) as u64);
-        checker.expect(lr > 0.0 && lr.is_finite(), &format!("{at}.mlp.lr"), "must be above 0", lr);
+        trained(checker, &format!("{at}.mlp"), epochs, lr, batch);
         MlpPlan { hidden, epochs, lr, batch }
+    });
+    let attentive = raw.attentive.map(|RawAttentive { heads, epochs, lr, batch }| {
+        at_least_1(checker, &format!("{at}.attentive.heads"), heads.max(0) as u64);
+        trained(checker, &format!("{at}.attentive"), epochs, lr, batch);
+        AttentivePlan { heads, epochs, lr, batch }
     });
     // Features of the training images lie beside those of the tests.
     let mut test_names = BTreeSet::from(["train".to_owned()]);
@@ -471,7 +509,15 @@ fn recognition(
         tests: tests.into_iter().collect::<Option<_>>()?,
         knn,
         mlp,
+        attentive,
     })
+}
+
+/// What probes that are trained have in common.
+fn trained(checker: &mut Checker<'_>, at: &str, epochs: u64, lr: f64, batch: i64) {
+    at_least_1(checker, &format!("{at}.epochs"), epochs);
+    at_least_1(checker, &format!("{at}.batch"), batch.max(0) as u64);
+    checker.expect(lr > 0.0 && lr.is_finite(), &format!("{at}.lr"), "must be above 0", lr);
 }
 
 fn affinity(

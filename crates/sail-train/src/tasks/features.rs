@@ -1,8 +1,8 @@
-//! The features of a set of images, one vector each: the mean of the patches after the encoder's last layer, without
-//! class tokens.
+//! The features of a set of images: the patches after the encoder's last layer, without class tokens, or one vector each,
+//! their mean.
 //!
-//! They are written in pieces as they are computed; what a measurement that was killed has written is read back. Called
-//! by the recognition task.
+//! Means are written in pieces as they are computed; what a measurement that was killed has written is read back. Patches
+//! are computed each time they are asked for, since they take a thousand times as much. Called by the recognition task.
 //!
 //! Dimension letters: n images, t patches of all, d width; `nchw` is pixels.
 
@@ -34,6 +34,8 @@ pub(super) struct Features {
     pub(super) x_nd: Tensor,
     /// Of each image.
     pub(super) labels: Vec<Label>,
+    /// What they are of.
+    pub(super) images: LabelledImages,
 }
 
 /// An image by its name and class.
@@ -67,7 +69,12 @@ pub(super) fn features(
             for start in (first..last).step_by(context.batch_images) {
                 let end = last.min(start + context.batch_images);
                 let batch = read(&images, start..end)?;
-                encoded.push(encode(context.subject.vision(), &preprocessor, &batch, context.device)?);
+                encoded.push(means(&encode(
+                    context.subject.vision(),
+                    &preprocessor,
+                    &batch,
+                    context.device,
+                )?)?);
                 of_piece.extend(batch.into_iter().map(|LabelledImage { id, class, .. }| Label { id, class }));
             }
             write_json(&names, &of_piece)?;
@@ -86,7 +93,18 @@ pub(super) fn features(
             "are the weights of the encoder broken? look at the losses of the run that made them",
         ));
     }
-    Ok(Features { x_nd, labels })
+    Ok(Features { x_nd, labels, images })
+}
+
+/// The patches `[t, d]` fp32 of each of the images with these numbers, on the context's device.
+pub(super) fn patches(context: &Context, images: &LabelledImages, numbers: &[i64]) -> Result<Vec<Tensor>> {
+    let preprocessor = context.subject.preprocessor();
+    let mut encoded = Vec::with_capacity(numbers.len());
+    for numbers in numbers.chunks(context.batch_images) {
+        let batch = read(images, numbers.iter().map(|number| *number as usize))?;
+        encoded.extend(encode(context.subject.vision(), &preprocessor, &batch, context.device)?);
+    }
+    Ok(encoded)
 }
 
 fn open(images: &ImagesPlan, name: &str) -> Result<LabelledImages> {
@@ -96,7 +114,7 @@ fn open(images: &ImagesPlan, name: &str) -> Result<LabelledImages> {
     })
 }
 
-fn read(images: &LabelledImages, numbers: std::ops::Range<usize>) -> Result<Vec<LabelledImage>> {
+fn read(images: &LabelledImages, numbers: impl Iterator<Item = usize>) -> Result<Vec<LabelledImage>> {
     numbers.map(|number| images.read(number).map_err(without_class)).collect()
 }
 
@@ -111,13 +129,20 @@ fn without_class(error: sail_data::Error) -> Error {
     }
 }
 
-/// `[n, d]` fp32 on the CPU.
+/// The mean `[n, d]` of the patches of each image, fp32 on the CPU.
+fn means(of_images: &[Tensor]) -> Result<Tensor> {
+    let mean = |x_td: &Tensor| Ok(x_td.f_mean_dim([0].as_slice(), false, Kind::Float)?);
+    let means = of_images.iter().map(mean).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::f_stack(&means, 0)?.to_device(Device::Cpu))
+}
+
+/// The patches `[t, d]` of each image.
 fn encode(
     vision: &Vision,
     preprocessor: &Preprocessor,
     images: &[LabelledImage],
     device: Device,
-) -> Result<Tensor> {
+) -> Result<Vec<Tensor>> {
     let prepared: Vec<_> = images
         .par_iter()
         .map(|image| preprocessor.apply(&image.id, &image.bytes))
@@ -133,9 +158,6 @@ fn encode(
     no_grad(|| {
         let encoded = vision.features(&batches)?;
         let patches: Vec<i64> = encoded.grids.iter().map(|(h, w)| h * w).collect();
-        let of_images = encoded.x_td.f_split_with_sizes(patches, 0)?;
-        let mean = |x_td: &Tensor| Ok(x_td.f_mean_dim([0].as_slice(), false, Kind::Float)?);
-        let means = of_images.iter().map(mean).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::f_stack(&means, 0)?.to_device(Device::Cpu))
+        Ok(encoded.x_td.f_split_with_sizes(patches, 0)?)
     })
 }

@@ -7,7 +7,9 @@
 
 mod affinity;
 mod answers;
+mod attentive;
 mod features;
+mod follow;
 mod lines;
 mod loss;
 mod probe;
@@ -40,6 +42,7 @@ use crate::trained::Trained;
 
 pub use affinity::AffinityResult;
 pub use answers::{ChoiceResult, GenerationResult};
+pub use follow::follow;
 pub use loss::LossResult;
 pub use recognition::{RecognitionResult, TestResult};
 

@@ -82,37 +82,55 @@ impl Mlp {
     pub(super) fn train(&mut self, data: (&Tensor, &Tensor), plan: MlpPlan, seed: u64) -> Result<f64> {
         let n = data.0.size()[0];
         let order = |epoch: u64| permutation(seed, &format!("epoch {epoch}"), n);
-        let rate = |progress: f64| plan.lr * 0.5 * (1.0 + (PI * progress).cos());
-        self.train_in_order(data, (plan.epochs, plan.batch), order, rate)
+        self.train_in_order(data, (plan.epochs, plan.batch), order, cosine(plan.lr))
     }
 
-    /// The samples of an epoch in the `order` given for it, with the `rate` given for what part of all steps is done.
     fn train_in_order(
         &mut self,
         (x_nd, classes_n): (&Tensor, &Tensor),
-        (epochs, batch): (u64, i64),
+        plan: (u64, i64),
         order: impl Fn(u64) -> Result<Tensor>,
         rate: impl Fn(f64) -> f64,
     ) -> Result<f64> {
-        let n = x_nd.size()[0];
-        let steps_per_epoch = (n as u64).div_ceil(batch as u64);
-        let mut adam = Adam::new(&self.params);
-        let mut mean_loss = f64::NAN;
-        for epoch in 0..epochs {
-            let mut sum = Tensor::zeros([], (Kind::Double, x_nd.device()));
-            let places_n = order(epoch)?.to_device(x_nd.device());
-            for (step, places) in (0..).zip(places_n.f_split(batch, 0)?) {
-                let scores_nc = self.scores(&x_nd.f_index_select(0, &places)?)?;
-                let loss = scores_nc.cross_entropy_for_logits(&classes_n.f_index_select(0, &places)?);
-                loss.f_backward()?;
-                let done = (epoch * steps_per_epoch + step) as f64 / (epochs * steps_per_epoch) as f64;
-                adam.step(&mut self.params, rate(done))?;
-                sum += loss.detach().to_kind(Kind::Double) * places.size()[0] as f64;
-            }
-            mean_loss = sum.double_value(&[]) / n as f64;
-        }
-        Ok(mean_loss)
+        let mut params = self.params.each_ref().map(Tensor::shallow_clone);
+        fit(&mut params, x_nd.size()[0], plan, order, rate, |places_b| {
+            let places_b = places_b.to_device(x_nd.device());
+            let scores_bc = self.scores(&x_nd.f_index_select(0, &places_b)?)?;
+            Ok(scores_bc.cross_entropy_for_logits(&classes_n.f_index_select(0, &places_b)?))
+        })
     }
+}
+
+/// A rate that follows a cosine from `lr` to zero, by what part of all steps is done.
+pub(super) fn cosine(lr: f64) -> impl Fn(f64) -> f64 {
+    move |done| lr * 0.5 * (1.0 + (PI * done).cos())
+}
+
+/// Trains `params` on `n` samples, those of an epoch in the `order` given for it, with the `rate` given for what part of all
+/// steps is done. `loss` is the mean one of samples by their numbers `[b]`. Gives the mean of the last epoch.
+pub(super) fn fit(
+    params: &mut [Tensor],
+    n: i64,
+    (epochs, batch): (u64, i64),
+    order: impl Fn(u64) -> Result<Tensor>,
+    rate: impl Fn(f64) -> f64,
+    mut loss: impl FnMut(&Tensor) -> Result<Tensor>,
+) -> Result<f64> {
+    let steps_per_epoch = (n as u64).div_ceil(batch as u64);
+    let mut adam = Adam::new(params);
+    let mut mean_loss = f64::NAN;
+    for epoch in 0..epochs {
+        let mut losses = Vec::new();
+        for (step, places_b) in (0..).zip(order(epoch)?.f_split(batch, 0)?) {
+            let loss = loss(&places_b)?;
+            loss.f_backward()?;
+            let done = (epoch * steps_per_epoch + step) as f64 / (epochs * steps_per_epoch) as f64;
+            adam.step(params, rate(done))?;
+            losses.push(loss.detach().to_kind(Kind::Double) * places_b.size()[0] as f64);
+        }
+        mean_loss = Tensor::f_stack(&losses, 0)?.f_sum(Kind::Double)?.f_double_value(&[])? / n as f64;
+    }
+    Ok(mean_loss)
 }
 
 /// Adam, without decay.

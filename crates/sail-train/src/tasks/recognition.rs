@@ -9,10 +9,11 @@ use std::fmt::Write;
 use serde::{Deserialize, Serialize};
 use tch::{Tensor, no_grad};
 
-use super::features::{Features, Label, features};
+use super::attentive::Attentive;
+use super::features::{Features, Label, features, patches};
 use super::probe::{Mlp, Standard};
 use super::{Context, write};
-use crate::config::{KnnPlan, MlpPlan, RecognitionPlan, TestPlan};
+use crate::config::{AttentivePlan, KnnPlan, MlpPlan, RecognitionPlan, TestPlan};
 use crate::error::{Error, Result};
 use crate::metrics::{Vote, classify};
 
@@ -33,6 +34,9 @@ pub struct RecognitionResult {
     /// Mean loss of the perceptron's last epoch, nats an image.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub mlp_loss: Option<f64>,
+    /// The same of the attentive probe.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub attentive_loss: Option<f64>,
     /// In the order of the file.
     pub tests: Vec<TestResult>,
 }
@@ -104,6 +108,7 @@ pub(super) fn measure(context: &Context, task: &RecognitionPlan) -> Result<Recog
         classes: classes.0.len(),
         width: train.x_nd.size()[1],
         mlp_loss: probes.mlp.as_ref().map(|mlp| mlp.loss),
+        attentive_loss: probes.attentive.as_ref().map(|attentive| attentive.loss),
         tests,
     })
 }
@@ -118,7 +123,7 @@ fn ask(
     probes: &Probes,
 ) -> Result<TestResult> {
     let allowed: Option<BTreeSet<i64>> = test.own_classes.then(|| truths.iter().copied().collect());
-    let said = probes.ask(&images.x_nd, allowed.as_ref())?;
+    let said = probes.ask(context, images, allowed.as_ref())?;
     let names: Vec<&String> = classes.0.keys().collect();
     let mut lines = String::new();
     for (i, label) in images.labels.iter().enumerate() {
@@ -138,6 +143,7 @@ fn ask(
 struct Probes<'a> {
     knn: Option<(Vote, &'a Tensor, &'a Tensor)>,
     mlp: Option<TrainedMlp>,
+    attentive: Option<TrainedAttentive>,
     classes: i64,
 }
 
@@ -160,16 +166,23 @@ impl<'a> Probes<'a> {
             (Vote { neighbours: k, temperature: Some(temperature) }, &train.x_nd, numbers)
         });
         let mlp = task.mlp.map(|plan| TrainedMlp::new(context, plan, &train.x_nd, numbers, classes));
-        Ok(Self { knn, mlp: mlp.transpose()?, classes })
+        let attentive =
+            task.attentive.map(|plan| TrainedAttentive::new(context, plan, train, numbers, classes));
+        Ok(Self { knn, mlp: mlp.transpose()?, attentive: attentive.transpose()?, classes })
     }
 
     /// The class of each image by each probe, of `allowed` ones where only those can be answered.
     fn ask(
         &self,
-        x_nd: &Tensor,
+        context: &Context,
+        images: &Features,
         allowed: Option<&BTreeSet<i64>>,
     ) -> Result<BTreeMap<&'static str, Vec<i64>>> {
         let mut said = BTreeMap::new();
+        let x_nd = &images.x_nd;
+        let refused = |class: &i64| allowed.is_some_and(|allowed| !allowed.contains(class));
+        let refused = Tensor::from_slice(&(0..self.classes).filter(refused).collect::<Vec<_>>());
+        let refused = refused.to_device(context.device);
         if let Some((vote, train_md, numbers_m)) = self.knn {
             // Neighbours of other classes do not vote.
             let (train_md, numbers_m) = match allowed {
@@ -185,7 +198,10 @@ impl<'a> Probes<'a> {
             said.insert("knn", Vec::<i64>::try_from(classes_n)?);
         }
         if let Some(mlp) = &self.mlp {
-            said.insert("mlp", mlp.ask(x_nd, allowed, self.classes)?);
+            said.insert("mlp", mlp.ask(x_nd, &refused)?);
+        }
+        if let Some(attentive) = &self.attentive {
+            said.insert("attentive", attentive.ask(context, images, &refused)?);
         }
         Ok(said)
     }
@@ -204,23 +220,68 @@ impl TrainedMlp {
         let scaled_nd = standard.apply(x_nd)?.to_device(device);
         let mut mlp = Mlp::random((x_nd.size()[1], plan.hidden, classes), context.seed, device)?;
         let loss = mlp.train((&scaled_nd, &numbers_n.to_device(device)), plan, context.seed)?;
-        if !loss.is_finite() {
-            return Err(Error::usage("the loss of the `mlp` probe is not finite", "lower its `lr`"));
-        }
+        finite("mlp", loss)?;
         Ok(Self { mlp, standard, loss, device })
     }
 
-    fn ask(&self, x_nd: &Tensor, allowed: Option<&BTreeSet<i64>>, classes: i64) -> Result<Vec<i64>> {
-        let refused: Vec<i64> =
-            (0..classes).filter(|class| allowed.is_some_and(|allowed| !allowed.contains(class))).collect();
-        let refused = Tensor::from_slice(&refused).to_device(self.device);
+    fn ask(&self, x_nd: &Tensor, refused: &Tensor) -> Result<Vec<i64>> {
         let mut said = Vec::new();
         for part_nd in x_nd.f_split(MOST_AT_ONCE, 0)? {
             let part_nd = self.standard.apply(&part_nd)?.to_device(self.device);
-            let scores_nc = no_grad(|| self.mlp.scores(&part_nd))?;
-            let scores_nc = scores_nc.f_index_fill(1, &refused, f64::NEG_INFINITY)?;
-            said.extend(Vec::<i64>::try_from(scores_nc.f_argmax(-1, false)?)?);
+            said.extend(likeliest(&no_grad(|| self.mlp.scores(&part_nd))?, refused)?);
         }
         Ok(said)
     }
+}
+
+struct TrainedAttentive {
+    probe: Attentive,
+    standard: Standard,
+    loss: f64,
+}
+
+impl TrainedAttentive {
+    fn new(
+        context: &Context,
+        plan: AttentivePlan,
+        train: &Features,
+        numbers_n: &Tensor,
+        classes: i64,
+    ) -> Result<Self> {
+        let mut probe =
+            Attentive::random(train.x_nd.size()[1], classes, plan.heads, context.seed, context.device)?;
+        // Of the patches of some images in a random order; of all they would not be in memory together.
+        let some_n = context.permutation("standard", numbers_n.size()[0])?;
+        let some_n = Vec::<i64>::try_from(some_n.narrow(0, 0, plan.batch.min(some_n.size()[0])))?;
+        let standard = Standard::of(&Tensor::f_cat(&patches(context, &train.images, &some_n)?, 0)?)?;
+        let loss = probe.train(numbers_n, plan, context.seed, |numbers| {
+            patches(context, &train.images, numbers)?.iter().map(|x_td| standard.apply(x_td)).collect()
+        })?;
+        finite("attentive", loss)?;
+        Ok(Self { probe, standard, loss })
+    }
+
+    fn ask(&self, context: &Context, images: &Features, refused: &Tensor) -> Result<Vec<i64>> {
+        let mut said = Vec::new();
+        let numbers: Vec<i64> = (0..images.labels.len() as i64).collect();
+        for numbers in numbers.chunks(context.batch_images) {
+            let seen = patches(context, &images.images, numbers)?;
+            let seen = seen.iter().map(|x_td| self.standard.apply(x_td)).collect::<Result<Vec<_>>>()?;
+            said.extend(likeliest(&no_grad(|| self.probe.scores(&seen))?, refused)?);
+        }
+        Ok(said)
+    }
+}
+
+fn finite(probe: &str, loss: f64) -> Result<()> {
+    if loss.is_finite() {
+        return Ok(());
+    }
+    Err(Error::usage(format!("the loss of the `{probe}` probe is not finite"), "lower its `lr`"))
+}
+
+/// The class with the highest of scores `[n, c]` of each image, but for those that are refused.
+fn likeliest(scores_nc: &Tensor, refused: &Tensor) -> Result<Vec<i64>> {
+    let scores_nc = scores_nc.f_index_fill(1, refused, f64::NEG_INFINITY)?;
+    Ok(Vec::try_from(scores_nc.f_argmax(-1, false)?)?)
 }

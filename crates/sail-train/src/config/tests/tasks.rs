@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::super::tasks::{ImagesPlan, KnnPlan, MlpPlan, load_tasks};
+use super::super::tasks::{AttentivePlan, ImagesPlan, KnnPlan, MlpPlan, load_tasks};
 
 fn faults(text: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
@@ -25,6 +25,7 @@ recognition:
       - { name: a, folder: imagenet-a, own_classes: true }
     mlp: {}
     knn: { k: 5 }
+    attentive: { heads: 16 }
 affinity:
   - { name: words, shards: [a.tar, b.tar] }
 ";
@@ -34,6 +35,8 @@ affinity:
     assert_eq!(recognition.train, ImagesPlan::Shards(vec!["train-{0..9}.tar".to_owned()]));
     assert_eq!(recognition.tests.iter().map(|test| test.own_classes).collect::<Vec<_>>(), [false, true]);
     assert_eq!(recognition.mlp, Some(MlpPlan { hidden: 2048, epochs: 10, lr: 1e-3, batch: 256 }));
+    let attentive = AttentivePlan { heads: 16, epochs: 10, lr: 1e-3, batch: 256 };
+    assert_eq!(recognition.attentive, Some(attentive));
     assert_eq!(recognition.knn, Some(KnnPlan { k: 5, temperature: 0.07 }));
     assert_eq!((plan.affinity[0].images, plan.affinity[0].points), (5, 1024));
 }
@@ -53,6 +56,7 @@ recognition:
       - { name: val, folder: x, own_clases: true }
     knn: { k: 0, temperature: -1 }
     mlp: { hidden: 0, epochs: 0, lr: 0, batch: many }
+    attentive: { heads: 0, epochs: 0, lr: -1, batch: 0 }
 affinity:
   - { name: same, shards: a.tar, images: 0, points: 2 }
   - { name: same }
