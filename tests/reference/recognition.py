@@ -30,22 +30,25 @@ def features(folder, name):
 
 
 def images_of(where):
-    """Names, images and classes of a set, in the order of their names."""
+    """Images and classes of a set."""
     from PIL import Image
 
+    kinds = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
     if "folder" in where:
-        for path in sorted(path for path in Path(where["folder"]).rglob("*") if path.is_file()):
-            yield str(path), Image.open(path).convert("RGB"), path.relative_to(where["folder"]).parts[0]
+        for path in sorted(Path(where["folder"]).glob("*/*")):
+            if path.suffix.lower() in kinds:
+                yield Image.open(path).convert("RGB"), path.parent.name
         return
     for shard in sorted(path for pattern in where["shards"] for path in glob.glob(pattern)):
-        members = {}
+        samples = {}
         with tarfile.open(shard) as tar:
             for member in tar:
-                key, kind = member.name.split(".", 1)
-                members.setdefault(key, {})[kind] = tar.extractfile(member).read()
-        for key, files in members.items():
-            (image,) = [content for kind, content in files.items() if kind != "cls"]
-            yield key, Image.open(io.BytesIO(image)).convert("RGB"), files["cls"].decode().strip()
+                path = Path(member.name)
+                if member.isfile() and path.suffix.lower() in (*kinds, ".cls"):
+                    kind = "class" if path.suffix == ".cls" else "image"
+                    samples.setdefault(path.with_suffix(""), {})[kind] = tar.extractfile(member).read()
+        for sample in samples.values():
+            yield Image.open(io.BytesIO(sample["image"])).convert("RGB"), sample["class"].decode().strip()
 
 
 def encoded(vit, where):
@@ -54,13 +57,16 @@ def encoded(vit, where):
     from transformers import AutoImageProcessor, AutoModel
 
     processor, model = AutoImageProcessor.from_pretrained(vit), AutoModel.from_pretrained(vit).eval()
+    # Tokens before those of the patches.
+    first = {"dinov2": 1, "aimv2_vision_model": 0, "siglip_vision_model": 0}[model.config.model_type]
     x, classes = [], []
-    for _, image, label in images_of(where):
+    for image, label in images_of(where):
         with torch.inference_mode():
             tokens = model(**processor(image, return_tensors="pt")).last_hidden_state
-        # DINOv2's first token is that of the class.
-        x.append(tokens[0, 1 if model.config.model_type == "dinov2" else 0 :].mean(0).numpy())
+        x.append(tokens[0, first:].mean(0).numpy())
         classes.append(label)
+    if not x:
+        raise SystemExit(f"no images in {where}; this script knows no patterns but `*`, `?` and `[...]`")
     return np.stack(x).astype(np.float64), np.array(classes)
 
 
@@ -104,13 +110,14 @@ worst, furthest = 1.0, 0.0
 for test in json.loads((args.folder / "result.json").read_text())["tests"]:
     (where,) = [asked["images"] for asked in task["tests"] if asked["name"] == test["name"]]
     x, classes = known(test["name"], where)
-    if args.vit:
-        ours, labels = features(args.folder, test["name"])
-        assert sorted(labels) == sorted(classes)
-        print(f"  features, mean over the set: differ by {np.abs(ours.mean(0) - x.mean(0)).max() / np.abs(x).max():.1e} of the largest")
     lines = [json.loads(line) for line in (args.folder / f"{test['name']}.jsonl").read_text().splitlines()]
     allowed = sorted(set(classes)) if own_classes[test["name"]] else sorted(set(train_classes))
     print(f"{test['name']}: {len(x)} images")
+    if args.vit:
+        ours, labels = features(args.folder, test["name"])
+        assert sorted(labels) == sorted(classes)
+        difference = np.abs(ours.mean(0) - x.mean(0)).max() / np.abs(x).max()
+        print(f"  features, mean over the set: differ by {difference:.1e} of the largest one")
     if task.get("knn"):
         vote = np.isin(train_classes, allowed)
         answers = neighbours(train[vote], train_classes[vote]).predict(unit(x))

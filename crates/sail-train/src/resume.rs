@@ -92,6 +92,11 @@ pub(crate) fn begin(plan: &Plan, world: &World, options: &RunOptions) -> Result<
         if let Some(summary) = finished(plan, opened.as_ref().filter(|_| !changed))? {
             return Ok(Found::Finished(Box::new(summary)));
         }
+        // One of before, of a stage that has more to do now.
+        let path = plan.run.dir.join(SUMMARY);
+        if path.exists() {
+            fs::remove_file(&path).map_err(Error::io(&path))?;
+        }
         let path = plan.run.dir.join(PLAN);
         fs::write(&path, plan.to_yaml()).map_err(Error::io(&path))?;
         Ok(Found::From(opened.as_ref().map(|checkpoint| checkpoint.dir().to_owned())))

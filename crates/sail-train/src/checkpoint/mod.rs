@@ -102,7 +102,12 @@ impl Updates {
 
 /// Whether a checkpoint of this seal is in `dir`, whole or not.
 pub(crate) fn is_there(dir: &Path, seal: &str) -> bool {
-    std::fs::read_to_string(dir.join(COMPLETE)).is_ok_and(|found| found.trim() == seal)
+    self::seal(dir).is_some_and(|found| found == seal)
+}
+
+/// What tells a complete checkpoint from another of the same step.
+pub(crate) fn seal(dir: &Path) -> Option<String> {
+    std::fs::read_to_string(dir.join(COMPLETE)).ok().map(|found| found.trim().to_owned())
 }
 
 /// The checkpoint in `path` itself, or the newest of a run that verifies.

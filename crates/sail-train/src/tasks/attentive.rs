@@ -22,17 +22,22 @@ pub(super) struct Attentive {
 }
 
 impl Attentive {
-    /// With random weights: the query so small that all patches are seen alike at first.
+    /// Whether so many heads are possible.
     ///
     /// # Errors
-    /// [`Error::Usage`] when the heads do not divide the width.
-    pub(super) fn random(d: i64, classes: i64, heads: i64, seed: u64, device: Device) -> Result<Self> {
-        if d % heads != 0 {
-            return Err(Error::usage(
-                format!("`attentive` has {heads} heads, which do not divide the width of the features, {d}"),
-                "choose a divisor as `heads`",
-            ));
+    /// [`Error::Usage`] when they do not divide the width `d`.
+    pub(super) fn check(d: i64, heads: i64) -> Result<()> {
+        if d % heads == 0 {
+            return Ok(());
         }
+        Err(Error::usage(
+            format!("`attentive` has {heads} heads, which do not divide the width of the features, {d}"),
+            "choose a divisor as `heads`",
+        ))
+    }
+
+    /// With random weights: the query so small that all patches are seen alike at first.
+    pub(super) fn random(d: i64, classes: i64, heads: i64, seed: u64, device: Device) -> Result<Self> {
         let source = RandomSource::new(seed, "attentive");
         let random = |name: &str, size: &[i64], std: f64| {
             let weight = Tensor::f_zeros(size, (Kind::Float, Device::Cpu))?;
@@ -74,7 +79,7 @@ impl Attentive {
     /// Trains on images by their numbers, whose patches `patches` gives, shuffled anew in each epoch; the mean loss of the
     /// last one.
     pub(super) fn train(
-        &mut self,
+        &self,
         classes_n: &Tensor,
         plan: AttentivePlan,
         seed: u64,
@@ -86,7 +91,7 @@ impl Attentive {
     }
 
     fn train_in_order(
-        &mut self,
+        &self,
         classes_n: &Tensor,
         plan: (u64, i64),
         order: impl Fn(u64) -> Result<Tensor>,
@@ -151,7 +156,7 @@ mod tests {
         let Weights { query, key, value, head, bias } = &golden.weights;
         let by_head =
             |rows: &[Vec<f64>]| matrix(rows).transpose(0, 1).reshape([rows.len() as i64, golden.heads, -1]);
-        let mut probe = Attentive::from_params([
+        let probe = Attentive::from_params([
             matrix(&query[0]).reshape([golden.heads, -1]),
             by_head(key),
             by_head(value),
@@ -193,13 +198,11 @@ mod tests {
         let chosen =
             |numbers: &[i64]| Ok(numbers.iter().map(|n| images[*n as usize].shallow_clone()).collect());
         let plan = AttentivePlan { heads: 2, epochs: 40, lr: 0.02, batch: 32 };
-        let mut probe = Attentive::random(8, 2, plan.heads, 1, Device::Cpu).unwrap();
+        let probe = Attentive::random(8, 2, plan.heads, 1, Device::Cpu).unwrap();
         probe.train(&classes_n, plan, 1, chosen).unwrap();
         let said_n = no_grad(|| probe.scores(&images).unwrap()).argmax(-1, false);
         let right = said_n.eq_tensor(&classes_n).sum(Kind::Int64).int64_value(&[]);
         assert!(right >= 120, "{right} of {n}");
-        assert!(
-            Attentive::random(8, 2, 3, 1, Device::Cpu).err().unwrap().to_string().contains("do not divide")
-        );
+        assert!(Attentive::check(8, 3).unwrap_err().to_string().contains("do not divide"));
     }
 }

@@ -96,15 +96,10 @@ pub(super) fn features(
     Ok(Features { x_nd, labels, images })
 }
 
-/// The patches `[t, d]` fp32 of each of the images with these numbers, on the context's device.
+/// The patches `[t, d]` fp32 of each of the images with these numbers, which are encoded together, on the context's device.
 pub(super) fn patches(context: &Context, images: &LabelledImages, numbers: &[i64]) -> Result<Vec<Tensor>> {
-    let preprocessor = context.subject.preprocessor();
-    let mut encoded = Vec::with_capacity(numbers.len());
-    for numbers in numbers.chunks(context.batch_images) {
-        let batch = read(images, numbers.iter().map(|number| *number as usize))?;
-        encoded.extend(encode(context.subject.vision(), &preprocessor, &batch, context.device)?);
-    }
-    Ok(encoded)
+    let batch = read(images, numbers.iter().map(|number| *number as usize))?;
+    encode(context.subject.vision(), &context.subject.preprocessor(), &batch, context.device)
 }
 
 fn open(images: &ImagesPlan, name: &str) -> Result<LabelledImages> {

@@ -115,10 +115,20 @@ pub fn run(plan: &TasksPlan, subject: Subject, out: &Path) -> Result<Results> {
             "give `--checkpoint` instead of `--vit`, or leave all but `recognition` out",
         ));
     }
+    let device = choose(plan)?;
+    measure(plan, &Opened::open(subject, plan, device)?, device, out)
+}
+
+/// Where it is computed, in fp32.
+fn choose(plan: &TasksPlan) -> Result<Device> {
     let device = choose_device(plan.device)?;
     sail_torch::set_device(device)?;
     take_precision(Precision::Fp32, device)?;
-    let opened = Opened::open(subject, plan, device)?;
+    Ok(device)
+}
+
+/// As [`run`], of weights in memory.
+fn measure(plan: &TasksPlan, opened: &Opened, device: Device, out: &Path) -> Result<Results> {
     let identity = json!({
         "weights": opened.digest(), "preprocessing": opened.preparing()?, "tasks": plan, "data": data_of(plan)?,
     });
@@ -126,7 +136,7 @@ pub fn run(plan: &TasksPlan, subject: Subject, out: &Path) -> Result<Results> {
     // Held until the end: two would write the same lines.
     let _lock = RunLock::take(out)?;
     claim(out, &identity)?;
-    let context = Context { subject: &opened, device, seed: plan.seed, batch_images: plan.batch_images, out };
+    let context = Context { subject: opened, device, seed: plan.seed, batch_images: plan.batch_images, out };
     let mut results = Results::default();
     for task in &plan.recognition {
         results.recognition.push(context.once(&task.name, || recognition::measure(&context, task))?);

@@ -12,6 +12,7 @@ use std::f64::consts::PI;
 
 use sail_model::params::{Init, RandomSource, TensorSource};
 use tch::{Device, Kind, Tensor, no_grad};
+use tracing::info;
 
 use super::permutation;
 use crate::config::MlpPlan;
@@ -33,6 +34,29 @@ impl Standard {
         let std_d = (x_nd - &mean_d).f_square()?.f_mean_dim([0].as_slice(), false, Kind::Float)?.f_sqrt()?;
         let std_d = std_d.f_where_self(&std_d.f_gt(0.0)?, &std_d.ones_like())?;
         Ok(Self { mean_d, std_d })
+    }
+
+    /// Of the patches `[t, d]` of images that come one after the other, so that they need not be in memory together.
+    pub(super) fn of_patches(images: impl Iterator<Item = Result<Vec<Tensor>>>) -> Result<Self> {
+        let (mut count, mut sums) = (0, None::<[Tensor; 2]>);
+        for some in images {
+            for x_td in some? {
+                let x_td = x_td.to_kind(Kind::Double);
+                let sum = |x: &Tensor| x.f_sum_dim_intlist([0].as_slice(), false, Kind::Double);
+                let own = [sum(&x_td)?, sum(&x_td.f_square()?)?];
+                count += x_td.size()[0];
+                sums = Some(sums.map_or_else(
+                    || own.each_ref().map(Tensor::shallow_clone),
+                    |[a, b]| [a + &own[0], b + &own[1]],
+                ));
+            }
+        }
+        let [sum_d, square_d] = sums.expect("invariant: there are training images");
+        let mean_d = sum_d / count as f64;
+        let std_d =
+            (square_d / count as f64 - mean_d.f_square()?).f_clamp_min(0.0)?.f_sqrt()?.to_kind(Kind::Float);
+        let std_d = std_d.f_where_self(&std_d.f_gt(0.0)?, &std_d.ones_like())?;
+        Ok(Self { mean_d: mean_d.to_kind(Kind::Float), std_d })
     }
 
     pub(super) fn apply(&self, x_nd: &Tensor) -> Result<Tensor> {
@@ -129,6 +153,7 @@ pub(super) fn fit(
             losses.push(loss.detach().to_kind(Kind::Double) * places_b.size()[0] as f64);
         }
         mean_loss = Tensor::f_stack(&losses, 0)?.f_sum(Kind::Double)?.f_double_value(&[])? / n as f64;
+        info!("a probe's epoch {} of {epochs}: loss {mean_loss:.4}", epoch + 1);
     }
     Ok(mean_loss)
 }
@@ -223,6 +248,9 @@ mod tests {
         let x_nd = Tensor::from_slice(&[1.0f32, 5.0, 3.0, 5.0, 5.0, 5.0]).reshape([3, 2]);
         let found = Standard::of(&x_nd).unwrap().apply(&x_nd).unwrap();
         let other = Standard::of(&(&x_nd * 8.0 + 2.0)).unwrap().apply(&(&x_nd * 8.0 + 2.0)).unwrap();
+        let parts = [vec![x_nd.narrow(0, 0, 1)], vec![x_nd.narrow(0, 1, 2)]].into_iter().map(Ok);
+        let in_parts = Standard::of_patches(parts).unwrap().apply(&x_nd).unwrap();
+        assert!((&found - in_parts).abs().max().double_value(&[]) < 1e-6);
         assert_eq!(Vec::<f32>::try_from(found.select(1, 1)).unwrap(), [0.0; 3]);
         assert!((found.select(1, 0).std(false).double_value(&[]) - 1.0).abs() < 1e-6);
         assert!((found - other).abs().max().double_value(&[]) < 1e-6);

@@ -19,6 +19,8 @@ use crate::metrics::{Vote, classify};
 
 /// Images whose scores are in memory together.
 const MOST_AT_ONCE: i64 = 1 << 12;
+/// Training images by whose patches all are shifted and scaled.
+const STANDARD_IMAGES: i64 = 256;
 
 /// What was found of one task.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -80,6 +82,9 @@ impl Classes {
 /// # Errors
 /// Those of the images; [`Error::Usage`] for a class without a training image.
 pub(super) fn measure(context: &Context, task: &RecognitionPlan) -> Result<RecognitionResult> {
+    if let Some(AttentivePlan { heads, .. }) = task.attentive {
+        Attentive::check(context.subject.vision().config().hidden_size(), heads)?;
+    }
     let folder = context.folder(&task.name).join("features");
     let train = features(context, &task.train, "train", &folder)?;
     let classes = Classes::of(&train.labels);
@@ -175,11 +180,11 @@ impl<'a> Probes<'a> {
     fn ask(
         &self,
         context: &Context,
-        images: &Features,
+        set: &Features,
         allowed: Option<&BTreeSet<i64>>,
     ) -> Result<BTreeMap<&'static str, Vec<i64>>> {
         let mut said = BTreeMap::new();
-        let x_nd = &images.x_nd;
+        let x_nd = &set.x_nd;
         let refused = |class: &i64| allowed.is_some_and(|allowed| !allowed.contains(class));
         let refused = Tensor::from_slice(&(0..self.classes).filter(refused).collect::<Vec<_>>());
         let refused = refused.to_device(context.device);
@@ -201,7 +206,7 @@ impl<'a> Probes<'a> {
             said.insert("mlp", mlp.ask(x_nd, &refused)?);
         }
         if let Some(attentive) = &self.attentive {
-            said.insert("attentive", attentive.ask(context, images, &refused)?);
+            said.insert("attentive", attentive.ask(context, set, &refused)?);
         }
         Ok(said)
     }
@@ -248,29 +253,38 @@ impl TrainedAttentive {
         numbers_n: &Tensor,
         classes: i64,
     ) -> Result<Self> {
-        let mut probe =
+        let probe =
             Attentive::random(train.x_nd.size()[1], classes, plan.heads, context.seed, context.device)?;
-        // Of the patches of some images in a random order; of all they would not be in memory together.
         let some_n = context.permutation("standard", numbers_n.size()[0])?;
-        let some_n = Vec::<i64>::try_from(some_n.narrow(0, 0, plan.batch.min(some_n.size()[0])))?;
-        let standard = Standard::of(&Tensor::f_cat(&patches(context, &train.images, &some_n)?, 0)?)?;
-        let loss = probe.train(numbers_n, plan, context.seed, |numbers| {
-            patches(context, &train.images, numbers)?.iter().map(|x_td| standard.apply(x_td)).collect()
-        })?;
+        let some_n = Vec::<i64>::try_from(some_n.narrow(0, 0, STANDARD_IMAGES.min(some_n.size()[0])))?;
+        let some = some_n.chunks(context.batch_images);
+        let standard = Standard::of_patches(some.map(|numbers| patches(context, &train.images, numbers)))?;
+        let scaled = |numbers: &[i64]| scaled(context, train, numbers, &standard);
+        let loss = probe.train(numbers_n, plan, context.seed, scaled)?;
         finite("attentive", loss)?;
         Ok(Self { probe, standard, loss })
     }
 
-    fn ask(&self, context: &Context, images: &Features, refused: &Tensor) -> Result<Vec<i64>> {
+    fn ask(&self, context: &Context, set: &Features, refused: &Tensor) -> Result<Vec<i64>> {
         let mut said = Vec::new();
-        let numbers: Vec<i64> = (0..images.labels.len() as i64).collect();
+        let numbers: Vec<i64> = (0..set.labels.len() as i64).collect();
         for numbers in numbers.chunks(context.batch_images) {
-            let seen = patches(context, &images.images, numbers)?;
-            let seen = seen.iter().map(|x_td| self.standard.apply(x_td)).collect::<Result<Vec<_>>>()?;
+            let seen = scaled(context, set, numbers, &self.standard)?;
             said.extend(likeliest(&no_grad(|| self.probe.scores(&seen))?, refused)?);
         }
         Ok(said)
     }
+}
+
+/// The patches of some images of a set, shifted and scaled.
+fn scaled(context: &Context, set: &Features, numbers: &[i64], standard: &Standard) -> Result<Vec<Tensor>> {
+    let mut all = Vec::with_capacity(numbers.len());
+    for numbers in numbers.chunks(context.batch_images) {
+        for x_td in patches(context, &set.images, numbers)? {
+            all.push(standard.apply(&x_td)?);
+        }
+    }
+    Ok(all)
 }
 
 fn finite(probe: &str, loss: f64) -> Result<()> {
