@@ -55,13 +55,15 @@ struct Clouds {
     pot: f64,
 }
 
-fn golden<T: DeserializeOwned>(name: &str) -> T {
+/// What a file of tests/goldens/metrics holds.
+pub(crate) fn golden<T: DeserializeOwned>(name: &str) -> T {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/metrics");
     let text = std::fs::read(folder.join(name)).unwrap();
     serde_json::from_slice(&text).unwrap()
 }
 
-fn matrix(rows: &[Vec<f64>]) -> Tensor {
+/// Rows as a matrix.
+pub(crate) fn matrix(rows: &[Vec<f64>]) -> Tensor {
     Tensor::from_slice(&rows.concat()).reshape([rows.len() as i64, -1])
 }
 

@@ -17,7 +17,7 @@ mod assignment;
 mod cider;
 mod cloud;
 #[cfg(test)]
-mod goldens;
+pub(crate) mod goldens;
 mod neighbours;
 mod pca;
 mod text;

@@ -167,10 +167,9 @@ fn compare(seen: &Seen, picks: &Picks) -> Result<SideResult> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-    use std::path::Path;
-
     use super::*;
+    use crate::metrics::goldens::{golden, matrix};
+    use std::collections::BTreeMap;
 
     #[derive(Deserialize)]
     struct Golden {
@@ -185,14 +184,9 @@ mod tests {
     /// The visual tokens, the result, and the share of the variance that each component has.
     type Side = (Vec<Vec<f64>>, Affinity, Vec<f64>);
 
-    fn matrix(rows: &[Vec<f64>]) -> Tensor {
-        Tensor::from_slice(&rows.concat()).reshape([rows.len() as i64, -1])
-    }
-
     #[test]
     fn clouds_are_compared_as_by_scikit_learn_and_scipy() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/metrics/affinity.json");
-        let golden: Golden = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let golden: Golden = golden("affinity.json");
         let words = matrix(&golden.words);
         for (name, axes) in [("shared", Axes::Shared), ("own", Axes::Own)] {
             let (visual, expected, explained) = &golden.sides[name];

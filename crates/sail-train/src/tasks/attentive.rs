@@ -10,8 +10,7 @@
 use sail_model::params::{Init, RandomSource, TensorSource};
 use tch::{Device, Kind, Tensor};
 
-use super::permutation;
-use super::probe::{cosine, fit};
+use super::probe::{cosine, fit, shuffled};
 use crate::config::AttentivePlan;
 use crate::error::{Error, Result};
 
@@ -85,8 +84,7 @@ impl Attentive {
         seed: u64,
         patches: impl FnMut(&[i64]) -> Result<Vec<Tensor>>,
     ) -> Result<f64> {
-        let n = classes_n.size()[0];
-        let order = |epoch: u64| permutation(seed, &format!("epoch {epoch}"), n);
+        let order = shuffled(seed, classes_n.size()[0]);
         self.train_in_order(classes_n, (plan.epochs, plan.batch), order, cosine(plan.lr), patches)
     }
 
@@ -110,12 +108,11 @@ impl Attentive {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use serde::Deserialize;
     use tch::no_grad;
 
     use super::*;
+    use crate::metrics::goldens::{golden, matrix};
 
     #[derive(Deserialize)]
     struct Golden {
@@ -144,15 +141,10 @@ mod tests {
         bias: Vec<f64>,
     }
 
-    fn matrix(rows: &[Vec<f64>]) -> Tensor {
-        Tensor::from_slice(&rows.concat()).reshape([rows.len() as i64, -1])
-    }
-
     /// The same weights, images and rate as the probe of PyTorch's own attention and layers, for some epochs.
     #[test]
     fn it_learns_what_that_of_pytorch_learns() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/metrics/attentive.json");
-        let golden: Golden = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let golden: Golden = golden("attentive.json");
         let Weights { query, key, value, head, bias } = &golden.weights;
         let by_head =
             |rows: &[Vec<f64>]| matrix(rows).transpose(0, 1).reshape([rows.len() as i64, golden.heads, -1]);

@@ -69,12 +69,8 @@ pub(super) fn features(
             for start in (first..last).step_by(context.batch_images) {
                 let end = last.min(start + context.batch_images);
                 let batch = read(&images, start..end)?;
-                encoded.push(means(&encode(
-                    context.subject.vision(),
-                    &preprocessor,
-                    &batch,
-                    context.device,
-                )?)?);
+                let patches = encode(context.subject.vision(), &preprocessor, &batch, context.device)?;
+                encoded.push(means(&patches)?);
                 of_piece.extend(batch.into_iter().map(|LabelledImage { id, class, .. }| Label { id, class }));
             }
             write_json(&names, &of_piece)?;

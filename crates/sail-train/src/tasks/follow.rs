@@ -60,12 +60,6 @@ pub fn follow(
 ) -> Result<()> {
     let mut waits = false;
     check_run(run)?;
-    if out.starts_with(run) {
-        return Err(Error::usage(
-            format!("`{}` is in the folder of the run", out.display()),
-            "name another folder for `--out`, since a run's own belongs to the process that trains",
-        ));
-    }
     let _lock = RunLock::take(out)?;
     claim(out, &json!({ "tasks": plan }))?;
     let lines = known(&out.join(LINES))?;
@@ -124,7 +118,7 @@ impl Followed<'_> {
         };
         let folder = self.out.join(dir.file_name().expect("invariant: a checkpoint's folder has a name"));
         let mark = folder.with_extension("checkpoint");
-        // Results of another checkpoint of this step, or such that were begun.
+        // Of another checkpoint of this step.
         if folder.exists() && fs::read_to_string(&mark).is_ok_and(|found| found != seal) {
             fs::remove_dir_all(&folder).map_err(Error::io(&folder))?;
         }
@@ -199,9 +193,14 @@ mod tests {
         let missed = BTreeSet::new();
         let mut followed = Followed { plan: &plan, device: Device::Cpu, run: &run, out: &out, lines, missed };
         let (step, seal, folder) = followed.next().unwrap().unwrap();
-        assert_eq!((step, seal.as_str(), folder), (2, "b", run.join("step-00000002")));
+        assert_eq!((step, seal.as_str(), &folder), (2, "b", &run.join("step-00000002")));
         assert!(!followed.lines.contains_key(&4), "the run went back behind it");
-        followed.missed.insert("b".to_owned());
+        // It cannot be read, and is there.
+        assert!(followed.measure(step, seal.clone(), &folder).is_err());
+        fs::remove_dir_all(&folder).unwrap();
+        assert!(followed.measure(step, seal, &folder).unwrap().is_none(), "it is gone, which is no failure");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("COMPLETE"), "b\n").unwrap();
         assert!(followed.next().unwrap().is_none(), "one is known, one is gone, one is not complete");
         assert!(check_run(&run).is_err(), "it has no plan");
         assert!(check_run(&out).is_err(), "it is not there");

@@ -28,35 +28,31 @@ pub(super) struct Standard {
 }
 
 impl Standard {
-    /// Of training features; one that never changes is only shifted.
-    pub(super) fn of(x_nd: &Tensor) -> Result<Self> {
-        let mean_d = x_nd.f_mean_dim([0].as_slice(), false, Kind::Float)?;
-        let std_d = (x_nd - &mean_d).f_square()?.f_mean_dim([0].as_slice(), false, Kind::Float)?.f_sqrt()?;
-        let std_d = std_d.f_where_self(&std_d.f_gt(0.0)?, &std_d.ones_like())?;
-        Ok(Self { mean_d, std_d })
-    }
-
-    /// Of the patches `[t, d]` of images that come one after the other, so that they need not be in memory together.
-    pub(super) fn of_patches(images: impl Iterator<Item = Result<Vec<Tensor>>>) -> Result<Self> {
-        let (mut count, mut sums) = (0, None::<[Tensor; 2]>);
-        for some in images {
-            for x_td in some? {
-                let x_td = x_td.to_kind(Kind::Double);
-                let sum = |x: &Tensor| x.f_sum_dim_intlist([0].as_slice(), false, Kind::Double);
-                let own = [sum(&x_td)?, sum(&x_td.f_square()?)?];
-                count += x_td.size()[0];
-                sums = Some(sums.map_or_else(
-                    || own.each_ref().map(Tensor::shallow_clone),
-                    |[a, b]| [a + &own[0], b + &own[1]],
-                ));
-            }
+    /// Of training features `[n, d]`, or patches, which come in parts, so that they need not be in memory together. One that
+    /// never changes is only shifted.
+    pub(super) fn of(parts: impl Iterator<Item = Result<Tensor>>) -> Result<Self> {
+        // Sums from the first row on, so that what never changes sums to zero.
+        let mut sums: Option<[Tensor; 3]> = None;
+        let mut count = 0;
+        for part_nd in parts {
+            let part_nd = part_nd?.f_to_kind(Kind::Double)?;
+            let [first_d, sum_d, square_d] = sums.get_or_insert_with(|| {
+                let first_d = part_nd.get(0).copy();
+                let zeros_d = first_d.zeros_like();
+                [first_d, zeros_d.copy(), zeros_d]
+            });
+            let moved_nd = part_nd.f_sub(first_d)?;
+            *sum_d += moved_nd.f_sum_dim_intlist([0].as_slice(), false, Kind::Double)?;
+            *square_d += moved_nd.f_square()?.f_sum_dim_intlist([0].as_slice(), false, Kind::Double)?;
+            count += part_nd.size()[0];
         }
-        let [sum_d, square_d] = sums.expect("invariant: there are training images");
-        let mean_d = sum_d / count as f64;
-        let std_d =
-            (square_d / count as f64 - mean_d.f_square()?).f_clamp_min(0.0)?.f_sqrt()?.to_kind(Kind::Float);
+        let [first_d, sum_d, square_d] = sums.expect("invariant: there are training images");
+        let mean_d = sum_d.f_div_scalar(count)?;
+        let variance_d = square_d.f_div_scalar(count)?.f_sub(&mean_d.f_square()?)?.f_clamp_min(0.0)?;
+        let std_d = variance_d.f_sqrt()?;
         let std_d = std_d.f_where_self(&std_d.f_gt(0.0)?, &std_d.ones_like())?;
-        Ok(Self { mean_d: mean_d.to_kind(Kind::Float), std_d })
+        let mean_d = mean_d.f_add(&first_d)?;
+        Ok(Self { mean_d: mean_d.f_to_kind(Kind::Float)?, std_d: std_d.f_to_kind(Kind::Float)? })
     }
 
     pub(super) fn apply(&self, x_nd: &Tensor) -> Result<Tensor> {
@@ -104,8 +100,7 @@ impl Mlp {
 
     /// Trains on `(x_nd, classes_n)`, shuffled anew in each epoch, and gives the mean loss of the last one.
     pub(super) fn train(&mut self, data: (&Tensor, &Tensor), plan: MlpPlan, seed: u64) -> Result<f64> {
-        let n = data.0.size()[0];
-        let order = |epoch: u64| permutation(seed, &format!("epoch {epoch}"), n);
+        let order = shuffled(seed, data.0.size()[0]);
         self.train_in_order(data, (plan.epochs, plan.batch), order, cosine(plan.lr))
     }
 
@@ -123,6 +118,11 @@ impl Mlp {
             Ok(scores_bc.cross_entropy_for_logits(&classes_n.f_index_select(0, &places_b)?))
         })
     }
+}
+
+/// The order of `n` samples in each epoch.
+pub(super) fn shuffled(seed: u64, n: i64) -> impl Fn(u64) -> Result<Tensor> {
+    move |epoch| permutation(seed, &format!("epoch {epoch}"), n)
 }
 
 /// A rate that follows a cosine from `lr` to zero, by what part of all steps is done.
@@ -192,11 +192,10 @@ impl Adam {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use serde::Deserialize;
 
     use super::*;
+    use crate::metrics::goldens::{golden, matrix};
 
     #[derive(Deserialize)]
     struct Golden {
@@ -213,15 +212,10 @@ mod tests {
         loss: f64,
     }
 
-    fn matrix(rows: &[Vec<f64>]) -> Tensor {
-        Tensor::from_slice(&rows.concat()).reshape([rows.len() as i64, -1])
-    }
-
     /// The same weights, samples and rate as scikit-learn's `MLPClassifier`, for some epochs.
     #[test]
     fn it_learns_what_that_of_scikit_learn_learns() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/metrics/probe.json");
-        let golden: Golden = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let golden: Golden = golden("probe.json");
         let bias = |values: &[f64]| Tensor::from_slice(values);
         let params = [
             matrix(&golden.hidden),
@@ -246,10 +240,13 @@ mod tests {
     #[test]
     fn features_of_any_size_are_asked_the_same() {
         let x_nd = Tensor::from_slice(&[1.0f32, 5.0, 3.0, 5.0, 5.0, 5.0]).reshape([3, 2]);
-        let found = Standard::of(&x_nd).unwrap().apply(&x_nd).unwrap();
-        let other = Standard::of(&(&x_nd * 8.0 + 2.0)).unwrap().apply(&(&x_nd * 8.0 + 2.0)).unwrap();
-        let parts = [vec![x_nd.narrow(0, 0, 1)], vec![x_nd.narrow(0, 1, 2)]].into_iter().map(Ok);
-        let in_parts = Standard::of_patches(parts).unwrap().apply(&x_nd).unwrap();
+        let scaled = |x_nd: &Tensor, parts: &[i64]| {
+            let parts = x_nd.split_with_sizes(parts, 0).into_iter().map(Ok);
+            Standard::of(parts).unwrap().apply(x_nd).unwrap()
+        };
+        let found = scaled(&x_nd, &[3]);
+        let other = scaled(&(&x_nd * 8.0 + 2.0), &[3]);
+        let in_parts = scaled(&x_nd, &[1, 2]);
         assert!((&found - in_parts).abs().max().double_value(&[]) < 1e-6);
         assert_eq!(Vec::<f32>::try_from(found.select(1, 1)).unwrap(), [0.0; 3]);
         assert!((found.select(1, 0).std(false).double_value(&[]) - 1.0).abs() < 1e-6);

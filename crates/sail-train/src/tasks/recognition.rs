@@ -171,9 +171,10 @@ impl<'a> Probes<'a> {
             (Vote { neighbours: k, temperature: Some(temperature) }, &train.x_nd, numbers)
         });
         let mlp = task.mlp.map(|plan| TrainedMlp::new(context, plan, &train.x_nd, numbers, classes));
+        let mlp = mlp.transpose()?;
         let attentive =
             task.attentive.map(|plan| TrainedAttentive::new(context, plan, train, numbers, classes));
-        Ok(Self { knn, mlp: mlp.transpose()?, attentive: attentive.transpose()?, classes })
+        Ok(Self { knn, mlp, attentive: attentive.transpose()?, classes })
     }
 
     /// The class of each image by each probe, of `allowed` ones where only those can be answered.
@@ -221,7 +222,7 @@ impl TrainedMlp {
         classes: i64,
     ) -> Result<Self> {
         let device = context.device;
-        let standard = Standard::of(x_nd)?;
+        let standard = Standard::of(x_nd.f_split(MOST_AT_ONCE, 0)?.into_iter().map(Ok))?;
         let scaled_nd = standard.apply(x_nd)?.to_device(device);
         let mut mlp = Mlp::random((x_nd.size()[1], plan.hidden, classes), context.seed, device)?;
         let loss = mlp.train((&scaled_nd, &numbers_n.to_device(device)), plan, context.seed)?;
@@ -257,8 +258,8 @@ impl TrainedAttentive {
             Attentive::random(train.x_nd.size()[1], classes, plan.heads, context.seed, context.device)?;
         let some_n = context.permutation("standard", numbers_n.size()[0])?;
         let some_n = Vec::<i64>::try_from(some_n.narrow(0, 0, STANDARD_IMAGES.min(some_n.size()[0])))?;
-        let some = some_n.chunks(context.batch_images);
-        let standard = Standard::of_patches(some.map(|numbers| patches(context, &train.images, numbers)))?;
+        let patches_of = |numbers| Ok(Tensor::f_cat(&patches(context, &train.images, numbers)?, 0)?);
+        let standard = Standard::of(some_n.chunks(context.batch_images).map(patches_of))?;
         let scaled = |numbers: &[i64]| scaled(context, train, numbers, &standard);
         let loss = probe.train(numbers_n, plan, context.seed, scaled)?;
         finite("attentive", loss)?;
